@@ -1,0 +1,1 @@
+"""What a distilled model is and how it runs: schedule, samplers, bundle format, backends, pipeline."""

@@ -1,0 +1,40 @@
+"""The protocol every backend fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from engines.manifest import TensorSpec
+
+Rows = Mapping[str, NDArray[Any]]
+
+
+class EngineBackend(Protocol):
+    """One loaded graph.
+
+    ``run`` takes all inputs with one common batch size and returns all outputs with the same. The returned
+    arrays belong to the caller: a later ``run`` does not overwrite them. Inputs may be reused at once after
+    ``run`` returns. Not thread-safe: one thread runs an engine at a time.
+    """
+
+    @property
+    def name(self) -> str:
+        """Backend, version and precision, as responses report it: ``openvino 2026.4.1 float32``."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        """Raises: BackendError when the engine fails."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Idempotent."""
+        ...

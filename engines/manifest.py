@@ -1,0 +1,215 @@
+"""What ``manifest.json`` says: the frozen, validated description of a bundle, and the graph tensor names."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from engines.sampler import Prediction, Sampler, SamplerPlan, sampler_plan
+from engines.schedule import NoiseSchedule, ScheduleSpec
+
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+
+# Graph tensor names: their one home. Shapes of the step graph's rows stand in the export.
+LATENT = "latent"
+TIMESTEP = "timestep"
+GUIDANCE = "guidance"
+CONDITION = "condition"
+COEFFICIENTS = "coefficients"
+NOISE = "noise"
+KNOWN = "known"
+MASK = "mask"
+GRID = "grid"
+NEXT_LATENT = "next_latent"
+CLEAN_ESTIMATE = "clean"
+TOKENS = "tokens"
+IMAGE = "image"
+
+CONDITION_GRAPH = "condition"
+DECODE_GRAPH = "decode"
+
+Task = Literal["text_to_image", "edit", "inpaint"]
+DType = Literal["float32", "float16", "int64", "uint8"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Frozen):
+    """One graph input or output. shape: the first axis is the batch, written as -1."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class Parity(Frozen):
+    """Largest and mean absolute difference between the exported graph and torch on the same rows."""
+
+    reference: str
+    max_abs_error: float
+    mean_abs_error: float
+    rows: int
+
+
+class GraphSpec(Frozen):
+    """One ONNX file. dtype: the precision of the network body (inputs and updates stay float32)."""
+
+    file: str
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Parity
+
+
+class StudentSpec(Frozen):
+    """What was trained: N steps of one sampler on one step graph. grid: value of the grid input, if it has one."""
+
+    steps: int = Field(ge=1)
+    sampler: Sampler = "deterministic"
+    graph: str
+    timesteps: tuple[int, ...]
+    grid: float | None = None
+
+
+class GuidanceRange(Frozen):
+    """Public guidance_scale range the students were trained for."""
+
+    min: float = Field(ge=1)
+    max: float
+    default: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidanceRange:
+        if not self.min <= self.default <= self.max:
+            raise ValueError("guidance needs min <= default <= max")
+        return self
+
+
+class Latent(Frozen):
+    """Shape of what the steps denoise; scaling_factor is the VAE's (1 in pixel space)."""
+
+    channels: int = Field(ge=1)
+    scaling_factor: float = 1.0
+
+
+class Size(Frozen):
+    """A trained size: image pixels and the latent it decodes from."""
+
+    width: int
+    height: int
+    latent_width: int
+    latent_height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+class ConditionSpec(Frozen):
+    """The prompt side: tokenizer file and kind, and the shape (tokens, width) of one row's condition."""
+
+    kind: Literal["labels"]
+    tokenizer: str
+    tokens: int
+    width: int
+
+
+class Measured(Frozen):
+    """Mean over evaluation seeds and its spread (largest minus smallest)."""
+
+    mean: float
+    spread: float
+
+
+class EvaluationRow(Frozen):
+    """One line of the quality table; every table holds the teacher's rows, from the same code and seeds."""
+
+    model: str
+    steps: int
+    evaluations: int = Field(description="network evaluations per image; a guided teacher step counts two")
+    sampler: Sampler = "deterministic"
+    guidance_scale: float
+    metrics: dict[str, Measured]
+
+
+class Evaluation(Frozen):
+    """metric: what ``frechet_distance`` measures, spelled out."""
+
+    metric: str
+    samples: int
+    seeds: tuple[int, ...]
+    rows: tuple[EvaluationRow, ...]
+
+
+class RecipeRecord(Frozen):
+    name: str
+    sha256: str
+    text: str
+
+
+class Licences(Frozen):
+    teacher: str
+    data: str
+
+
+class FileRecord(Frozen):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class BundleManifest(Frozen):
+    """Everything about a bundle that is not weights."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    description: str = ""
+    created: int = Field(description="seconds since 1970, when the bundle was written")
+    tasks: tuple[Task, ...]
+    prediction_type: Prediction
+    schedule: ScheduleSpec
+    clip: float | None = Field(None, description="bound on the clean estimate while sampling; null in latents")
+    guidance: GuidanceRange
+    latent: Latent
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    condition: ConditionSpec
+    graphs: dict[str, GraphSpec]
+    students: tuple[StudentSpec, ...] = Field(min_length=1)
+    default_steps: int
+    evaluation: Evaluation
+    recipe: RecipeRecord
+    licences: Licences
+    files: dict[str, FileRecord]
+
+    @field_validator("files")
+    @classmethod
+    def _plain_paths(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name:
+                raise ValueError(f"file path {name!r} must be plain and inside the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BundleManifest:
+        for name in (CONDITION_GRAPH, DECODE_GRAPH, *(s.graph for s in self.students)):
+            if name not in self.graphs:
+                raise ValueError(f"graph {name!r} is named but not described")
+        for name in (self.condition.tokenizer, *(g.file for g in self.graphs.values())):
+            if name not in self.files:
+                raise ValueError(f"file {name!r} is used but not listed")
+        for student in self.students:
+            if self.plan(student).timesteps != student.timesteps:
+                raise ValueError(f"the timesteps of the {student.steps}-step student are not its schedule's grid")
+        keys = [(s.steps, s.sampler) for s in self.students]
+        if len(set(keys)) != len(keys) or self.default_steps not in {s.steps for s in self.students}:
+            raise ValueError("students must be distinct in (steps, sampler) and include default_steps")
+        return self
+
+    def plan(self, student: StudentSpec, start: int | None = None) -> SamplerPlan:
+        """The coefficient rows of a student, optionally entered at grid point ``start``."""
+        schedule = NoiseSchedule(self.schedule)
+        return sampler_plan(schedule, student.steps, student.sampler, self.prediction_type, self.clip, start)
