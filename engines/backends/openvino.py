@@ -26,7 +26,7 @@ from engines.manifest import GraphSpec, TensorSpec
 Arrays = dict[str, NDArray[Any]]
 
 MAX_STATIC_BYTES = 128 * 1024 * 1024
-"""Largest graph that is compiled once per batch size; each copy takes about twice its size in memory."""
+"""Most weights of a graph that is compiled once per batch size; each copy takes about twice its size in memory."""
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -56,7 +56,7 @@ class OpenVinoBackend:
         self._body: Any = None
         try:
             self._model: Any = _core().read_model(file)
-            self._static = self._wants_static(file) if static is None else static
+            self._static = self._wants_static() if static is None else static
             if not self._static:
                 self._compile_dynamic()
         except BackendError:
@@ -94,8 +94,9 @@ class OpenVinoBackend:
         self._model = self._head = self._body = None
         self._requests.clear()
 
-    def _wants_static(self, file: Path) -> bool:
-        weights = sum(part.stat().st_size for part in (file, file.with_name(f"{file.name}.data")) if part.exists())
+    def _wants_static(self) -> bool:
+        constants = (op for op in self._model.get_ops() if op.get_type_name() == "Constant")
+        weights = sum(constant.get_byte_size() for constant in constants)
         return self._precision == "float32" and weights <= MAX_STATIC_BYTES
 
     def _compile_dynamic(self) -> None:
