@@ -8,12 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
-from engines.backends.base import EngineBackend
+from engines.backends.base import EngineBackend, Precision
 from engines.bundle import Bundle
+from engines.cache import EngineKey
 from engines.errors import BackendError
+from engines.machine import machine_name
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch"]
-Precision = Literal["auto", "float32", "bfloat16"]
+PrecisionName = Literal["auto", "float32", "bfloat16"]
 
 # Fastest first, as measured on CPUs: what ``auto`` tries.
 _PREFERENCE: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
@@ -40,7 +42,7 @@ def choose_backend(name: str) -> BackendName:
     raise BackendError(f"No backend is installed; install one with: {_INSTALL['openvino']}")
 
 
-def choose_precision(backend: BackendName, precision: Precision) -> Literal["float32", "bfloat16"]:
+def choose_precision(backend: BackendName, precision: PrecisionName) -> Precision:
     """What a precision stands for on a backend; ``auto`` is float32.
 
     Measured on AVX512-BF16 without AMX: bfloat16 is no faster than float32 compiled per batch size.
@@ -56,19 +58,22 @@ def load_backend(
     bundle: Bundle,
     graph: str,
     *,
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     threads: int = 0,
     cache_dir: Path | None = None,
 ) -> EngineBackend:
     """One graph of a verified bundle, loaded and ready to run.
 
     name: openvino, onnxruntime, torch, or auto. precision: of the network body; auto is float32.
-    threads: worker threads of one run, 0 for one per core. cache_dir: folder for compiled models, or None.
+    threads: worker threads of one run, 0 for one per core. cache_dir: the engine cache, or None to
+    keep nothing; it holds compiled models by ``engine_key``.
     Raises: BackendError when the library is missing, the graph cannot be loaded, or the precision is not offered.
     """
     backend = choose_backend(name)
     chosen = choose_precision(backend, precision)
     module = _import(backend)
+    if cache_dir is not None:
+        cache_dir = engine_key(bundle, graph, name, precision, threads).folder(cache_dir) / "models"
     file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
     if backend == "openvino":
         engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=cache_dir)
@@ -77,6 +82,13 @@ def load_backend(
     else:
         engine = module.TorchBackend(file, spec, threads)
     return engine  # type: ignore[no-any-return]
+
+
+def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, threads: int) -> EngineKey:
+    """What an engine made with these arguments depends on. Raises: BackendError as ``load_backend`` does."""
+    backend = choose_backend(name)
+    engine = _import(backend).engine_name(choose_precision(backend, precision))
+    return EngineKey(bundle.graph_sha256(graph), engine, machine_name(), threads)
 
 
 def _import(backend: str) -> ModuleType:

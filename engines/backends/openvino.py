@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from engines.backends.base import Rows
+from engines.backends.base import Precision, Rows
 from engines.backends.openvino_head import head_input, split_head
 from engines.errors import BackendError
 from engines.manifest import GraphSpec, TensorSpec
@@ -28,7 +28,7 @@ Arrays = dict[str, NDArray[Any]]
 MAX_STATIC_BYTES = 128 * 1024 * 1024
 """Most weights of a graph that is compiled once per batch size; each copy takes about twice its size in memory."""
 
-_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVinoBackend:
@@ -44,7 +44,7 @@ class OpenVinoBackend:
         file: Path,
         spec: GraphSpec,
         *,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
         threads: int = 0,
         cache_dir: Path | None = None,
         static: bool | None = None,
@@ -67,7 +67,7 @@ class OpenVinoBackend:
 
     @property
     def name(self) -> str:
-        return f"openvino {version()} {self._precision}"
+        return engine_name(self._precision)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -114,7 +114,7 @@ class OpenVinoBackend:
             self._requests[shapes] = self._request(self._model, self._precision)
         return self._requests[shapes]
 
-    def _request(self, model: Any, precision: str) -> Any:
+    def _request(self, model: Any, precision: Precision) -> Any:
         config = {**self._config, "INFERENCE_PRECISION_HINT": _HINTS[precision]}
         return _core().compile_model(model, "CPU", config).create_infer_request()
 
@@ -130,9 +130,9 @@ class OpenVinoBackend:
         return {tensor.name: results[tensor.name] for tensor in self._spec.outputs}
 
 
-def version() -> str:
-    """The installed release, such as ``2026.4.1``."""
-    return str(ov.get_version()).partition("-")[0]
+def engine_name(precision: Precision) -> str:
+    """Backend, version and precision."""
+    return f"openvino {str(ov.get_version()).partition('-')[0]} {precision}"
 
 
 def _config(threads: int, cache_dir: Path | None) -> dict[str, Any]:

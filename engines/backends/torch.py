@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.backends.base import Rows
+from engines.backends.base import Precision, Rows
 from engines.backends.torch_operators import OPERATORS, Operator
 from engines.errors import BackendError
 from engines.manifest import GraphSpec, TensorSpec
@@ -85,7 +85,7 @@ class TorchBackend:
 
     @property
     def name(self) -> str:
-        return f"torch {str(torch.__version__).partition('+')[0]} float32"
+        return engine_name("float32")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -111,6 +111,11 @@ class TorchBackend:
 
     def close(self) -> None:
         self._module = None
+
+
+def engine_name(precision: Precision) -> str:
+    """Backend, version and precision."""
+    return f"torch {str(torch.__version__).partition('+')[0]} {precision}"
 
 
 def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]:
