@@ -28,14 +28,18 @@ Arrays = dict[str, NDArray[Any]]
 MAX_STATIC_BYTES = 128 * 1024 * 1024
 """Most weights of a graph that is compiled once per batch size; each copy takes about twice its size in memory."""
 
+LONE_THREAD_BYTES = 1024 * 1024
+"""A graph with less weights than this runs on the calling thread: waking others costs more than they save."""
+
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVinoBackend:
     """One graph, compiled.
 
-    precision: of the network body. threads: worker threads of one run; 0 takes one per core. cache_dir: folder
-    where compiled models are kept, or None. static: compile once per batch size; None decides by size.
+    precision: of the network body. threads: worker threads of one run; 0 takes one per core, or one alone for
+    a tiny graph. cache_dir: folder where compiled models are kept, or None. static: compile once per batch
+    size; None decides by size.
     Raises: BackendError when the graph cannot be compiled.
     """
 
@@ -51,12 +55,14 @@ class OpenVinoBackend:
     ) -> None:
         self._spec = spec
         self._precision = precision
-        self._config = _config(threads, cache_dir)
         self._head: Any = None
         self._body: Any = None
         try:
             self._model: Any = _core().read_model(file)
-            self._static = self._wants_static() if static is None else static
+            weights = _weight_bytes(self._model)
+            fits = precision == "float32" and weights <= MAX_STATIC_BYTES
+            self._static = fits if static is None else static
+            self._config = _config(threads or int(weights < LONE_THREAD_BYTES), cache_dir)
             if not self._static:
                 self._compile_dynamic()
         except BackendError:
@@ -94,11 +100,6 @@ class OpenVinoBackend:
         self._model = self._head = self._body = None
         self._requests.clear()
 
-    def _wants_static(self) -> bool:
-        constants = (op for op in self._model.get_ops() if op.get_type_name() == "Constant")
-        weights = sum(constant.get_byte_size() for constant in constants)
-        return self._precision == "float32" and weights <= MAX_STATIC_BYTES
-
     def _compile_dynamic(self) -> None:
         """Make the requests of a free batch; no head in float32 and in graphs without sinusoids."""
         body = self._model
@@ -133,6 +134,10 @@ class OpenVinoBackend:
 def engine_name(precision: Precision) -> str:
     """Backend, version and precision."""
     return f"openvino {str(ov.get_version()).partition('-')[0]} {precision}"
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
 
 
 def _config(threads: int, cache_dir: Path | None) -> dict[str, Any]:
