@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from engines.errors import HalfstepError
+from distill_jobs.errors import JobError
 from engines.manifest import Parity, TensorSpec
 
 OPSET = 21
@@ -21,7 +21,7 @@ INLINE_LIMIT_BYTES = 1 << 30
 """Graphs above this keep their weights in a .data file beside them: protobuf ends at 2 GiB."""
 
 
-class ExportError(HalfstepError):
+class ExportError(JobError):
     """A model cannot become a graph, or the graph does not compute what the model does."""
 
 
