@@ -105,9 +105,7 @@ class Judge:
             "class_agreement": class_agreement(logits.argmax(dim=1).numpy(), labels.numpy()),
             "paired_distance": paired_distance(images.numpy(), reference.numpy()),
         }
-        result = CellResult(
-            fingerprint=self.fingerprint(cell), seconds=time.monotonic() - started, metrics=metrics
-        )
+        result = CellResult(fingerprint=self.fingerprint(cell), seconds=time.monotonic() - started, metrics=metrics)
 
         def fill(staging: Path) -> None:
             (staging / RESULT).write_text(result.model_dump_json(indent=1), encoding="utf-8")
@@ -121,11 +119,13 @@ class Judge:
         """(n, 1, 8, 8) images as decoded: within -1 … 1."""
         plan = cell.contender.plan(self.recipe)
         batches = []
-        for rows in torch.arange(len(labels)).split(self.recipe.evaluation.batch_size):
-            seeds = [cell.seed * SEED_STRIDE + int(i) for i in rows]
-            images = sample(network, plan, class_condition(labels[rows]), seeds, cell.contender.shape)
+        first_seed, size = cell.seed * SEED_STRIDE, self.recipe.evaluation.batch_size
+        for first in range(0, len(labels), size):
+            classes = labels[first : first + size]
+            seeds = range(first_seed + first, first_seed + first + len(classes))
+            images = sample(network, plan, class_condition(classes), seeds, cell.contender.shape)
             batches.append(images.clamp(-1, 1))
-            advance(len(rows) * cell.contender.computed(cell.guidance_scale))
+            advance(len(classes) * cell.contender.computed(cell.guidance_scale))
         return torch.cat(batches)
 
     def _reference_images(self, cell: Cell) -> Tensor:

@@ -63,11 +63,13 @@ def train_classifier(train: Digits, *, seed: int = 0, epochs: int = EPOCHS) -> D
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=updates)
         for _ in range(epochs):
-            for rows in torch.randperm(len(train), generator=generator).split(BATCH):
+            order = torch.randperm(len(train), generator=generator)
+            for start in range(0, len(train), BATCH):
+                rows = order[start : start + BATCH]
                 _, logits = model(train.images[rows])
                 loss = nn.functional.cross_entropy(logits, train.labels[rows], label_smoothing=0.05)
                 optimiser.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimiser.step()
                 rate.step()
     return model.eval().requires_grad_(False)

@@ -26,7 +26,11 @@ class ExportError(JobError):
 
 
 def write_graph(
-    module: nn.Module, example: Sequence[Tensor], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], path: Path
+    module: nn.Module,
+    example: Sequence[Tensor],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    path: Path,
 ) -> None:
     """Trace ``module`` with a dynamic batch axis and write it to ``path``.
 
@@ -54,7 +58,9 @@ def write_graph(
     onnx.save_model(model, str(path), save_as_external_data=external, location=f"{path.stem}.data")
 
 
-def check_parity(module: nn.Module, path: Path, rows: Sequence[Tensor], batches: Sequence[int], limit: float) -> Parity:
+def check_parity(
+    module: nn.Module, path: Path, rows: Sequence[Tensor], batches: Sequence[int], limit: float
+) -> Parity:
     """Run ``rows`` through the file in ``batches`` and through torch in one, and compare.
 
     rows: one tensor an input, all of len sum(batches). limit: largest absolute difference allowed, in units
@@ -77,7 +83,9 @@ def check_parity(module: nn.Module, path: Path, rows: Sequence[Tensor], batches:
     ]
     largest = max(float(d.max()) for d in differences)
     if not largest <= limit:
-        raise ExportError(f"{path.stem}: the exported graph differs from torch by {largest:.2g}, more than {limit:.2g}")
+        raise ExportError(
+            f"{path.stem}: the exported graph differs from torch by {largest:.2g}, more than {limit:.2g}"
+        )
     return Parity(
         reference=f"torch {torch.__version__.split('+')[0]} float32",
         max_abs_error=largest,

@@ -113,14 +113,14 @@ def markdown(report: Report) -> str:
     lines = [
         f"# Evaluation of {report.recipe}",
         "",
-        f"{evaluation.samples} samples a row and seed (seeds {seeds}), classes balanced; initial noise and classes are "
-        "the same for all models of a seed. Figures are means over seeds ± spread (largest - smallest).",
+        f"{evaluation.samples} samples a row and seed (seeds {seeds}), classes balanced; initial noise and classes "
+        "are the same for all models of a seed. Figures are means over seeds ± spread (largest - smallest).",
         "",
         f"- Fréchet distance: {evaluation.metric}, to all real digits; lower is better. Not FID.",
         f"- Class agreement: share of images that the classifier (held-out accuracy "
         f"{report.classifier_accuracy:.4f}) takes for the prompted class.",
-        "- Distance to the teacher: RMS pixel difference, in the range -1 … 1, from the teacher's finest images at equal "
-        "noise.",
+        "- Distance to the teacher: RMS pixel difference, in the range -1 … 1, from the teacher's finest images at "
+        "equal noise.",
         "- Evaluations: network evaluations an image; a guided teacher step counts two.",
         "",
         f"Machine: {report.machine.processor}, {report.machine.cores} cores, {report.machine.memory_gib:g} GiB; "
@@ -162,7 +162,9 @@ def _teacher_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
         return
     if one is not None:
         ratio = _distance(fine) / max(_distance(one), 1e-12)
-        yield Gate(name=f"teacher {reference_steps}-step distance / its 1-step, guidance 1", value=ratio, limit=0.05)
+        yield Gate(
+            name=f"teacher {reference_steps}-step distance / its 1-step, guidance 1", value=ratio, limit=0.05
+        )
     name = f"teacher {reference_steps}-step class agreement, guidance 1"
     yield Gate(name=name, value=_agreement(fine), limit=0.95, at_least=True)
 

@@ -25,7 +25,9 @@ def request_noise(
     return torch.from_numpy(np.stack([row_noise(seed, shape, purpose, step) for seed in seeds]))
 
 
-def sample(network: Network, plan: SamplerPlan, condition: Tensor, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def sample(
+    network: Network, plan: SamplerPlan, condition: Tensor, seeds: Sequence[int], shape: tuple[int, ...]
+) -> Tensor:
     """(B, *shape) float32 results of a plan from the noise of ``seeds``; a pipeline gives the same.
 
     condition: (B, T, D); shape: (C, h, w) of one row.

@@ -71,9 +71,10 @@ def _images(contender: Contender, recipe: Recipe) -> list[Tensor]:
 
 
 def _block(images: Tensor) -> NDArray[np.uint8]:
-    """(H, W) grey levels of (n, 1, h, w) images, CELL_COLUMNS a row, each pixel enlarged."""
-    n, _, height, width = images.shape
+    """(H, W) grey levels of (n, 1, h, w) images, CELL_COLUMNS a row with a line between, each pixel enlarged."""
     levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()[:, 0]
+    levels = np.pad(levels, ((0, 0), (0, 1), (0, 1)), constant_values=255)
+    n, height, width = levels.shape
     grid = levels.reshape(n // CELL_COLUMNS, CELL_COLUMNS, height, width).transpose(0, 2, 1, 3)
     flat = grid.reshape(n // CELL_COLUMNS * height, CELL_COLUMNS * width)
     return flat.repeat(ENLARGE, axis=0).repeat(ENLARGE, axis=1)
