@@ -41,6 +41,7 @@ def evaluate_run(run_dir: Path, recipe: Recipe, *, progress: Progress | None = N
         command=command,
         machine=machine(),
         versions=versions(),
+        weights={c.key: c.weights_sha256() for c in everyone},
         classifier_accuracy=accuracy(classifier, split_digits(digits)[1]),
         seconds=time.monotonic() - started,
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),

@@ -56,7 +56,7 @@ class Report(_Frozen):
     """Everything an evaluation found, and how it was made.
 
     seconds: of this call, with results kept from earlier ones costing nothing; timings: of each cell when it
-    was measured. classifier_accuracy: on held-out real digits.
+    was measured. classifier_accuracy: on held-out real digits. weights: sha256 of every contender's weights.
     """
 
     recipe: str
@@ -64,6 +64,7 @@ class Report(_Frozen):
     command: str
     machine: Machine
     versions: dict[str, str]
+    weights: dict[str, str]
     classifier_accuracy: float
     seconds: float
     timings: tuple[Timing, ...]

@@ -19,15 +19,10 @@ from distill_jobs.evaluate import evaluate_run
 from distill_jobs.report import Gate, Report, gates
 from distill_jobs.sampling import Network
 from engines.manifest import EvaluationRow, Measured
+from tests.numerics.conftest import EvaluatedRun
 from tests.support.tiny_run import tiny_recipe, tiny_student, write_tiny_run
 
 RECIPE = tiny_recipe((2, 1))
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    run = write_tiny_run(tmp_path_factory.mktemp("evaluated"), RECIPE)
-    return run, evaluate_run(run, RECIPE, command="test")
 
 
 def row(report: Report, model: str, steps: int, scale: float) -> EvaluationRow:
@@ -46,16 +41,16 @@ def test_the_classifier_is_accurate_and_depends_on_its_seed_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_the_classifier_is_kept_and_read_back_equal(evaluated: tuple[Path, Report]) -> None:
-    run, _ = evaluated
+def test_the_classifier_is_kept_and_read_back_equal(evaluated: EvaluatedRun) -> None:
+    run = evaluated.path
     images = Digits.load().images[:50]
     first, again = classifier_of(run, Digits.load()), classifier_of(run, Digits.load())
     assert torch.equal(first(images)[0], again(images)[0])
     assert [f.suffix for f in (run / "classifier").iterdir()] == [".safetensors"]
 
 
-def test_the_report_holds_every_contender_at_every_guidance(evaluated: tuple[Path, Report]) -> None:
-    run, report = evaluated
+def test_the_report_holds_every_contender_at_every_guidance(evaluated: EvaluatedRun) -> None:
+    run, report = evaluated.path, evaluated.report
     expected = {
         (model, steps, evaluations, scale)
         for model, steps, evaluations in [
@@ -76,16 +71,16 @@ def test_the_report_holds_every_contender_at_every_guidance(evaluated: tuple[Pat
         assert measured.spread >= 0
 
 
-def test_the_reference_is_at_no_distance_from_itself(evaluated: tuple[Path, Report]) -> None:
-    _, report = evaluated
+def test_the_reference_is_at_no_distance_from_itself(evaluated: EvaluatedRun) -> None:
+    report = evaluated.report
     assert row(report, "teacher", 16, 1.0).metrics["paired_distance"].mean == 0
     assert row(report, "student", 1, 1.0).metrics["paired_distance"].mean > 0
 
 
 def test_a_second_evaluation_measures_nothing_again(
-    evaluated: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch
+    evaluated: EvaluatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, report = evaluated
+    run, report = evaluated.path, evaluated.report
 
     def never(*_: object) -> None:
         raise AssertionError("measured again")
@@ -97,10 +92,10 @@ def test_a_second_evaluation_measures_nothing_again(
 
 
 def test_an_interrupted_evaluation_goes_on_and_a_new_student_is_measured_anew(
-    evaluated: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: EvaluatedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(evaluated[0], run)
+    shutil.copytree(evaluated.path, run)
     shutil.rmtree(run / "evaluation" / "student-2-g2-s1")
     tiny_student(99).save_pretrained(run / "students" / "d1" / "unet")
     measured: list[str] = []
@@ -114,12 +109,12 @@ def test_an_interrupted_evaluation_goes_on_and_a_new_student_is_measured_anew(
     report = evaluate_run(run, RECIPE)
     ones = [f"student-1-g{scale}-s{seed}" for scale in (1, 2) for seed in (1, 2)]
     assert sorted(measured) == sorted([*ones, "student-2-g2-s1"])
-    kept = row(evaluated[1], "student", 2, 2.0)
+    kept = row(evaluated.report, "student", 2, 2.0)
     assert row(report, "student", 2, 2.0) == kept
 
 
-def test_sheets_have_a_row_per_model_and_a_column_per_guidance(evaluated: tuple[Path, Report]) -> None:
-    run, _ = evaluated
+def test_sheets_have_a_row_per_model_and_a_column_per_guidance(evaluated: EvaluatedRun) -> None:
+    run = evaluated.path
     assert sorted(f.name for f in (run / "sheets").iterdir()) == ["steps_1.png", "steps_2.png"]
     with Image.open(run / "sheets" / "steps_1.png") as sheet:
         block_width, block_height = 5 * 9 * 6, 2 * 9 * 6
