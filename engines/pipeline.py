@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ from engines.noise import Purpose, row_noise
 from engines.sampler import Sampler, SamplerPlan
 
 Floats = NDArray[np.float32]
+
+RUNGS = (1, 2, 4, 8, 16, 32)
+"""Batch sizes to be ready for, unless told otherwise."""
 
 
 @dataclass(eq=False)
@@ -84,9 +88,7 @@ class Pipeline:
     rungs: the ladder of batch sizes that were warmed; a batch is padded up to the next rung.
     """
 
-    def __init__(
-        self, bundle: Bundle, load: Callable[[str], EngineBackend], rungs: Sequence[int] = (1, 2, 4, 8, 16, 32)
-    ) -> None:
+    def __init__(self, bundle: Bundle, load: Callable[[str], EngineBackend], rungs: Sequence[int] = RUNGS) -> None:
         self.bundle = bundle
         self.rungs = tuple(sorted(rungs))
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
@@ -162,6 +164,16 @@ class Pipeline:
         while not rows[0].done:
             self.step(rows)
         return self.decode([row.latent for row in rows])
+
+    def warm(self) -> None:
+        """Run every graph once at every rung and size, so that no request pays for a first run."""
+        prompt = self.tokenizer.known()[0]
+        for rung in self.rungs:
+            conditions = self.condition([prompt] * rung)
+            for student, size in product(self.manifest.students, self.manifest.sizes):
+                rows = [self.start(c, self.manifest.guidance.default, 0, student, size) for c in conditions]
+                self.step(rows)
+                self.decode([row.latent for row in rows])
 
     def rung(self, n: int) -> int:
         """The smallest rung that holds n rows."""

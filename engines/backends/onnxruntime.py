@@ -1,0 +1,56 @@
+"""ONNX Runtime on the CPU: float32, the reference the other backends are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from engines.backends.base import Rows
+from engines.errors import BackendError
+from engines.manifest import GraphSpec, TensorSpec
+
+
+class OnnxRuntimeBackend:
+    """One graph in an inference session.
+
+    threads: worker threads of one run; 0 takes one per core.
+    Raises: BackendError when the session cannot be made.
+    """
+
+    def __init__(self, file: Path, spec: GraphSpec, threads: int = 0) -> None:
+        self._spec = spec
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session: Any = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exception types share no base but Exception
+            raise BackendError(f"ONNX Runtime cannot load {file}: {error}") from error
+
+    @property
+    def name(self) -> str:
+        return f"onnxruntime {ort.__version__} float32"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        if self._session is None:
+            raise BackendError("this ONNX Runtime engine was closed; load it again")
+        try:
+            arrays = self._session.run(self._outputs, dict(rows))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on {self._spec.file}: {error}") from error
+        return dict(zip(self._outputs, arrays, strict=True))
+
+    def close(self) -> None:
+        self._session = None
