@@ -22,6 +22,7 @@ from distill_jobs.checkpoint import write_folder
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.contenders import Contender
 from distill_jobs.data.digits import CLASSES, class_condition
+from distill_jobs.errors import JobError
 from distill_jobs.metrics import class_agreement, frechet_distance, paired_distance
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import Network, sample
@@ -124,6 +125,8 @@ class Judge:
             classes = labels[first : first + size]
             seeds = range(first_seed + first, first_seed + first + len(classes))
             images = sample(network, plan, class_condition(classes), seeds, cell.contender.shape)
+            if not torch.isfinite(images).all():
+                raise JobError(f"{cell.key}: the network gives NaN or infinity; train it again")
             batches.append(images.clamp(-1, 1))
             advance(len(classes) * cell.contender.computed(cell.guidance_scale))
         return torch.cat(batches)

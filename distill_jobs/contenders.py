@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from distill_jobs.data.digits import NULL_CLASS, class_condition
 from distill_jobs.errors import JobError
+from distill_jobs.job import RunFolder
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import Network, guided_teacher, student_network
 from distill_jobs.student import load_stock
@@ -69,23 +70,18 @@ class Contender:
         return student_network(unet, w)
 
 
-def student_folder(run_dir: Path, steps: int) -> Path:
-    """Where a run keeps its deterministic student of ``steps`` steps."""
-    return run_dir / "students" / f"d{steps}"
-
-
 def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     """The reference first (teacher at the recipe's teacher_steps), then teacher, stage one and students.
 
     The students are those that go into the bundle. Raises: JobError naming a folder that is missing.
     """
     reference, students = recipe.evaluation.teacher_steps, sorted(recipe.export.students, reverse=True)
-    shape = latent_shape(recipe)
+    folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (
-        Contender("teacher", reference, run_dir / "teacher", shape),
-        *(Contender("teacher", n, run_dir / "teacher", shape) for n in students if n != reference),
-        Contender("stage one", reference, run_dir / "stage_one", shape),
-        *(Contender("student", n, student_folder(run_dir, n), shape) for n in students),
+        Contender("teacher", reference, folder.teacher, shape),
+        *(Contender("teacher", n, folder.teacher, shape) for n in students if n != reference),
+        Contender("stage one", reference, folder.stage_one, shape),
+        *(Contender("student", n, folder.student(n), shape) for n in students),
     )
     for contender in everyone:
         contender.weights_sha256()

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
@@ -58,19 +59,28 @@ def write_graph(
     onnx.save_model(model, str(path), save_as_external_data=external, location=f"{path.stem}.data")
 
 
-def check_parity(
-    module: nn.Module, path: Path, rows: Sequence[Tensor], batches: Sequence[int], limit: float
-) -> Parity:
-    """Run ``rows`` through the file in ``batches`` and through torch in one, and compare.
-
-    rows: one tensor an input, all of len sum(batches). limit: largest absolute difference allowed, in units
-    of the outputs. Raises: ExportError when an output is not finite or differs by more.
-    """
+def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:
+    """What torch computes, one array an output. Raises: ExportError when any of it is not finite."""
     with torch.no_grad():
         result = module.eval()(*rows)
-    expected = [t.numpy().astype(np.float64) for t in (result if isinstance(result, tuple) else (result,))]
-    if not all(np.isfinite(e).all() for e in expected):
-        raise ExportError(f"{path.stem}: the model gives NaN or infinity; it was not exported")
+    outputs = [t.numpy().astype(np.float64) for t in (result if isinstance(result, tuple) else (result,))]
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ExportError(f"{name}: the model gives NaN or infinity; it was not exported")
+    return outputs
+
+
+def check_parity(
+    expected: Sequence[NDArray[np.float64]],
+    path: Path,
+    rows: Sequence[Tensor],
+    batches: Sequence[int],
+    limit: float,
+) -> Parity:
+    """Run ``rows`` through the file in ``batches`` and compare with the reference outputs.
+
+    rows: one tensor an input, all of len sum(batches). limit: largest absolute difference allowed, in units
+    of the outputs. Raises: ExportError when an output differs by more.
+    """
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     pieces = []

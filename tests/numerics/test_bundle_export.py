@@ -14,6 +14,7 @@ from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import class_condition
 from distill_jobs.export import export_run
 from distill_jobs.onnx_export import ExportError
+from distill_jobs.report import write_report
 from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
 from engines.bundle import Bundle, verify_bundle
@@ -22,7 +23,7 @@ from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.numerics.conftest import EvaluatedRun
-from tests.support.tiny_run import tiny_recipe, tiny_student
+from tests.support.tiny_run import spoil, tiny_recipe, tiny_student
 
 RECIPE = tiny_recipe((2, 1))
 SCALES = (1.0, 1.5, 5.0, 15.0)
@@ -143,3 +144,18 @@ def test_a_run_without_its_own_evaluation_is_not_exported(run_dir: Path, tmp_pat
     with pytest.raises(ExportError, match="not evaluated"):
         export_run(run, tmp_path / "bundle", RECIPE)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_student_that_gives_nan_is_never_exported(
+    evaluated: EvaluatedRun, tmp_path: Path, bundle: Bundle
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out" / "bundle"
+    shutil.copytree(evaluated.path, run)
+    shutil.copytree(bundle.path, out)
+    spoil(run / "students" / "d2" / "unet")
+    weights = {c.key: c.weights_sha256() for c in contenders(run, RECIPE)}
+    write_report(run, evaluated.report.model_copy(update={"weights": weights}))
+    with pytest.raises(ExportError, match="step_2: the model gives NaN"):
+        export_run(run, out, RECIPE)
+    assert [folder.name for folder in out.parent.iterdir()] == ["bundle"]  # no remains
+    assert verify_bundle(out).manifest == bundle.manifest  # the older one still stands

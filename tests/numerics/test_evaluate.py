@@ -20,7 +20,7 @@ from distill_jobs.report import Gate, Report, gates
 from distill_jobs.sampling import Network
 from engines.manifest import EvaluationRow, Measured
 from tests.numerics.conftest import EvaluatedRun
-from tests.support.tiny_run import tiny_recipe, tiny_student, write_tiny_run
+from tests.support.tiny_run import spoil, tiny_recipe, tiny_student, write_tiny_run
 
 RECIPE = tiny_recipe((2, 1))
 
@@ -127,6 +127,14 @@ def test_a_missing_student_is_named(tmp_path: Path) -> None:
     shutil.rmtree(run / "students" / "d1")
     with pytest.raises(JobError, match=r"d1 holds no trained student"):
         contenders(run, RECIPE)
+
+
+def test_a_student_that_gives_nan_is_named(evaluated: EvaluatedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated.path, run)
+    spoil(run / "students" / "d1" / "unet")
+    with pytest.raises(JobError, match="student-1-g1-s1: the network gives NaN"):
+        evaluate_run(run, RECIPE)
 
 
 def quality(model: str, steps: int, scale: float, distance: float, agreement: float) -> EvaluationRow:

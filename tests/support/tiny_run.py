@@ -67,3 +67,11 @@ def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
         student = tiny_student(2 + halving.steps)
         save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip)
     return folder
+
+
+def spoil(unet_folder: Path) -> None:
+    """Put a NaN into saved weights."""
+    unet = UNet2DConditionModel.from_pretrained(unet_folder)
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(float("nan"))
+    unet.save_pretrained(unet_folder)
