@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,9 @@ from rich.progress import (
 )
 
 from distill_jobs.errors import JobError
-from distill_jobs.job import run_job
+from distill_jobs.evaluate import evaluate_run
+from distill_jobs.export import export_run
+from distill_jobs.job import RunFolder, run_job, stored_recipe
 from distill_jobs.recipe import read_recipe
 from engines.errors import HalfstepError
 
@@ -53,6 +56,39 @@ def run(
         read = read_recipe(recipe, overrides)
         folder = run_job(read, out or Path("runs") / read.name, resume=resume, progress=progress)
         progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Use torch.compile.  [default: where a C++ compiler is found]"),
+    ] = None,
+) -> None:
+    """Measure a trained run: Fréchet distance, class agreement and paired distance, teacher's rows included.
+
+    Writes report.json, report.md and sheets/*.png into the run folder. Interrupted, it goes on where it stopped.
+    """
+    with _one_sentence_errors(), _progress() as progress:
+        recipe = stored_recipe(RunFolder(run_dir))
+        command = f"python -m distill_jobs evaluate {run_dir}"
+        use = shutil.which("c++") is not None if compiled is None else compiled
+        report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use)
+        progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    bundle: Annotated[
+        Path, typer.Argument(help="Folder to write the bundle to; an older bundle there is replaced.")
+    ],
+) -> None:
+    """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
+    with _one_sentence_errors(), _progress() as progress:
+        written = export_run(run_dir, bundle, stored_recipe(RunFolder(run_dir)), progress=progress)
+        progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
 
 
 @contextmanager

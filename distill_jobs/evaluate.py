@@ -20,10 +20,13 @@ from distill_jobs.sheets import write_sheets
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 
-def evaluate_run(run_dir: Path, recipe: Recipe, *, progress: Progress | None = None, command: str = "") -> Report:
+def evaluate_run(
+    run_dir: Path, recipe: Recipe, *, progress: Progress | None = None, command: str = "", compiled: bool = False
+) -> Report:
     """Measure a finished run and write report.json, report.md and sheets/ into it.
 
     progress: a started display to add a task to, or None. command: how the report says it was made.
+    compiled: run the networks through torch.compile, twice as fast on a CPU; needs a C++ compiler.
     An interrupted evaluation goes on where it stopped. Raises: JobError when a network is missing.
     """
     everyone = contenders(run_dir, recipe)
@@ -33,7 +36,7 @@ def evaluate_run(run_dir: Path, recipe: Recipe, *, progress: Progress | None = N
         real, _ = classifier(digits.images)
     judge = Judge(run_dir / "evaluation", recipe, classifier, real, reference=everyone[0])
     started = time.monotonic()
-    results = _measure_all(judge, everyone, progress or Progress(disable=True))
+    results = _measure_all(judge, everyone, progress or Progress(disable=True), compiled)
     rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in settings.guidance_scales)
     report = Report(
         recipe=recipe.name,
@@ -53,7 +56,9 @@ def evaluate_run(run_dir: Path, recipe: Recipe, *, progress: Progress | None = N
     return report
 
 
-def _measure_all(judge: Judge, everyone: Sequence[Contender], progress: Progress) -> dict[Cell, CellResult]:
+def _measure_all(
+    judge: Judge, everyone: Sequence[Contender], progress: Progress, compiled: bool
+) -> dict[Cell, CellResult]:
     """Every cell's result; one network is in memory at a time, the reference's cells come first."""
     settings = judge.recipe.evaluation
     results: dict[Cell, CellResult] = {}
@@ -69,6 +74,8 @@ def _measure_all(judge: Judge, everyone: Sequence[Contender], progress: Progress
     for contender in everyone:
         own = [cell for cell in waiting if cell.contender == contender]
         unet = contender.load() if own else None
+        if compiled and unet is not None:
+            unet.compile(dynamic=False)
         for cell in own:
             progress.update(task, description=cell.key)
             network = contender.network(unet, cell.guidance_scale)
