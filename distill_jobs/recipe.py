@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class StageTwoSection(Section):
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:
         steps = [h.steps for h in self.halvings]
-        if any(a != 2 * b for a, b in zip(steps, steps[1:], strict=False)):
+        if any(a != 2 * b for a, b in pairwise(steps)):
             raise ValueError("halvings must halve: each steps value is half of the one before")
         if self.sampler != "deterministic":
             raise ValueError("only the deterministic chain can be trained so far; leave sampler out")

@@ -25,7 +25,9 @@ def guidance_embedding(w: Tensor) -> Tensor:
     Equals LatentConsistencyModelPipeline.get_guidance_scale_embedding: w·1000, [sin, cos].
     """
     half = GUIDANCE_WIDTH // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10_000.0) / (half - 1)))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10_000.0) / (half - 1))
+    )
     angles = (w.to(torch.float32) * 1000.0)[:, None] * frequencies[None, :]
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
@@ -55,7 +57,9 @@ def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 def predict(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Tensor, w: Tensor | None = None) -> Tensor:
     """Network output, shaped as x_t: (B, C, h, w). timestep: (B,); condition: (B, T, D); w: (B,) for students."""
     embedding = None if w is None else guidance_embedding(w)
-    out: Tensor = unet(x_t, timestep, encoder_hidden_states=condition, timestep_cond=embedding, return_dict=False)[0]
+    out: Tensor = unet(x_t, timestep, encoder_hidden_states=condition, timestep_cond=embedding, return_dict=False)[
+        0
+    ]
     return out.to(torch.float32)
 
 

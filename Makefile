@@ -1,0 +1,58 @@
+# make serve · make test · make distill RECIPE=digits · make prove · make setup. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+SERVE_VENV := .venv-serve
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+# On a machine without a GPU, point pip at a CPU build of torch to save gigabytes.
+TORCH ?= torch==2.13.0
+HOST ?= 127.0.0.1
+PORT ?= 8000
+RECIPE ?= digits
+OUT ?= runs/$(RECIPE)
+
+.PHONY: help setup serve test lint prove distill clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make setup      a .venv with everything: training, engines, server, tests
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) "$(TORCH)"
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e '.[distill,onnxruntime,dev]'
+	@touch $@
+
+$(SERVE_VENV)/.ready: pyproject.toml
+	@echo "Setting up $(SERVE_VENV) (no torch; once, about a minute) …"
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/pip install $(PIP_FLAGS) -e .
+	@touch $@
+
+## make serve      serve the embedded model and its playground  [PORT=8000 HOST=127.0.0.1]
+serve: $(SERVE_VENV)/.ready
+	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
+
+## make test       what CI runs: linters, types, import rules, every test
+test: setup lint
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+## make distill    train, evaluate and export a recipe  [RECIPE=digits OUT=runs/digits]
+distill: setup
+	$(VENV)/bin/python -m distill_jobs run $(RECIPE) --out $(OUT) --resume
+	$(VENV)/bin/python -m distill_jobs evaluate $(OUT)
+	$(VENV)/bin/python -m distill_jobs export $(OUT) $(OUT)/bundle
+
+## make prove      the long proofs: benchmarks into docs/benchmarks.md
+prove: setup
+	$(VENV)/bin/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) $(SERVE_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

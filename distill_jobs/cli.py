@@ -1,0 +1,112 @@
+"""``python -m distill_jobs``: run, evaluate, export."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from distill_jobs.errors import JobError
+from distill_jobs.evaluate import evaluate_run
+from distill_jobs.export import export_run
+from distill_jobs.job import RunFolder, run_job, stored_recipe
+from distill_jobs.recipe import read_recipe
+from engines.errors import HalfstepError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+errors = Console(stderr=True)
+
+RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder made by the run command.")]
+
+
+@app.callback()
+def main() -> None:
+    """Distil a classifier-free-guided diffusion model to a few steps, guidance kept as an input."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one: digits.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/NAME]")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. teacher.updates=100."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+) -> None:
+    """Train teacher, stage one and every halving, resumably, into a run folder.
+
+    Exit codes: 1 error, 2 wrong or changed recipe, 3 folder in use, 4 stopped by a signal after a checkpoint,
+    5 training diverged or missed a gate.
+    """
+    with _one_sentence_errors(), _progress() as progress:
+        read = read_recipe(recipe, overrides)
+        folder = run_job(read, out or Path("runs") / read.name, resume=resume, progress=progress)
+        progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Use torch.compile.  [default: where a C++ compiler is found]"),
+    ] = None,
+) -> None:
+    """Measure a trained run: Fréchet distance, class agreement and paired distance, teacher's rows included.
+
+    Writes report.json, report.md and sheets/*.png into the run folder. Interrupted, it goes on where it stopped.
+    """
+    with _one_sentence_errors(), _progress() as progress:
+        recipe = stored_recipe(RunFolder(run_dir))
+        command = f"python -m distill_jobs evaluate {run_dir}"
+        use = shutil.which("c++") is not None if compiled is None else compiled
+        report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use)
+        progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    bundle: Annotated[
+        Path, typer.Argument(help="Folder to write the bundle to; an older bundle there is replaced.")
+    ],
+) -> None:
+    """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
+    with _one_sentence_errors(), _progress() as progress:
+        written = export_run(run_dir, bundle, stored_recipe(RunFolder(run_dir)), progress=progress)
+        progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
+
+
+@contextmanager
+def _one_sentence_errors() -> Iterator[None]:
+    try:
+        yield
+    except HalfstepError as error:
+        errors.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(error.exit_code if isinstance(error, JobError) else 1) from None
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,95 @@
+"""Quality of a finished run: every contender × guidance × seed, into a report with its tables and sheets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from distill_jobs.cells import METRICS, Cell, CellResult, Judge
+from distill_jobs.classifier import accuracy, classifier_of, split_digits
+from distill_jobs.contenders import Contender, contenders
+from distill_jobs.data.digits import Digits
+from distill_jobs.metrics import FRECHET_NAME
+from distill_jobs.recipe import Recipe
+from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
+from distill_jobs.sheets import write_sheets
+from engines.manifest import Evaluation, EvaluationRow, Measured
+
+
+def evaluate_run(
+    run_dir: Path, recipe: Recipe, *, progress: Progress | None = None, command: str = "", compiled: bool = False
+) -> Report:
+    """Measure a finished run and write report.json, report.md and sheets/ into it.
+
+    progress: a started display to add a task to, or None. command: how the report says it was made.
+    compiled: run the networks through torch.compile, twice as fast on a CPU; needs a C++ compiler.
+    An interrupted evaluation goes on where it stopped. Raises: JobError when a network is missing.
+    """
+    everyone = contenders(run_dir, recipe)
+    digits, settings = Digits.load(), recipe.evaluation
+    classifier = classifier_of(run_dir, digits)
+    with torch.inference_mode():
+        real, _ = classifier(digits.images)
+    judge = Judge(run_dir / "evaluation", recipe, classifier, real, reference=everyone[0])
+    started = time.monotonic()
+    results = _measure_all(judge, everyone, progress or Progress(disable=True), compiled)
+    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in settings.guidance_scales)
+    report = Report(
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256(),
+        command=command,
+        machine=machine(),
+        versions=versions(),
+        weights={c.key: c.weights_sha256() for c in everyone},
+        classifier_accuracy=accuracy(classifier, split_digits(digits)[1]),
+        seconds=time.monotonic() - started,
+        timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
+        evaluation=Evaluation(metric=FRECHET_NAME, samples=settings.samples, seeds=settings.seeds, rows=rows),
+        gates=gates(rows, settings.teacher_steps),
+    )
+    write_sheets(run_dir / "sheets", recipe, everyone)
+    write_report(run_dir, report)
+    return report
+
+
+def _measure_all(
+    judge: Judge, everyone: Sequence[Contender], progress: Progress, compiled: bool
+) -> dict[Cell, CellResult]:
+    """Every cell's result; one network is in memory at a time, the reference's cells come first."""
+    settings = judge.recipe.evaluation
+    results: dict[Cell, CellResult] = {}
+    waiting: list[Cell] = []
+    for contender in everyone:
+        for cell in (Cell(contender, g, seed) for g in settings.guidance_scales for seed in settings.seeds):
+            if (result := judge.known(cell)) is None:
+                waiting.append(cell)
+            else:
+                results[cell] = result
+    work = settings.samples * sum(cell.contender.computed(cell.guidance_scale) for cell in waiting)
+    task = progress.add_task("evaluate", total=work, loss="")
+    for contender in everyone:
+        own = [cell for cell in waiting if cell.contender == contender]
+        unet = contender.load() if own else None
+        if compiled and unet is not None:
+            unet.compile(dynamic=False)
+        for cell in own:
+            progress.update(task, description=cell.key)
+            network = contender.network(unet, cell.guidance_scale)
+            results[cell] = judge.measure(cell, network, lambda done: progress.advance(task, done))
+    return results
+
+
+def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell, CellResult]) -> EvaluationRow:
+    per_seed = [results[Cell(contender, scale, seed)].metrics for seed in recipe.evaluation.seeds]
+    values = {name: [metrics[name] for metrics in per_seed] for name in METRICS}
+    return EvaluationRow(
+        model=contender.role,
+        steps=contender.steps,
+        evaluations=contender.evaluations,
+        guidance_scale=scale,
+        metrics={n: Measured(mean=sum(v) / len(v), spread=max(v) - min(v)) for n, v in values.items()},
+    )

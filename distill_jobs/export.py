@@ -1,0 +1,194 @@
+"""A finished, evaluated run to a bundle: graphs checked against torch, tables, licences, one manifest."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from distill_jobs.contenders import STUDENT, Contender, contenders, latent_shape
+from distill_jobs.data.digits import CLASSES, LICENCE, NAMES, WIDTH, class_condition
+from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
+from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
+from distill_jobs.recipe import Recipe
+from distill_jobs.report import JSON_NAME, Report
+from engines.bundle import Bundle, file_records, write_bundle
+from engines.condition import LabelClass, LabelVocabulary
+from engines.guidance import weight_from_scale
+from engines.manifest import (
+    CONDITION_GRAPH,
+    DECODE_GRAPH,
+    BundleManifest,
+    ConditionSpec,
+    GraphSpec,
+    GuidanceRange,
+    Latent,
+    Licences,
+    RecipeRecord,
+    Size,
+    StudentSpec,
+    TensorSpec,
+)
+from engines.sampler import SamplerPlan
+
+TOKENIZER_FILE = "tokenizer.json"
+STEP_LIMIT = 1e-4
+DECODE_LIMIT = 1.0  # grey levels
+PARITY_BATCHES = (1, 3, 8, 20)
+PHRASES = (
+    *("{}", "a {}", "an {}", "the {}", "digit {}", "a digit {}", "the digit {}", "number {}", "the number {}"),
+    *("handwritten {}", "a handwritten {}", "handwritten digit {}", "a handwritten digit {}"),
+    *("the handwritten digit {}", "a handwritten number {}", "a picture of {}", "a picture of a {}"),
+    *("a picture of the digit {}", "an image of {}", "an image of the digit {}", "a drawing of {}"),
+)
+
+
+def export_run(run_dir: Path, bundle_dir: Path, recipe: Recipe, *, progress: Progress | None = None) -> Bundle:
+    """Write the recipe's export.students and their evaluation as a bundle, replacing one at ``bundle_dir``.
+
+    Nothing is written there unless every graph agrees with torch. Raises: ExportError when one does not, gives
+    NaN, or the run has no evaluation of these weights; JobError when a network is missing.
+    """
+    everyone = contenders(run_dir, recipe)
+    report = _report(run_dir, recipe, everyone)
+    students = [c for c in everyone if c.role == STUDENT and c.steps in recipe.export.students]
+    display = progress or Progress(disable=True)
+    task = display.add_task("export", total=len(students) + 2, loss="")
+    staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        graphs = _write_graphs(staging, recipe, students, lambda: display.advance(task))
+        (staging / TOKENIZER_FILE).write_text(vocabulary().model_dump_json(indent=1), encoding="utf-8")
+        return write_bundle(staging, bundle_dir, _manifest(staging, recipe, report, students, graphs))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def vocabulary() -> LabelVocabulary:
+    """The prompts a digits model knows."""
+    classes = tuple(LabelClass(name=name, aliases=(str(i),)) for i, name in enumerate(NAMES))
+    return LabelVocabulary(classes=classes, templates=PHRASES)
+
+
+def parity_rows(plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, int, int], rows: int) -> list[Tensor]:
+    """Random inputs of a step graph, in its order: the plan's steps in turn, w over the whole range.
+
+    Every second row is inpainted under a random mask.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn((rows, *shape), generator=generator)
+
+    steps = [plan.steps[i % len(plan)] for i in range(rows)]
+    low, high = weight_from_scale(guidance.min), weight_from_scale(guidance.max)
+    mask = torch.randint(0, 2, (rows, 1, *shape[1:]), generator=generator).float()
+    mask[::2] = 1
+    return [
+        normal(),
+        torch.tensor([float(step.timestep) for step in steps]),
+        torch.linspace(low, high, rows)[torch.randperm(rows, generator=generator)],
+        class_condition(torch.arange(rows) % CLASSES),
+        torch.stack([torch.from_numpy(step.row()) for step in steps]),
+        normal(),
+        normal(),
+        mask,
+    ]
+
+
+def write_checked(
+    module: nn.Module,
+    rows: list[Tensor],
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    path: Path,
+    limit: float,
+) -> GraphSpec:
+    """One graph on disk and its description. rows: sum(PARITY_BATCHES) of them; limit: of absolute error."""
+    expected = reference_outputs(module, rows, path.stem)
+    write_graph(module, [tensor[:2] for tensor in rows], inputs, outputs, path)
+    parity = check_parity(expected, path, rows, PARITY_BATCHES, limit)
+    return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity)
+
+
+def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> Report:
+    """The evaluation of exactly these weights."""
+    if not (run_dir / JSON_NAME).is_file():
+        raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
+    report = Report.read(run_dir)
+    weights = {contender.key: contender.weights_sha256() for contender in everyone}
+    if report.weights != weights or report.recipe_sha256 != recipe.sha256():
+        raise ExportError(
+            f"the evaluation in {run_dir} is of other weights; run again: python -m distill_jobs evaluate {run_dir}"
+        )
+    return report
+
+
+def _write_graphs(
+    folder: Path, recipe: Recipe, students: list[Contender], advance: Callable[[], None]
+) -> dict[str, GraphSpec]:
+    channels, height, width = shape = latent_shape(recipe)
+    count = sum(PARITY_BATCHES)
+    tokens, images = torch.arange(count)[:, None] % CLASSES, parity_latents(count, shape)
+    condition, decode = ConditionGraph(WIDTH), DecodeGraph(channels, recipe.export.upscale)
+    at, size = folder / f"{CONDITION_GRAPH}.onnx", (height, width)
+    graphs = {CONDITION_GRAPH: write_checked(condition, [tokens], condition.inputs(), condition.outputs(), at, 0.0)}
+    advance()
+    at = folder / f"{DECODE_GRAPH}.onnx"
+    graphs[DECODE_GRAPH] = write_checked(
+        decode, [images], decode.inputs(*size), decode.outputs(*size), at, DECODE_LIMIT
+    )
+    advance()
+    for student in students:
+        step = StepGraph(student.load())
+        rows = parity_rows(student.plan(recipe), recipe.guidance, shape, count)
+        at = folder / f"{_graph(student)}.onnx"
+        graphs[_graph(student)] = write_checked(
+            step, rows, step.inputs(*size, tokens=1), step.outputs(*size), at, STEP_LIMIT
+        )
+        advance()
+    return graphs
+
+
+def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:
+    """(rows, C, h, w) latents that reach beyond -1 … 1, for the decode graph."""
+    return torch.randn((rows, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def _graph(student: Contender) -> str:
+    return f"step_{student.steps}"
+
+
+def _manifest(
+    folder: Path, recipe: Recipe, report: Report, students: list[Contender], graphs: dict[str, GraphSpec]
+) -> BundleManifest:
+    channels, height, width = latent_shape(recipe)
+    scale = recipe.export.upscale
+    return BundleManifest(
+        name=recipe.export.name,
+        description=recipe.export.description,
+        created=int(time.time()),
+        tasks=("text_to_image", "edit", "inpaint"),
+        prediction_type="v_prediction",
+        schedule=recipe.schedule,
+        clip=recipe.clip,
+        guidance=recipe.guidance,
+        latent=Latent(channels=channels),
+        sizes=(Size(width=width * scale, height=height * scale, latent_width=width, latent_height=height),),
+        condition=ConditionSpec(kind="labels", tokenizer=TOKENIZER_FILE, tokens=1, width=WIDTH),
+        graphs=graphs,
+        students=tuple(
+            StudentSpec(steps=s.steps, graph=_graph(s), timesteps=s.plan(recipe).timesteps) for s in students
+        ),
+        default_steps=recipe.export.default_steps,
+        evaluation=report.evaluation,
+        recipe=RecipeRecord(name=recipe.name, sha256=recipe.sha256(), text=recipe.to_yaml()),
+        licences=Licences(teacher="Apache-2.0 (trained from scratch by this recipe)", data=LICENCE),
+        files=file_records(folder),
+    )

@@ -1,0 +1,132 @@
+"""What a bundle's ONNX files compute, as torch modules: the condition, one denoising step, the decode.
+
+A row is one image in the making; all tensors share the batch axis B. Names and order of the inputs are those
+of ``engines.manifest``. Everything outside the network body stays float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from distill_jobs.student import predict
+from engines.manifest import (
+    CLEAN_ESTIMATE,
+    COEFFICIENTS,
+    CONDITION,
+    GUIDANCE,
+    IMAGE,
+    KNOWN,
+    LATENT,
+    MASK,
+    NEXT_LATENT,
+    NOISE,
+    TIMESTEP,
+    TOKENS,
+    TensorSpec,
+)
+from engines.sampler import COEFFICIENT_NAMES
+
+
+class StepGraph(nn.Module):
+    """One denoising step of a student: network, clean estimate, affine update and inpainting blend.
+
+    The formulas are those of ``engines.sampler``; the student gives v (or whatever the coefficients' p and q
+    were made for).
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        guidance: Tensor,
+        condition: Tensor,
+        coefficients: Tensor,
+        noise: Tensor,
+        known: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(next latent, clean estimate), both (B, C, h, w).
+
+        latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
+        condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated.
+        """
+        out = predict(self.unet, latent, timestep, condition, guidance)
+        p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
+        clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
+        update = a * latent + b * clean + d * out + c * noise
+        return mask * update + (1 - mask) * (e * known + f * noise), clean
+
+    def inputs(self, height: int, width: int, tokens: int) -> tuple[TensorSpec, ...]:
+        """Specs of ``forward``'s arguments for latents of height × width."""
+        latent = (-1, self.unet.config.in_channels, height, width)
+        shapes = {
+            LATENT: latent,
+            TIMESTEP: (-1,),
+            GUIDANCE: (-1,),
+            CONDITION: (-1, tokens, self.unet.config.cross_attention_dim),
+            COEFFICIENTS: (-1, len(COEFFICIENT_NAMES)),
+            NOISE: latent,
+            KNOWN: latent,
+            MASK: (-1, 1, height, width),
+        }
+        return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+
+    def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
+        """Specs of what ``forward`` returns."""
+        shape = (-1, self.unet.config.in_channels, height, width)
+        return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name in (NEXT_LATENT, CLEAN_ESTIMATE))
+
+
+class ConditionGraph(nn.Module):
+    """Class index to the one-token condition of a class-conditional student."""
+
+    classes: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("classes", torch.arange(width), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) one-hot float32 of tokens: (B, T) int64."""
+        return (tokens[:, :, None] == self.classes).to(torch.float32)
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name=TOKENS, dtype="int64", shape=(-1, 1)),)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name=CONDITION, dtype="float32", shape=(-1, 1, len(self.classes))),)
+
+
+class DecodeGraph(nn.Module):
+    """Pixel-space latents to images: no VAE, an integer enlargement by repeating pixels.
+
+    Grey latents (one channel) become RGB.
+    """
+
+    def __init__(self, channels: int, enlarge: int) -> None:
+        super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"a pixel-space image has 1 or 3 channels, not {channels}")
+        self.channels = channels
+        self.enlarge = enlarge
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 images of latent: (B, C, h, w) in -1 … 1; H = h·enlarge."""
+        levels = ((latent.clamp(-1, 1) + 1) * 127.5).round()
+        batch, _, height, width = latent.shape
+        k = self.enlarge
+        rgb = levels.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(batch, height, k, width, k, 3)
+        return rgb.reshape(batch, height * k, width * k, 3).to(torch.uint8)
+
+    def inputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name=LATENT, dtype="float32", shape=(-1, self.channels, height, width)),)
+
+    def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
+        shape = (-1, height * self.enlarge, width * self.enlarge, 3)
+        return (TensorSpec(name=IMAGE, dtype="uint8", shape=shape),)

@@ -1,0 +1,116 @@
+"""A torch module to one clean ONNX file, and the proof that the file computes what the module does."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from distill_jobs.errors import JobError
+from engines.manifest import Parity, TensorSpec
+
+OPSET = 21
+INLINE_LIMIT_BYTES = 1 << 30
+"""Graphs above this keep their weights in a .data file beside them: protobuf ends at 2 GiB."""
+
+
+class ExportError(JobError):
+    """A model cannot become a graph, or the graph does not compute what the model does."""
+
+
+def write_graph(
+    module: nn.Module,
+    example: Sequence[Tensor],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    path: Path,
+) -> None:
+    """Trace ``module`` with a dynamic batch axis and write it to ``path``.
+
+    example: one tensor an input, batch at least 2 (a batch of 1 would be taken for a constant).
+    """
+    if any(len(tensor) < 2 for tensor in example):
+        raise ValueError("trace with a batch of at least 2")
+    batch = torch.export.Dim.AUTO  # diffusers branches on batch >= 64 (contiguity only), which a named Dim rejects
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists optional packages we do not use
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", (UserWarning, FutureWarning))  # the exporter's own, about its internals
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(example),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in inputs],
+            output_names=[spec.name for spec in outputs],
+            dynamic_shapes=tuple({0: batch} for _ in example),
+            verbose=False,
+        )
+    assert program is not None
+    model = _without_notes(program.model_proto)
+    external = model.ByteSize() > INLINE_LIMIT_BYTES
+    onnx.save_model(model, str(path), save_as_external_data=external, location=f"{path.stem}.data")
+
+
+def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:
+    """What torch computes, one array an output. Raises: ExportError when any of it is not finite."""
+    with torch.no_grad():
+        result = module.eval()(*rows)
+    outputs = [t.numpy().astype(np.float64) for t in (result if isinstance(result, tuple) else (result,))]
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ExportError(f"{name}: the model gives NaN or infinity; it was not exported")
+    return outputs
+
+
+def check_parity(
+    expected: Sequence[NDArray[np.float64]],
+    path: Path,
+    rows: Sequence[Tensor],
+    batches: Sequence[int],
+    limit: float,
+) -> Parity:
+    """Run ``rows`` through the file in ``batches`` and compare with the reference outputs.
+
+    rows: one tensor an input, all of len sum(batches). limit: largest absolute difference allowed, in units
+    of the outputs. Raises: ExportError when an output differs by more.
+    """
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    pieces = []
+    for first, size in zip(np.cumsum([0, *batches]), batches, strict=False):
+        feed = {name: t[first : first + size].numpy() for name, t in zip(names, rows, strict=True)}
+        pieces.append(session.run(None, feed))
+    differences = [
+        np.abs(np.concatenate(got).astype(np.float64) - want)
+        for got, want in zip(zip(*pieces, strict=True), expected, strict=True)
+    ]
+    largest = max(float(d.max()) for d in differences)
+    if not largest <= limit:
+        raise ExportError(
+            f"{path.stem}: the exported graph differs from torch by {largest:.2g}, more than {limit:.2g}"
+        )
+    return Parity(
+        reference=f"torch {torch.__version__.split('+')[0]} float32",
+        max_abs_error=largest,
+        mean_abs_error=float(np.mean([d.mean() for d in differences])),
+        rows=sum(batches),
+    )
+
+
+def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without the exporter's notes: stack traces with local paths, module names, inferred shapes."""
+    graph = model.graph
+    del graph.value_info[:]
+    holders = [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]
+    for holder in holders:
+        holder.ClearField("doc_string")
+        holder.ClearField("metadata_props")
+    model.ClearField("producer_version")
+    return model

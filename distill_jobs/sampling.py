@@ -1,0 +1,70 @@
+"""Images from a network and a plan in torch: the loop that evaluation shares with the engines' rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from distill_jobs.student import predict
+from engines.guidance import combine
+from engines.noise import Purpose, row_noise
+from engines.sampler import SamplerPlan
+
+Network = Callable[[Tensor, int, Tensor], Tensor]
+"""(x_t (B, C, h, w), timestep, condition (B, T, D)) to the v-prediction, shaped as x_t."""
+
+
+def request_noise(
+    seeds: Sequence[int], shape: tuple[int, ...], purpose: Purpose = Purpose.INITIAL, step: int = 0
+) -> Tensor:
+    """(B, *shape) noise, row i being what a request with seeds[i] draws."""
+    return torch.from_numpy(np.stack([row_noise(seed, shape, purpose, step) for seed in seeds]))
+
+
+def sample(
+    network: Network, plan: SamplerPlan, condition: Tensor, seeds: Sequence[int], shape: tuple[int, ...]
+) -> Tensor:
+    """(B, *shape) float32 results of a plan from the noise of ``seeds``; a pipeline gives the same.
+
+    condition: (B, T, D); shape: (C, h, w) of one row.
+    """
+    x_t = request_noise(seeds, shape)
+    with torch.inference_mode():
+        for position, step in enumerate(plan):
+            noise = request_noise(seeds, shape, Purpose.STEP, position) if step.stochastic else 0.0
+            x_t, _ = step.apply(x_t, network(x_t, step.timestep, condition), noise)
+    return x_t
+
+
+def student_network(student: UNet2DConditionModel, w: float) -> Network:
+    """A student at guidance weight w: one evaluation a step."""
+
+    def network(x_t: Tensor, timestep: int, condition: Tensor) -> Tensor:
+        weights = torch.full((len(x_t),), w)
+        return predict(student, x_t, _timesteps(x_t, timestep), condition, weights)
+
+    return network
+
+
+def guided_teacher(teacher: UNet2DConditionModel, null: Tensor, w: float) -> Network:
+    """A teacher with classifier-free guidance: two evaluations a step, the second spared where w is 0.
+
+    null: (1, T, D) empty condition.
+    """
+
+    def network(x_t: Tensor, timestep: int, condition: Tensor) -> Tensor:
+        at = _timesteps(x_t, timestep)
+        conditional = predict(teacher, x_t, at, condition)
+        if w == 0:
+            return conditional
+        return torch.as_tensor(combine(conditional, predict(teacher, x_t, at, null.expand_as(condition)), w))
+
+    return network
+
+
+def _timesteps(x_t: Tensor, timestep: int) -> Tensor:
+    return torch.full((len(x_t),), float(timestep))

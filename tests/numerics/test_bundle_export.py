@@ -1,0 +1,161 @@
+"""A whole run to a bundle: the pipeline, the trainer's sampler and stock diffusers draw the same images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from distill_jobs.contenders import contenders
+from distill_jobs.data.digits import class_condition
+from distill_jobs.export import export_run
+from distill_jobs.onnx_export import ExportError
+from distill_jobs.report import write_report
+from distill_jobs.sampling import request_noise, sample
+from distill_jobs.student import guidance_embedding
+from engines.bundle import Bundle, verify_bundle
+from engines.errors import RequestError
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
+from tests.numerics.conftest import EvaluatedRun
+from tests.support.tiny_run import spoil, tiny_recipe, tiny_student
+
+RECIPE = tiny_recipe((2, 1))
+SCALES = (1.0, 1.5, 5.0, 15.0)
+SEEDS = (0, 7, 2**53 - 1, 3)
+LABELS = torch.tensor([3, 1, 4, 9])
+
+
+@pytest.fixture(scope="module")
+def run_dir(evaluated: EvaluatedRun) -> Path:
+    return evaluated.path
+
+
+@pytest.fixture(scope="module")
+def bundle(run_dir: Path) -> Bundle:
+    return export_run(run_dir, run_dir.parent / "bundle", RECIPE)
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Bundle) -> Pipeline:
+    return open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
+
+
+def pipeline_latents(pipeline: Pipeline, steps: int) -> np.ndarray:
+    """Results of rows of different guidance and seed that share every batch."""
+    student = pipeline.student(steps)
+    conditions = pipeline.condition([f"the digit {int(label)}" for label in LABELS])
+    rows = [pipeline.start(c, g, s, student) for c, g, s in zip(conditions, SCALES, SEEDS, strict=True)]
+    while not rows[0].done:
+        pipeline.step(rows)
+    return np.stack([row.latent for row in rows])
+
+
+def test_the_bundle_verifies_and_describes_the_run(bundle: Bundle) -> None:
+    manifest = verify_bundle(bundle.path).manifest
+    assert manifest == bundle.manifest
+    assert set(manifest.graphs) == {CONDITION_GRAPH, DECODE_GRAPH, "step_2", "step_1"}
+    assert [(s.steps, s.sampler, s.timesteps) for s in manifest.students] == [
+        (2, "deterministic", (999, 499)),
+        (1, "deterministic", (999,)),
+    ]
+    assert manifest.recipe.text == RECIPE.to_yaml()
+    assert manifest.recipe.sha256 == RECIPE.sha256()
+    assert "CC BY 4.0" in manifest.licences.data
+    assert {row.model for row in manifest.evaluation.rows} == {"teacher", "stage one", "student"}
+    assert all(graph.parity.max_abs_error <= 1e-4 for graph in manifest.graphs.values())
+    assert str(manifest.sizes[0]) == "64x64"
+
+
+@pytest.mark.parametrize("prompt", ["3", "three", "A three.", "the digit 3", "a handwritten digit three"])
+def test_prompts_name_digits(pipeline: Pipeline, prompt: str) -> None:
+    np.testing.assert_array_equal(pipeline.condition([prompt])[0], class_condition(torch.tensor([3]))[0].numpy())
+
+
+def test_unknown_prompts_are_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="zero, one"):
+        pipeline.condition(["a cat"])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_pipeline_equals_the_trainers_sampler(pipeline: Pipeline, run_dir: Path, steps: int) -> None:
+    (student,) = (c for c in contenders(run_dir, RECIPE) if (c.role, c.steps) == ("student", steps))
+    unet = student.load()
+    got = pipeline_latents(pipeline, steps)
+    for i, (scale, seed) in enumerate(zip(SCALES, SEEDS, strict=True)):
+        condition = class_condition(LABELS[i : i + 1])
+        expected = sample(student.network(unet, scale), student.plan(RECIPE), condition, [seed], student.shape)
+        np.testing.assert_allclose(got[i], expected[0].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_pipeline_equals_stock_diffusers(pipeline: Pipeline, run_dir: Path, steps: int) -> None:
+    got = pipeline_latents(pipeline, steps)
+    np.testing.assert_allclose(got, stock_samples(run_dir / "students" / f"d{steps}", steps), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_our_sampler_equals_stock_diffusers_at_every_exported_step_count(tiny_run: Path, steps: int) -> None:
+    recipe = tiny_recipe()
+    (student,) = (c for c in contenders(tiny_run, recipe) if (c.role, c.steps) == ("student", steps))
+    unet = student.load()
+    ours = [
+        sample(
+            student.network(unet, scale), student.plan(recipe), class_condition(label[None]), [seed], student.shape
+        )
+        for scale, seed, label in zip(SCALES, SEEDS, LABELS, strict=True)
+    ]
+    np.testing.assert_allclose(torch.cat(ours).numpy(), stock_samples(student.folder, steps), rtol=0, atol=1e-4)
+
+
+def stock_samples(folder: Path, steps: int) -> np.ndarray:
+    """What diffusers alone makes of a student folder."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(steps)
+    embedding = guidance_embedding(torch.tensor([scale - 1 for scale in SCALES]))
+    x, condition = request_noise(SEEDS, (1, 8, 8)), class_condition(LABELS)
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            out = unet(x, t, encoder_hidden_states=condition, timestep_cond=embedding).sample
+            x = scheduler.step(out, t, x).prev_sample
+    return x.numpy()
+
+
+def test_images_are_the_decoded_latents(pipeline: Pipeline) -> None:
+    latents = pipeline_latents(pipeline, 2)
+    images = pipeline.decode(list(latents))
+    levels = np.rint((latents.clip(-1, 1) + 1) * 127.5)[:, 0]
+    assert np.abs(images[:, ::8, ::8, 0] - levels).max() <= 1
+
+
+def test_a_run_without_its_own_evaluation_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    tiny_student(50).save_pretrained(run / "students" / "d2" / "unet")
+    with pytest.raises(ExportError, match="other weights"):
+        export_run(run, tmp_path / "bundle", RECIPE)
+    (run / "report.json").unlink()
+    with pytest.raises(ExportError, match="not evaluated"):
+        export_run(run, tmp_path / "bundle", RECIPE)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_student_that_gives_nan_is_never_exported(
+    evaluated: EvaluatedRun, tmp_path: Path, bundle: Bundle
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out" / "bundle"
+    shutil.copytree(evaluated.path, run)
+    shutil.copytree(bundle.path, out)
+    spoil(run / "students" / "d2" / "unet")
+    weights = {c.key: c.weights_sha256() for c in contenders(run, RECIPE)}
+    write_report(run, evaluated.report.model_copy(update={"weights": weights}))
+    with pytest.raises(ExportError, match="step_2: the model gives NaN"):
+        export_run(run, out, RECIPE)
+    assert [folder.name for folder in out.parent.iterdir()] == ["bundle"]  # no remains
+    assert verify_bundle(out).manifest == bundle.manifest  # the older one still stands

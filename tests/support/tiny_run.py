@@ -1,0 +1,77 @@
+"""A run folder of tiny untrained networks: every file of a finished run, in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from distill_jobs.recipe import Recipe
+from distill_jobs.student import new_teacher, save_stock, student_of
+from engines.schedule import NoiseSchedule
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "cross_attention_dim": 16,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def tiny_recipe(students: tuple[int, ...] = (8, 4, 2, 1)) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "data": "digits",
+            "guidance": {"min": 1, "max": 15, "default": 3},
+            "unet": UNET,
+            "teacher": {"updates": 1},
+            "stage_one": {"updates": 1},
+            "stage_two": {"halvings": [{"steps": n, "updates": 1} for n in students]},
+            "evaluation": {
+                "samples": 30,
+                "seeds": [1, 2],
+                "guidance_scales": [1, 2],
+                "teacher_steps": 16,
+                "batch_size": 20,
+            },
+            "export": {"name": "tiny", "students": students, "default_steps": students[-2]},
+        }
+    )
+
+
+def tiny_student(seed: int) -> UNet2DConditionModel:
+    """Untrained, but answering to w: cond_proj is random instead of zero."""
+    student = student_of(new_teacher(UNET, seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight = student.time_embedding.cond_proj.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+    return student.eval()
+
+
+def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
+    schedule = NoiseSchedule(recipe.schedule)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    save_stock(folder / "teacher", new_teacher(UNET, 0), schedule, recipe.clip)
+    save_stock(folder / "stage_one", tiny_student(1), schedule, recipe.clip)
+    for halving in recipe.stage_two.halvings:
+        student = tiny_student(2 + halving.steps)
+        save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip)
+    return folder
+
+
+def spoil(unet_folder: Path) -> None:
+    """Put a NaN into saved weights."""
+    unet = UNet2DConditionModel.from_pretrained(unet_folder)
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(float("nan"))
+    unet.save_pretrained(unet_folder)

@@ -1,0 +1,40 @@
+"""Training randomness: addressed, so a resumed job draws the same."""
+
+import torch
+
+from distill_jobs.draws import Draw, Draws
+
+
+def test_draws_depend_on_their_address_alone() -> None:
+    first, again = Draws(3, "teacher"), Draws(3, "teacher")
+    first.normal(0, (4,))
+    assert torch.equal(first.normal(9, (2, 3)), again.normal(9, (2, 3)))
+
+
+def test_seed_phase_update_and_purpose_all_change_the_draw() -> None:
+    base = Draws(3, "teacher").normal(9, (8,))
+    others = [
+        Draws(4, "teacher").normal(9, (8,)),
+        Draws(3, "stage_one").normal(9, (8,)),
+        Draws(3, "teacher").normal(10, (8,)),
+        Draws(3, "teacher").normal(9, (8,), Draw.TIME),
+    ]
+    assert all(not torch.equal(base, other) for other in others)
+
+
+def test_every_epoch_shows_every_row_once_in_its_own_order() -> None:
+    draws = Draws(0, "teacher")
+    seen = torch.cat([draws.indices(update, 5, 10) for update in range(4)])
+    first, second = seen[:10], seen[10:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+
+
+def test_a_batch_may_span_epochs() -> None:
+    assert sorted(Draws(0, "p").indices(0, 20, 10).tolist()) == sorted([*range(10), *range(10)])
+
+
+def test_stratified_times_fall_one_in_each_cell() -> None:
+    values = Draws(0, "p").stratified(0, 64, Draw.TIME)
+    assert sorted((values * 64).long().tolist()) == list(range(64))
+    assert values.tolist() != sorted(values.tolist())

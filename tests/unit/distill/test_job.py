@@ -1,0 +1,116 @@
+"""The job as a job: it resumes to the same bytes, stops cleanly, and refuses what it must."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from distill_jobs.errors import DivergedError, LockedError, RecipeError
+from distill_jobs.job import RunFolder, run_job, training_seconds
+from distill_jobs.loop import RowLoss, loss_by_w
+from distill_jobs.recipe import Recipe, read_recipe
+from tests.support.tiny_recipe import OVERRIDES
+
+PHASES = ("teacher", "stage_one", "students/d4", "students/d2", "students/d1")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return read_recipe("digits", OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_job(recipe, tmp_path_factory.mktemp("run") / "whole", resume=False, progress=Progress(disable=True))
+
+
+def weights(folder: RunFolder) -> dict[str, bytes]:
+    return {p: (folder.path / p / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for p in PHASES}
+
+
+class DyingProgress(Progress):
+    """Raises at the n-th report: stands for a kill at an arbitrary update."""
+
+    def __init__(self, dies_at: int) -> None:
+        super().__init__(disable=True)
+        self._left = dies_at
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("dies_at", [1, 7, 13, 22, 38])
+def test_a_killed_job_resumes_to_the_same_bytes(
+    dies_at: int, recipe: Recipe, finished: RunFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_job(recipe, tmp_path / "run", resume=False, progress=DyingProgress(dies_at))
+    resumed = run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
+    assert weights(resumed) == weights(finished)
+
+
+def test_each_phase_changes_the_network_and_records_its_seconds(finished: RunFolder) -> None:
+    assert len(set(weights(finished).values())) == len(PHASES)
+    assert set(training_seconds(finished)) == {"teacher", "stage_one", "d4", "d2", "d1"}
+
+
+def test_tensorboard_gets_the_loss_of_each_w_bin(recipe: Recipe) -> None:
+    rows = RowLoss(torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0.0, 0.5, 4.0, 4.0]))
+    assert loss_by_w(rows) == {"w_zero": 1.0, "w_bin0": 2.0, "w_bin3": 4.0}
+
+
+def test_a_started_folder_is_not_started_again(recipe: Recipe, finished: RunFolder) -> None:
+    with pytest.raises(RecipeError, match="--resume"):
+        run_job(recipe, finished.path, resume=False, progress=Progress(disable=True))
+
+
+def test_a_changed_recipe_is_refused_by_field(finished: RunFolder) -> None:
+    other = read_recipe("digits", [*OVERRIDES, "teacher.lr=0.5"])
+    with pytest.raises(RecipeError, match=r"teacher\.lr"):
+        run_job(other, finished.path, resume=True, progress=Progress(disable=True))
+
+
+def test_two_jobs_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(LockedError):
+        run_job(recipe, folder.path, resume=False, progress=Progress(disable=True))
+
+
+def test_a_loss_that_stays_infinite_stops_the_job(tmp_path: Path) -> None:
+    wild = read_recipe("digits", [*OVERRIDES, "teacher={updates: 50, batch_size: 8, lr: 1.0e+30, warmup: 0}"])
+    with pytest.raises(DivergedError, match="not finite"):
+        run_job(wild, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_stage_one_that_misses_its_gate_stops_before_any_halving(tmp_path: Path) -> None:
+    strict = read_recipe("digits", [*OVERRIDES, "stage_one.max_relative_error=1.0e-9"])
+    with pytest.raises(DivergedError, match="gate"):
+        run_job(strict, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    assert not (tmp_path / "run" / "students").exists()
+
+
+def test_sigterm_ends_with_a_checkpoint_and_its_own_exit_code(tmp_path: Path, finished: RunFolder) -> None:
+    out = tmp_path / "run"
+    sets = [part for override in OVERRIDES for part in ("--set", override)]
+    command = [sys.executable, "-m", "distill_jobs", "run", "digits", "--out", str(out), *sets]
+    job = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path.cwd(), env={**os.environ, "COLUMNS": "200"}
+    )
+    while not (out / "checkpoints").exists():
+        assert job.poll() is None, job.stderr and job.stderr.read()
+    job.send_signal(signal.SIGTERM)
+    _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 4, stderr
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    recipe = read_recipe("digits", OVERRIDES)
+    assert weights(run_job(recipe, out, resume=True, progress=Progress(disable=True))) == weights(finished)

@@ -1,0 +1,150 @@
+"""Objectives and students against what they must equal, without training."""
+
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+
+from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
+from distill_jobs.errors import JobError
+from distill_jobs.objectives import (
+    HalvingTables,
+    Noisy,
+    Tables,
+    guided_v,
+    stage_one_loss,
+    teacher_loss,
+    two_step_target,
+)
+from distill_jobs.recipe import read_recipe
+from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
+from engines.sampler import deterministic_step
+from engines.schedule import NoiseSchedule, ScheduleSpec
+from tests.support.tiny_recipe import OVERRIDES
+
+B = 6
+
+
+@pytest.fixture(scope="module")
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule(ScheduleSpec())
+
+
+@pytest.fixture(scope="module")
+def teacher() -> UNet2DConditionModel:
+    return new_teacher(read_recipe("digits", OVERRIDES).unet, seed=1).eval()
+
+
+@pytest.fixture
+def rows() -> Noisy:
+    labels = torch.arange(B)
+    generator = torch.Generator().manual_seed(0)
+    return Noisy(
+        x=Digits.load().images[:B],
+        condition=class_condition(labels),
+        null=class_condition(torch.full((B,), NULL_CLASS)),
+        noise=torch.randn(B, 1, 8, 8, generator=generator),
+        t=torch.tensor([999, 800, 600, 400, 200, 0]),
+    )
+
+
+def test_digits_are_the_real_set_in_range() -> None:
+    data = Digits.load()
+    assert data.images.shape == (1797, 1, 8, 8)
+    assert (float(data.images.min()), float(data.images.max())) == (-1.0, 1.0)
+    assert set(data.labels.tolist()) == set(range(10))
+
+
+def test_guidance_embedding_is_the_lcm_pipelines() -> None:
+    w = torch.tensor([0.0, 0.5, 4.0, 14.0])
+    stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)  # type: ignore[arg-type]
+    assert torch.allclose(guidance_embedding(w), stock, atol=1e-6, rtol=0)
+
+
+def test_a_new_student_equals_its_teacher_at_every_w(teacher: UNet2DConditionModel, rows: Noisy) -> None:
+    student = student_of(teacher).eval()
+    with torch.no_grad():
+        expected = predict(teacher, rows.x, rows.t, rows.condition)
+        for w in (0.0, 0.5, 14.0):
+            assert torch.equal(predict(student, rows.x, rows.t, rows.condition, torch.full((B,), w)), expected)
+
+
+def test_student_of_leaves_the_global_rng_alone(teacher: UNet2DConditionModel) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    student_of(teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_guided_v_is_the_two_passes_combined(teacher: UNet2DConditionModel, rows: Noisy) -> None:
+    w = torch.linspace(0, 4, B)
+    with torch.no_grad():
+        c = predict(teacher, rows.x, rows.t, rows.condition)
+        u = predict(teacher, rows.x, rows.t, rows.null)
+        expected = (1 + w)[:, None, None, None] * c - w[:, None, None, None] * u
+        assert torch.allclose(guided_v(teacher, rows.x, rows, w), expected, atol=1e-5)
+
+
+def test_stage_one_loss_is_zero_exactly_where_student_is_the_guided_teacher(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    loss = stage_one_loss(
+        student_of(teacher).eval(), teacher, Tables.of(schedule), rows, torch.tensor([0.0] * 5 + [4.0])
+    )
+    assert float(loss[:5].max()) < 1e-10
+    assert float(loss[5]) > 1e-6
+
+
+def test_teacher_loss_sees_the_null_condition_on_dropped_rows(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    tables = Tables.of(schedule)
+    dropped = torch.tensor([True] + [False] * (B - 1))
+    with torch.no_grad():
+        mixed = teacher_loss(teacher, tables, rows, dropped)
+        none = teacher_loss(teacher, tables, rows, torch.zeros(B, dtype=torch.bool))
+        all_ = teacher_loss(teacher, tables, rows, torch.ones(B, dtype=torch.bool))
+    assert torch.allclose(mixed[0], all_[0])
+    assert torch.allclose(mixed[1:], none[1:])
+    assert not torch.allclose(mixed[0], none[0])
+
+
+@pytest.mark.parametrize("n", [32, 4, 1])
+def test_one_step_with_the_target_lands_where_two_teacher_steps_do(
+    n: int, teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    student, halving = student_of(teacher).eval(), HalvingTables.of(schedule, n)
+    point = torch.full((B,), n - 1)
+    t = halving.t[point]
+    grid = schedule.grid(2 * n)
+    first, second = (deterministic_step(schedule, grid[2 * n - i], grid[2 * n - i - 1]) for i in range(2))
+    whole = deterministic_step(schedule, grid[2 * n], grid[2 * n - 2])
+    with torch.no_grad():
+        here = Noisy(rows.x, rows.condition, rows.null, rows.noise, t)
+        w = torch.full((B,), 2.0)
+        middle, _ = first.apply(rows.noise, predict(student, rows.noise, t, rows.condition, w))
+        at_middle = torch.full((B,), first.target)
+        end, _ = second.apply(middle, predict(student, middle, at_middle, rows.condition, w))
+        target = two_step_target(student, halving, rows.noise, here, point, w)
+    landed, _ = whole.apply(rows.noise, target)
+    assert torch.allclose(landed, end, atol=2e-6)
+
+
+def test_a_stock_folder_brings_the_same_network_back(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy, tmp_path: object
+) -> None:
+    from pathlib import Path
+
+    folder = Path(str(tmp_path)) / "student"
+    student = student_of(teacher).eval()
+    save_stock(folder, student, schedule, None)
+    w = torch.full((B,), 2.0)
+    with torch.no_grad():
+        again = predict(load_stock(folder), rows.x, rows.t, rows.condition, w)
+        assert torch.equal(again, predict(student, rows.x, rows.t, rows.condition, w))
+
+
+def test_a_missing_network_says_what_to_run(tmp_path: object) -> None:
+    from pathlib import Path
+
+    with pytest.raises(JobError, match="python -m distill_jobs run"):
+        load_stock(Path(str(tmp_path)))

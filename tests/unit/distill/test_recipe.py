@@ -1,0 +1,74 @@
+"""Recipes: what is wrong is named, what is overridden is used."""
+
+from pathlib import Path
+
+import pytest
+
+from distill_jobs.errors import RecipeError
+from distill_jobs.recipe import Recipe, changed_fields, read_recipe, shipped_recipes
+
+
+def test_every_shipped_recipe_is_valid_and_survives_its_own_yaml(tmp_path: Path) -> None:
+    assert "digits" in shipped_recipes()
+    for name in shipped_recipes():
+        recipe = read_recipe(name)
+        copy = tmp_path / f"{name}.yaml"
+        copy.write_text(recipe.to_yaml(), encoding="utf-8")
+        assert read_recipe(copy) == recipe
+        assert read_recipe(copy).sha256() == recipe.sha256()
+
+
+def test_overrides_reach_nested_fields_as_yaml_values() -> None:
+    recipe = read_recipe(
+        "digits",
+        [
+            "teacher.updates=7",
+            "stage_two.halvings=[{steps: 1, updates: 3}]",
+            "export.students=[1]",
+            "export.default_steps=1",
+        ],
+    )
+    assert recipe.teacher.updates == 7
+    assert [h.steps for h in recipe.stage_two.halvings] == [1]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("teacher.updates=0", "teacher.updates"),
+        ("teacher.lrate=1", "teacher.lrate"),
+        ("stage_two.halvings=[{steps: 8, updates: 1}, {steps: 2, updates: 1}]", "must halve"),
+        ("export.students=[3]", "export.students"),
+        ("export.default_steps=16", "default_steps"),
+        ("guidance.default=9", "guidance"),
+        ("stage_two.sampler=stochastic", "deterministic"),
+        ("schedule.kind=polynomial", "schedule.kind"),
+        ("teacher", "key=value"),
+        ("name.sub=1", "name"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_name(override: str, named: str) -> None:
+    with pytest.raises(RecipeError, match=named):
+        read_recipe("digits", [override])
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match="digits"):
+        read_recipe("digit")
+
+
+def test_broken_yaml_and_a_list_are_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [", encoding="utf-8")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_recipe(broken)
+    broken.write_text("- a", encoding="utf-8")
+    with pytest.raises(RecipeError, match="mapping"):
+        read_recipe(broken)
+
+
+def test_changed_fields_are_listed_by_dotted_name() -> None:
+    old: Recipe = read_recipe("digits")
+    new = read_recipe("digits", ["seed=5", "teacher.lr=0.5"])
+    assert changed_fields(old, new) == ["seed", "teacher.lr"]
+    assert changed_fields(old, old) == []
