@@ -13,7 +13,7 @@ import onnx
 from pydantic import ValidationError
 
 from engines.errors import BundleError
-from engines.manifest import MANIFEST_NAME, BundleManifest, FileRecord
+from engines.manifest import MANIFEST_NAME, SEAL_NAME, BundleManifest, FileRecord
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md", ".png"})
@@ -40,22 +40,24 @@ class Bundle:
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
-    """sha256 and size of every file under ``folder`` but the manifest, by relative path."""
+    """sha256 and size of every file under ``folder`` but the manifest and its seal, by relative path."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST_NAME
+        name: FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
+        for name, path in files.items()
+        if name not in {MANIFEST_NAME, SEAL_NAME}
     }
 
 
 def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> Bundle:
     """Turn a folder of finished files into a bundle at ``destination``, replacing an older one.
 
-    staging: on the same file system as destination; consumed. The manifest is written last, the whole is
-    verified, and only then renamed into place.
+    staging: on the same file system as destination; consumed. The manifest and its seal are written last, the
+    whole is verified, and only then renamed into place.
     """
     target = staging / MANIFEST_NAME
     target.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (staging / SEAL_NAME).write_text(_sha256(target) + "\n", encoding="utf-8")
     for path in (*staging.rglob("*"), staging):
         _fsync(path)
     verify_bundle(staging)
@@ -72,7 +74,7 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
 def verify_bundle(path: Path) -> Bundle:
     """Check a bundle completely and return it.
 
-    Order: the manifest alone, then the set of files, then sizes and hashes, and only then the graphs.
+    Order: the manifest's seal, the manifest, the set of files, their sizes and hashes, and only then the graphs.
     Raises: BundleError naming the file and what is wrong with it.
     """
     manifest = _read_manifest(path)
@@ -90,6 +92,7 @@ def _read_manifest(path: Path) -> BundleManifest:
         raise BundleError(f"{path} has no {MANIFEST_NAME}; write one with: python -m distill_jobs export")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes; that is not one of our manifests")
+    _check_seal(path, file)
     try:
         data = json.loads(file.read_bytes())
         version = data.get("format_version") if isinstance(data, dict) else None
@@ -104,6 +107,16 @@ def _read_manifest(path: Path) -> BundleManifest:
         raise BundleError(f"{file} is not valid JSON") from None
 
 
+def _check_seal(path: Path, file: Path) -> None:
+    seal = path / SEAL_NAME
+    if not seal.is_file() or seal.is_symlink():
+        raise BundleError(f"{path} has no {SEAL_NAME}; write the bundle again with: python -m distill_jobs export")
+    with seal.open("rb") as opened:
+        written = opened.read(80)
+    if written != f"{_sha256(file)}\n".encode():
+        raise BundleError(f"{file} was altered: its sha256 differs from {SEAL_NAME}")
+
+
 def _check_files(path: Path, manifest: BundleManifest) -> None:
     present = set()
     for entry in path.rglob("*"):
@@ -115,7 +128,7 @@ def _check_files(path: Path, manifest: BundleManifest) -> None:
         if not entry.is_file():
             raise BundleError(f"{path}: {name} is not a plain file")
         present.add(name)
-    expected = {*manifest.files, MANIFEST_NAME}
+    expected = {*manifest.files, MANIFEST_NAME, SEAL_NAME}
     if missing := sorted(expected - present):
         raise BundleError(f"{path}: {missing[0]} is listed in the manifest but missing")
     if extra := sorted(present - expected):

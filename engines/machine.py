@@ -9,12 +9,7 @@ from pathlib import Path
 
 def cpu_name() -> str:
     """The processor's own name, or its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return _cpuinfo("model name") or platform.machine()
 
 
 def cores() -> int:
@@ -28,10 +23,19 @@ def machine_name() -> str:
 
 
 def _kernel_flags() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "unknown"
-    flags = set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd")
     return " ".join(flag for flag in known if flag in flags) or "generic"
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo, empty where there is none.
+
+    The platform module would start a process to find out.
+    """
+    file = Path("/proc/cpuinfo")
+    if not file.is_file():
+        return ""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), "")

@@ -12,6 +12,8 @@ from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
+SEAL_NAME = "manifest.sha256"
+"""Holds the manifest's own hash, so that damage to it is found too: the manifest cannot list itself."""
 
 # Graph tensor names: their one home. Shapes of the step graph's rows stand in the export.
 LATENT = "latent"

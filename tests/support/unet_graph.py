@@ -53,7 +53,7 @@ class StepModule(torch.nn.Module):
 def small_unet(channels: tuple[int, ...] = (32, 64), seed: int = 0) -> UNet2DConditionModel:
     """Random weights, with a guidance projection that matters."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    unet: UNet2DConditionModel = UNet2DConditionModel(
         mid_block_type=None,
         sample_size=LATENT_PX,
         in_channels=1,

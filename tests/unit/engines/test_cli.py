@@ -1,0 +1,111 @@
+"""The command line: verify, build, bench, compare."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from engines.bundle import Bundle
+from engines.cli import app
+from engines.compare import Difference
+from engines.cost import COST_FILE
+
+FAST = ["--rungs", "1,2", "--repeats", "1"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_verify_names_what_the_bundle_holds(toy: Bundle) -> None:
+    result = run("verify", toy.path)
+    assert result.exit_code == 0
+    assert "toy-digits: 7 files" in result.stdout
+    assert "guidance_scale 1 to 5" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["verify", "build", "bench", "compare"])
+def test_a_bad_bundle_is_one_sentence_and_exit_1(command: str, tmp_path: Path) -> None:
+    result = run(command, tmp_path)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "has no manifest.json; write one with" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["verify", "build", "bench", "compare"])
+def test_help_has_every_default(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert command == "verify" or "default" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["build"], ["bench", ".", "--rungs", "0"], ["bench", ".", "--rungs", "a,b"], ["x"]]
+)
+def test_wrong_usage_is_exit_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_build_fills_the_cache(toy: Bundle, tmp_path: Path) -> None:
+    result = run("build", toy.path, "--backend", "openvino", "--cache", tmp_path, *FAST)
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.glob(f"*/{COST_FILE}"))) == len(toy.manifest.graphs)
+    assert len(list(tmp_path.glob("*/models/*.blob"))) == 2 * len(toy.manifest.graphs)
+    assert "step_4" in result.stdout
+
+
+def test_build_for_tensorrt_is_for_later(toy: Bundle) -> None:
+    result = run("build", toy.path, "--backend", "tensorrt")
+    assert result.exit_code == 1
+    assert "later version; use --backend openvino" in result.stderr
+
+
+def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
+    result = run("bench", toy.path, "--backend", "onnxruntime", *FAST)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["ms"].keys() == toy.manifest.graphs.keys()
+    assert figures["ms"]["step_4"].keys() == {"1", "2"}
+    assert figures["engine"].startswith("onnxruntime ")
+    assert {"machine", "python", "numpy", "command", "memory_mb", "repeats"} <= figures.keys()
+    assert figures["generate"]["images_per_s"] > 0
+
+
+def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:
+    result = run("compare", toy.path, "--rows", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("openvino") == len(toy.manifest.graphs)
+
+
+def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:
+    result = run("compare", toy.path, "--backend", "openvino", "--rows", 4, "--tolerance", 0)
+    assert result.exit_code == 1
+    assert "fails on graph 'step_" in result.stderr
+
+
+def test_a_difference_passes_only_with_equal_rows_and_one_level_at_most() -> None:
+    step = Difference("step", "engine", 0.5, 0.1, rows_equal=True, levels=False)
+    assert step.within(0.5)
+    assert not step.within(0.4)
+    image = Difference("decode", "engine", 1.0, 0.1, rows_equal=True, levels=True)
+    assert image.within(0.0)
+    assert not Difference("decode", "engine", 2.0, 0.1, rows_equal=True, levels=True).within(0.0)
+    assert not Difference("step", "engine", 0.0, 0.0, rows_equal=False, levels=False).within(1.0)
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engines", "verify", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert (
+        done.stderr.strip()
+        == f"error: {tmp_path}/nowhere is not a folder; a bundle is a folder with a manifest.json"
+    )

@@ -1,0 +1,111 @@
+"""Costs: the best rung follows from the table alone, and only our own files are believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.backends.load import engine_key
+from engines.bundle import Bundle
+from engines.cache import EngineKey
+from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, load_costs, save_costs
+from engines.open import open_pipeline
+
+KEY = EngineKey(graph_sha256="a" * 64, engine="openvino 1.2 float32", machine="a CPU, 2 cores", threads=0)
+TABLE = CostTable({"step": {1: 5.0, 2: 6.0, 4: 8.5}})
+RUNGS = (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("ms", "waiting", "best"),
+    [
+        ({1: 5, 2: 6, 4: 8}, 1, 1),
+        ({1: 5, 2: 6, 4: 8}, 2, 2),
+        ({1: 5, 2: 6, 4: 8}, 3, 4),  # three of four places taken, still most rows per millisecond
+        ({1: 5, 2: 6, 4: 8}, 100, 4),
+        ({1: 5, 2: 10, 4: 40}, 4, 2),  # batching costs more than it brings; of equals the larger
+        ({1: 5, 2: 11, 4: 40}, 4, 1),
+        ({1: 5, 2: 5, 4: 5, 8: 5}, 3, 4),  # free places: the smallest that holds all
+        ({1: 5, 2: 6, 4: 30}, 3, 2),
+    ],
+)
+def test_best_rung_advances_most_rows_per_millisecond(ms: dict[int, float], waiting: int, best: int) -> None:
+    assert CostTable({"step": ms}).best_rung("step", waiting) == best
+
+
+@given(
+    ms=st.dictionaries(st.sampled_from([1, 2, 4, 8, 16]), st.floats(0.1, 1e3), min_size=1),
+    waiting=st.integers(1, 40),
+)
+def test_no_rung_does_better_than_the_best(ms: dict[int, float], waiting: int) -> None:
+    best = CostTable({"step": ms}).best_rung("step", waiting)
+    assert min(best, waiting) / ms[best] == max(min(rung, waiting) / cost for rung, cost in ms.items())
+
+
+def test_best_rung_needs_a_row() -> None:
+    with pytest.raises(ValueError, match="needs a row that waits"):
+        TABLE.best_rung("step", 0)
+
+
+def test_a_kept_table_comes_back(tmp_path: Path) -> None:
+    save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
+    assert load_costs({"step": KEY}, RUNGS, tmp_path) == TABLE
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, graph_sha256="b" * 64),
+        replace(KEY, engine="openvino 1.3 float32"),
+        replace(KEY, machine="another CPU, 2 cores"),
+        replace(KEY, threads=1),
+    ],
+)
+def test_another_graph_engine_machine_or_thread_count_is_another_key(tmp_path: Path, other: EngineKey) -> None:
+    save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
+    assert load_costs({"step": other}, RUNGS, tmp_path) is None
+    carried = other.folder(tmp_path)
+    carried.mkdir()
+    (KEY.folder(tmp_path) / COST_FILE).rename(carried / COST_FILE)
+    assert load_costs({"step": other}, RUNGS, tmp_path) is None
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "fast", None])
+def test_a_damaged_cost_is_not_believed(tmp_path: Path, value: object) -> None:
+    save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
+    file = KEY.folder(tmp_path) / COST_FILE
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["ms"]["2"] = value
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert load_costs({"step": KEY}, RUNGS, tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b" " * (MAX_COST_BYTES + 1)])
+def test_a_file_that_is_no_record_is_not_believed(tmp_path: Path, content: bytes) -> None:
+    save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
+    (KEY.folder(tmp_path) / COST_FILE).write_bytes(content)
+    assert load_costs({"step": KEY}, RUNGS, tmp_path) is None
+
+
+def test_a_missing_rung_means_measuring_again(tmp_path: Path) -> None:
+    save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
+    assert load_costs({"step": KEY}, (1, 2, 8), tmp_path) is None
+
+
+def test_opening_measures_once_then_takes_the_kept_table(toy: Bundle, tmp_path: Path) -> None:
+    first = open_pipeline(toy.path, "onnxruntime", rungs=(1, 2), cache_dir=tmp_path).costs
+    assert first is not None
+    assert first.ms.keys() == toy.manifest.graphs.keys()
+    assert all(cost > 0 for row in first.ms.values() for cost in row.values())
+    assert open_pipeline(toy.path, "onnxruntime", rungs=(1, 2), cache_dir=tmp_path).costs == first
+    key = engine_key(toy, "step_4", "onnxruntime", "auto", 0)
+    (key.folder(tmp_path) / COST_FILE).write_text("{}", encoding="utf-8")
+    again = open_pipeline(toy.path, "onnxruntime", rungs=(1, 2), cache_dir=tmp_path).costs
+    assert again is not None
+    assert again.ms["step_4"].keys() == {1, 2}

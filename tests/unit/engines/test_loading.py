@@ -1,0 +1,95 @@
+"""Choosing and loading backends, and what is said when one is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.backends import load
+from engines.backends.load import BACKENDS, choose_backend, choose_precision, load_backend
+from engines.bundle import Bundle
+from engines.errors import BackendError
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    def find_spec(name: str) -> object:
+        return None if name in missing else importlib.util.find_spec(name)
+
+    monkeypatch.setattr(load, "find_spec", find_spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("openvino", r"pip install halfstep$"),
+        ("onnxruntime", r"pip install 'halfstep\[onnxruntime\]'$"),
+        ("torch", r"pip install 'halfstep\[torch\]'$"),
+    ],
+)
+def test_a_missing_library_says_what_to_install(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    uninstall(monkeypatch, name)
+    with pytest.raises(BackendError, match=f"The {name} backend needs {name}; install it with: {command}"):
+        load_backend(name, toy, "decode")
+
+
+def test_auto_is_the_fastest_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("auto") == "openvino"
+    uninstall(monkeypatch, "openvino")
+    assert choose_backend("auto") == "onnxruntime"
+    uninstall(monkeypatch, *BACKENDS)
+    with pytest.raises(BackendError, match="No backend is installed"):
+        choose_backend("auto")
+
+
+@pytest.mark.parametrize(("name", "message"), [("tensorrt", "later version"), ("tenflow", "choose auto, openvino")])
+def test_other_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        choose_backend(name)
+
+
+def test_bfloat16_is_openvinos_only() -> None:
+    assert choose_precision("openvino", "auto") == "float32"
+    assert choose_precision("openvino", "bfloat16") == "bfloat16"
+    with pytest.raises(BackendError, match="runs float32 only"):
+        choose_precision("torch", "bfloat16")
+
+
+def test_opening_on_openvino_imports_neither_torch_nor_onnxruntime(toy: Bundle) -> None:
+    script = (
+        "import sys; from pathlib import Path; from engines.open import open_pipeline;"
+        f"open_pipeline(Path({str(toy.path)!r}), 'openvino', rungs=(1,));"
+        "print(sorted({'torch', 'onnxruntime', 'diffusers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_opening_connects_nowhere_and_writes_nothing(toy: Bundle, tmp_path: Path, backend: str) -> None:
+    script = (
+        "import sys; events = [];"
+        "sys.addaudithook(lambda name, args: events.append(name)"
+        " if name in {'socket.connect', 'socket.getaddrinfo', 'subprocess.Popen'} else None);"
+        "from pathlib import Path; from engines.open import open_pipeline;"
+        f"open_pipeline(Path({str(toy.path)!r}), {backend!r}, rungs=(1,)); print(events)"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    environment.pop("CI", None)  # some libraries are silent in CI only
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_tell_backend_version_and_precision(toy: Bundle) -> None:
+    for name in BACKENDS:
+        backend, version, precision = load_backend(name, toy, "decode").name.split()
+        assert (backend, precision) == (name, "float32")
+        assert version[0].isdigit()
