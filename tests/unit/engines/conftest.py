@@ -1,0 +1,26 @@
+"""One toy bundle, and one small UNet's step graph as torch exports it, for all tests of engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import Bundle
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A toy bundle with deterministic and stochastic students; do not write to it."""
+    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle", ToyOptions(stochastic=(4,)))
+
+
+@pytest.fixture(scope="session")
+def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The step graph of a small random UNet2DConditionModel, exported by torch."""
+    from tests.support.unet_graph import export_step, small_unet
+
+    file = tmp_path_factory.mktemp("unet") / "step.onnx"
+    export_step(small_unet(), file)
+    return file
