@@ -12,7 +12,7 @@ _INVISIBLE = frozenset({"Cf", "Zs", "Zl", "Zp", "Cc"})
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises: InvalidRequestError when empty, too long, or holding what is not text. The prompt is never changed."""
+    """Raises: InvalidRequestError when empty, too long or not text. The prompt is never changed."""
     if len(prompt) > MAX_PROMPT_CHARS:
         message = f"prompt must be at most {MAX_PROMPT_CHARS} characters."
         raise InvalidRequestError("prompt_too_long", message, param="prompt")
