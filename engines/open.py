@@ -1,4 +1,4 @@
-"""From a folder on disk to a warm pipeline, in one call."""
+"""From a folder on disk to a warm pipeline that knows its costs, in one call."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engines.backends.base import EngineBackend
-from engines.backends.load import Precision, choose_backend, load_backend
-from engines.bundle import verify_bundle
+from engines.backends.load import PrecisionName, choose_backend, engine_key, load_backend
+from engines.bundle import Bundle, verify_bundle
+from engines.cost import load_costs, save_costs
+from engines.measure import Progress, measure_costs
 from engines.pipeline import RUNGS, Pipeline
+
+QUICK_REPEATS = 3
+"""Calls per (graph, rung) where nothing was measured before; ``python -m engines build`` takes more."""
 
 
 def open_pipeline(
     path: Path,
     backend: str = "auto",
     *,
-    precision: Precision = "auto",
+    precision: PrecisionName = "auto",
     threads: int = 0,
     cache_dir: Path | None = None,
     rungs: Sequence[int] = RUNGS,
@@ -23,17 +28,58 @@ def open_pipeline(
 ) -> Pipeline:
     """Verify a bundle, load all its graphs on a backend, and run every rung once.
 
-    threads: worker threads of one run, 0 for one per core. cache_dir: folder for compiled models, or None.
-    rungs: batch sizes to be ready for; a batch is padded up to the next.
+    threads: worker threads of one run, 0 for one per core. cache_dir: folder for compiled models and measured
+    costs, or None to keep neither. rungs: batch sizes to be ready for; a batch is padded up to the next.
+    warm: False leaves the first calls slow and ``Pipeline.costs`` None.
     Raises: BundleError, BackendError.
     """
     bundle = verify_bundle(path)
+    pipeline = load_pipeline(
+        bundle, backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
+    )
+    if warm:
+        pipeline.warm()
+        know_costs(pipeline, backend, precision, threads, cache_dir)
+    return pipeline
+
+
+def load_pipeline(
+    bundle: Bundle,
+    backend: str,
+    *,
+    precision: PrecisionName,
+    threads: int,
+    cache_dir: Path | None,
+    rungs: Sequence[int],
+) -> Pipeline:
+    """All graphs of a verified bundle on one backend, cold; see ``open_pipeline``."""
     chosen = choose_backend(backend)
 
     def load(graph: str) -> EngineBackend:
         return load_backend(chosen, bundle, graph, precision=precision, threads=threads, cache_dir=cache_dir)
 
-    pipeline = Pipeline(bundle, load, rungs)
-    if warm:
-        pipeline.warm()
-    return pipeline
+    return Pipeline(bundle, load, rungs)
+
+
+def know_costs(
+    pipeline: Pipeline,
+    backend: str,
+    precision: PrecisionName,
+    threads: int,
+    cache_dir: Path | None,
+    *,
+    repeats: int = QUICK_REPEATS,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Give a pipeline its cost table: the kept one, or a fresh measurement that is then kept.
+
+    again: measure even where a table is kept.
+    """
+    bundle = pipeline.bundle
+    keys = {graph: engine_key(bundle, graph, backend, precision, threads) for graph in bundle.manifest.graphs}
+    pipeline.costs = None if cache_dir is None or again else load_costs(keys, pipeline.rungs, cache_dir)
+    if pipeline.costs is None:
+        pipeline.costs = measure_costs(pipeline, repeats, progress)
+        if cache_dir is not None:
+            save_costs(pipeline.costs, keys, cache_dir, repeats)

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from engines.backends.base import EngineBackend
 from engines.bundle import Bundle
 from engines.condition import Tokenizer, load_tokenizer
+from engines.cost import CostTable
 from engines.errors import RequestError
+from engines.examples import example_inputs
 from engines.guidance import weight_from_scale
 from engines.manifest import (
     CLEAN_ESTIMATE,
@@ -85,13 +87,15 @@ class Row:
 class Pipeline:
     """All graphs of a verified bundle on loaded engines.
 
-    rungs: the ladder of batch sizes that were warmed; a batch is padded up to the next rung.
+    rungs: the ladder of batch sizes that were warmed; a batch is padded up to the next rung. costs: what a call
+    takes at each rung, once measured (``engines.open``).
     """
 
     def __init__(self, bundle: Bundle, load: Callable[[str], EngineBackend], rungs: Sequence[int] = RUNGS) -> None:
         self.bundle = bundle
         self.rungs = tuple(sorted(rungs))
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
+        self.costs: CostTable | None = None
         self._engines = {name: load(name) for name in self.manifest.graphs}
 
     @property
@@ -107,6 +111,10 @@ class Pipeline:
     def max_rows(self) -> int:
         """Most rows one call takes."""
         return self.rungs[-1]
+
+    def engine(self, graph: str) -> EngineBackend:
+        """The engine of a graph."""
+        return self._engines[graph]
 
     def student(self, steps: int | None, sampler: Sampler | None = None) -> StudentSpec:
         """The student trained for these steps. Raises: RequestError naming the trained values."""
@@ -166,14 +174,9 @@ class Pipeline:
         return self.decode([row.latent for row in rows])
 
     def warm(self) -> None:
-        """Run every graph once at every rung and size, so that no request pays for a first run."""
-        prompt = self.tokenizer.known()[0]
-        for rung in self.rungs:
-            conditions = self.condition([prompt] * rung)
-            for student, size in product(self.manifest.students, self.manifest.sizes):
-                rows = [self.start(c, self.manifest.guidance.default, 0, student, size) for c in conditions]
-                self.step(rows)
-                self.decode([row.latent for row in rows])
+        """Run every graph once at every rung, so that no request pays for a first run."""
+        for graph, rung in product(self.manifest.graphs, self.rungs):
+            self._engines[graph].run(example_inputs(self.manifest, self.tokenizer, graph, rung))
 
     def rung(self, n: int) -> int:
         """The smallest rung that holds n rows."""

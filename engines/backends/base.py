@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
 from engines.manifest import TensorSpec
 
 Rows = Mapping[str, NDArray[Any]]
+Precision = Literal["float32", "bfloat16"]
 
 
 class EngineBackend(Protocol):

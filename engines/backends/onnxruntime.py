@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.backends.base import Rows
+from engines.backends.base import Precision, Rows
 from engines.errors import BackendError
 from engines.manifest import GraphSpec, TensorSpec
 
@@ -33,7 +33,7 @@ class OnnxRuntimeBackend:
 
     @property
     def name(self) -> str:
-        return f"onnxruntime {ort.__version__} float32"
+        return engine_name("float32")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -54,3 +54,8 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         self._session = None
+
+
+def engine_name(precision: Precision) -> str:
+    """Backend, version and precision."""
+    return f"onnxruntime {ort.__version__} {precision}"

@@ -1,0 +1,32 @@
+"""The errors of this room, each with the exit code its command ends with.
+
+JobError (1)
+├── RecipeError (2)   the recipe is wrong, or differs from the one the run folder was started with
+├── LockedError (3)   another job works in this run folder
+├── Interrupted (4)   stopped by a signal after writing a checkpoint; resume with --resume
+└── DivergedError (5) the loss or gradient stayed non-finite, or a gate refused the result
+"""
+
+from engines.errors import HalfstepError
+
+
+class JobError(HalfstepError):
+    """Base of what a distillation job reports in one sentence."""
+
+    exit_code = 1
+
+
+class RecipeError(JobError):
+    exit_code = 2
+
+
+class LockedError(JobError):
+    exit_code = 3
+
+
+class Interrupted(JobError):  # noqa: N818 - not an error of the job
+    exit_code = 4
+
+
+class DivergedError(JobError):
+    exit_code = 5

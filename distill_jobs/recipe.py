@@ -1,0 +1,211 @@
+"""Recipes: one frozen, validated model of a whole job, read from YAML and changed with ``--set key=value``."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distill_jobs.errors import RecipeError
+from engines.manifest import GuidanceRange
+from engines.sampler import Sampler
+from engines.schedule import ScheduleSpec
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Training(Section):
+    """One optimisation phase. ema: decay, or null for none; lr falls linearly to 0 when ``anneal``."""
+
+    updates: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup: int = Field(50, ge=0, description="updates of linear warm-up")
+    anneal: bool = True
+    ema: float | None = Field(None, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class TeacherSection(Training):
+    condition_dropout: float = Field(0.1, gt=0, lt=1)
+
+
+class StageOneSection(Training):
+    """Folding guidance into one network.
+
+    unguided_share: share of rows drawn at w = 0 exactly. w_power: each row's loss is divided by
+    (1 + w)^w_power, since the target's scale grows with w. max_relative_error: gate on the relative
+    v-error against true guidance, per w-bin, before any halving starts.
+    """
+
+    unguided_share: float = Field(0.1, ge=0, lt=1)
+    w_power: float = Field(1.0, ge=0)
+    max_relative_error: float = Field(0.1, gt=0)
+
+
+class Halving(Section):
+    """One student of stage two: its step count and how long it trains."""
+
+    steps: int = Field(ge=1)
+    updates: int = Field(ge=1)
+
+
+class StageTwoSection(Section):
+    """The chain of halvings, each starting from the one before; the first from the stage-one student."""
+
+    halvings: tuple[Halving, ...] = Field(min_length=1)
+    sampler: Sampler = "deterministic"
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    warmup: int = Field(20, ge=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+    unguided_share: float = Field(0.1, ge=0, lt=1)
+    w_power: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _chain(self) -> StageTwoSection:
+        steps = [h.steps for h in self.halvings]
+        if any(a != 2 * b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError("halvings must halve: each steps value is half of the one before")
+        if self.sampler != "deterministic":
+            raise ValueError("only the deterministic chain can be trained so far; leave sampler out")
+        return self
+
+    def training(self, halving: Halving) -> Training:
+        return Training(
+            updates=halving.updates,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            warmup=self.warmup,
+            anneal=True,
+            ema=self.ema,
+            clip_norm=self.clip_norm,
+        )
+
+
+class EvaluationSection(Section):
+    """samples per (model, guidance, seed); teacher_steps: the reference teacher's step count."""
+
+    samples: int = Field(2000, ge=20)
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    teacher_steps: int = Field(64, ge=1)
+    batch_size: int = Field(250, ge=1)
+
+
+class ExportSection(Section):
+    """students: the step counts that go into the bundle; upscale: integer nearest-neighbour factor of decode."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    description: str = ""
+    students: tuple[int, ...] = (8, 4, 2, 1)
+    default_steps: int = 4
+    upscale: int = Field(8, ge=1)
+
+
+class Recipe(Section):
+    """A whole job: data, teacher, stage one, stage two, evaluation, export.
+
+    unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim.
+    """
+
+    name: str
+    seed: int = Field(0, ge=0, lt=2**53)
+    data: Literal["digits"]
+    schedule: ScheduleSpec = ScheduleSpec()
+    clip: float | None = None
+    guidance: GuidanceRange
+    unet: dict[str, Any]
+    teacher: TeacherSection
+    stage_one: StageOneSection
+    stage_two: StageTwoSection
+    evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection
+    checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
+
+    @model_validator(mode="after")
+    def _exports_what_it_trains(self) -> Recipe:
+        trained = {h.steps for h in self.stage_two.halvings}
+        if missing := sorted(set(self.export.students) - trained):
+            raise ValueError(f"export.students {missing} are not among stage_two.halvings")
+        if self.export.default_steps not in self.export.students:
+            raise ValueError("export.default_steps must be one of export.students")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe by file path, or by the name of one shipped with halfstep, with ``key.sub=value`` overrides.
+
+    Values are YAML. Raises: RecipeError naming the field.
+    """
+    data = _load(source)
+    for override in overrides or []:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise RecipeError(f"recipe {source}: {where}: {first['msg']}") from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with halfstep."""
+    folder = resources.files("distill_jobs.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def changed_fields(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted names of the fields in which two recipes differ."""
+    return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def _load(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        shipped = resources.files("distill_jobs.recipes") / f"{source}.yaml"
+        if not shipped.is_file():
+            known = ", ".join(shipped_recipes())
+            raise RecipeError(f"no recipe {str(source)!r}: give a YAML file or one of: {known}")
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        text = path.read_text(encoding="utf-8")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {source} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {source} must be a YAML mapping")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set takes key=value, not {override!r}")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {key}: {parent} is a value, not a section")
+    data[last] = yaml.safe_load(value)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(k for k in new if k not in old)]
+        return [d for k in names for d in _differences(old.get(k), new.get(k), f"{prefix}{k}.")]
+    return [] if old == new else [prefix.rstrip(".")]

@@ -1,0 +1,86 @@
+"""Networks: the stock UNet as teacher, and as student with the guidance weight as one more input.
+
+Everything is saved as stock diffusers folders (``unet/``, ``scheduler/``), so diffusers samples what we train.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from distill_jobs.errors import JobError
+from engines.schedule import NoiseSchedule
+
+GUIDANCE_WIDTH = 256
+
+
+def guidance_embedding(w: Tensor) -> Tensor:
+    """(B, 256) float32 Fourier embedding of guidance weights w: (B,).
+
+    Equals LatentConsistencyModelPipeline.get_guidance_scale_embedding: w·1000, [sin, cos].
+    """
+    half = GUIDANCE_WIDTH // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10_000.0) / (half - 1)))
+    angles = (w.to(torch.float32) * 1000.0)[:, None] * frequencies[None, :]
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+def new_teacher(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
+    """A freshly initialised UNet; the same seed gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(**config)
+
+
+def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A w-conditioned copy of a teacher: exactly the teacher at initialisation, whatever w is.
+
+    The one new weight, ``time_embedding.cond_proj``, starts at zero.
+    """
+    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
+    with torch.random.fork_rng():  # initialisation that is overwritten below must not move the caller's RNG
+        student = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if unexpected or set(missing) != {"time_embedding.cond_proj.weight"}:
+        raise JobError(f"the teacher's weights do not fit its student: {sorted([*missing, *unexpected])}")
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def predict(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Tensor, w: Tensor | None = None) -> Tensor:
+    """Network output, shaped as x_t: (B, C, h, w). timestep: (B,); condition: (B, T, D); w: (B,) for students."""
+    embedding = None if w is None else guidance_embedding(w)
+    out: Tensor = unet(x_t, timestep, encoder_hidden_states=condition, timestep_cond=embedding, return_dict=False)[0]
+    return out.to(torch.float32)
+
+
+def stock_scheduler(schedule: NoiseSchedule, clip: float | None) -> DDIMScheduler:
+    """The diffusers scheduler that walks our grid with our coefficients."""
+    return DDIMScheduler(
+        num_train_timesteps=schedule.timesteps,
+        trained_betas=schedule.betas().tolist(),
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+        set_alpha_to_one=True,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
+
+
+def save_stock(folder: Path, unet: UNet2DConditionModel, schedule: NoiseSchedule, clip: float | None) -> None:
+    """Write a stock diffusers folder: unet/ (safetensors) and scheduler/."""
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    stock_scheduler(schedule, clip).save_pretrained(folder / "scheduler")
+
+
+def load_stock(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a stock folder, in eval mode. Raises: JobError when it is not there."""
+    if not (folder / "unet" / "config.json").is_file():
+        raise JobError(f"{folder} holds no trained network; run the job first: python -m distill_jobs run RECIPE")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    return unet.eval()

@@ -1,0 +1,154 @@
+"""torch on the CPU: the bundle's ONNX graphs, interpreted with torch operators.
+
+The graph file stays the only thing a bundle needs for every backend, and nothing in it is executable: a
+``torch.export`` archive would be a second copy of the weights bound to torch versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engines.backends.base import Precision, Rows
+from engines.backends.torch_operators import OPERATORS, Operator
+from engines.errors import BackendError
+from engines.manifest import GraphSpec, TensorSpec
+
+OPSET = 21
+
+
+class _Instruction(NamedTuple):
+    """One node: where it reads and writes, and which values nobody needs after it."""
+
+    kind: str
+    operator: Operator
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    spent: tuple[str, ...]
+
+
+class OnnxModule(torch.nn.Module):
+    """An ONNX graph as a torch module.
+
+    Raises: BackendError for another opset or an operator this backend does not know.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        opsets = {entry.domain: entry.version for entry in model.opset_import}
+        if opsets != {"": OPSET}:
+            raise BackendError(f"the torch backend reads graphs of opset {OPSET}, not {opsets}")
+        self._outputs = tuple(output.name for output in model.graph.output)
+        self._constants = {c.name: _tensor(c) for c in model.graph.initializer}
+        self._program = _program(model.graph, keep={*self._outputs, *self._constants})
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name. inputs: by name, all with one batch size."""
+        values: dict[str, Tensor] = {**self._constants, **inputs}
+        for step in self._program:
+            arguments = [values[name] if name else None for name in step.inputs]
+            try:
+                result = step.operator(*arguments, **step.attributes)
+            except NotImplementedError as error:
+                raise BackendError(f"the torch backend does not run {error}") from None
+            results = result if isinstance(result, tuple) else (result,)
+            values.update(zip(step.outputs, results, strict=True))
+            for name in step.spent:
+                del values[name]
+        return {name: values[name] for name in self._outputs}
+
+
+class TorchBackend:
+    """One graph in eager torch, float32.
+
+    threads: worker threads of the whole process, for torch has one pool; 0 leaves torch's choice.
+    Raises: BackendError when the graph cannot be read or holds an operator this backend does not know.
+    """
+
+    def __init__(self, file: Path, spec: GraphSpec, threads: int = 0) -> None:
+        self._spec = spec
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            model = onnx.load(str(file))
+        except Exception as error:  # protobuf raises its own, undocumented types
+            raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
+        self._module: OnnxModule | None = OnnxModule(model).eval()
+
+    @property
+    def name(self) -> str:
+        return engine_name("float32")
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        if self._module is None:
+            raise BackendError("this torch engine was closed; load it again")
+        inputs = {t.name: torch.from_numpy(np.ascontiguousarray(rows[t.name])) for t in self._spec.inputs}
+        alone = len(next(iter(inputs.values()))) == 1
+        if alone:  # torch has other kernels for one row, which round differently
+            inputs = {name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in inputs.items()}
+        try:
+            with torch.inference_mode():
+                outputs = self._module(inputs)
+        except (RuntimeError, IndexError, KeyError) as error:
+            raise BackendError(f"torch failed on {self._spec.file}: {error}") from error
+        return {name: _owned(tensor[:1] if alone else tensor, inputs) for name, tensor in outputs.items()}
+
+    def close(self) -> None:
+        self._module = None
+
+
+def engine_name(precision: Precision) -> str:
+    """Backend, version and precision."""
+    return f"torch {str(torch.__version__).partition('+')[0]} {precision}"
+
+
+def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]:
+    """The nodes in order, as instructions. keep: values that are never dropped."""
+    last_use = {name: i for i, node in enumerate(graph.node) for name in (*node.input, *node.output) if name}
+    instructions = []
+    for i, node in enumerate(graph.node):
+        operator = OPERATORS.get(node.op_type) if not node.domain else None
+        if operator is None:
+            raise BackendError(
+                f"the torch backend does not know the ONNX operator {node.op_type}; use --backend onnxruntime"
+            )
+        outputs = tuple(name for name in node.output if name)
+        spent = {name for name in (*node.input, *outputs) if name and last_use[name] == i} - keep
+        attributes = {a.name: _attribute(a) for a in node.attribute}
+        instructions.append(
+            _Instruction(node.op_type, operator, tuple(node.input), outputs, attributes, tuple(sorted(spent)))
+        )
+    return tuple(instructions)
+
+
+def _attribute(attribute: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _tensor(constant: onnx.TensorProto) -> Tensor:
+    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
+
+
+def _owned(tensor: Tensor, inputs: Mapping[str, Tensor]) -> NDArray[Any]:
+    """The tensor as an array of its own: a graph may hand an input, or a view of one, straight through."""
+    array: NDArray[Any] = tensor.contiguous().numpy()
+    if any(np.shares_memory(array, given.numpy()) for given in inputs.values()):
+        return array.copy()
+    return array

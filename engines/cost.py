@@ -1,0 +1,93 @@
+"""What a call costs: milliseconds per (graph, batch size), measured here and kept beside the engine.
+
+The batcher asks it which batch size to run; the bundle cannot say, for it depends on the machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.cache import EngineKey
+from engines.manifest import Frozen
+
+COST_FILE = "cost.json"
+MAX_COST_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """ms: by graph, then by rung, the median time of one call."""
+
+    ms: Mapping[str, Mapping[int, float]]
+
+    def step_ms(self, graph: str, rung: int) -> float:
+        """Milliseconds of one call of ``graph`` with ``rung`` rows. Raises: KeyError when it was not measured."""
+        return self.ms[graph][rung]
+
+    def best_rung(self, graph: str, waiting: int) -> int:
+        """The rung that advances most rows per millisecond when ``waiting`` rows could go; the larger of equals."""
+        if waiting < 1:
+            raise ValueError(f"best_rung needs a row that waits, not {waiting}")
+        costs = self.ms[graph]
+        return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
+
+
+class _Record(Frozen):
+    """A cost file. The key stands in it in full, so a file that strayed in from elsewhere is recognised."""
+
+    graph_sha256: str
+    engine: str
+    machine: str
+    threads: int
+    repeats: int
+    ms: dict[int, float]
+
+
+def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path) -> CostTable | None:
+    """The kept table of these graphs and rungs, or None where any of it is missing, foreign or damaged."""
+    table = {}
+    for graph, key in keys.items():
+        record = _read(key.folder(cache_dir) / COST_FILE)
+        if record is None or not _fits(record, key, rungs):
+            return None
+        table[graph] = {rung: record.ms[rung] for rung in rungs}
+    return CostTable(table)
+
+
+def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
+    """Keep a table, one file a graph, each replaced whole."""
+    for graph, key in keys.items():
+        record = _Record(
+            graph_sha256=key.graph_sha256,
+            engine=key.engine,
+            machine=key.machine,
+            threads=key.threads,
+            repeats=repeats,
+            ms=dict(table.ms[graph]),
+        )
+        folder = key.folder(cache_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{COST_FILE}.{os.getpid()}"
+        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / COST_FILE)
+
+
+def _read(file: Path) -> _Record | None:
+    try:
+        if file.stat().st_size > MAX_COST_BYTES:
+            return None
+        return _Record.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _fits(record: _Record, key: EngineKey, rungs: Sequence[int]) -> bool:
+    if EngineKey(record.graph_sha256, record.engine, record.machine, record.threads) != key:
+        return False
+    return all(rung in record.ms and math.isfinite(record.ms[rung]) and record.ms[rung] > 0 for rung in rungs)

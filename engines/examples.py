@@ -1,0 +1,73 @@
+"""Inputs a graph could meet in service, drawn from a seed: for warming, measuring and comparing engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.condition import Tokenizer
+from engines.guidance import weight_from_scale
+from engines.manifest import (
+    COEFFICIENTS,
+    GRID,
+    GUIDANCE,
+    MASK,
+    TIMESTEP,
+    TOKENS,
+    BundleManifest,
+    StudentSpec,
+    TensorSpec,
+)
+from engines.sampler import Step
+
+
+def example_inputs(
+    manifest: BundleManifest, tokenizer: Tokenizer, graph: str, rows: int, seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Inputs of ``graph`` for a batch of ``rows``.
+
+    Steps come from the plans of the graph's students, w from the trained range, tokens from known prompts,
+    masks are soft; everything else is standard normal. Row i is the same whatever ``rows`` is.
+    """
+    drawn = [_row(manifest, tokenizer, graph, np.random.default_rng([seed, i]), i) for i in range(rows)]
+    return {name: np.stack([row[name] for row in drawn]) for name in drawn[0]}
+
+
+def _row(
+    manifest: BundleManifest, tokenizer: Tokenizer, graph: str, rng: np.random.Generator, index: int
+) -> dict[str, NDArray[Any]]:
+    steps = [
+        (student, step)
+        for student in manifest.students
+        if student.graph == graph
+        for step in manifest.plan(student)
+    ]
+    student, step = steps[index % len(steps)] if steps else (None, None)
+    inputs = manifest.graphs[graph].inputs
+    return {spec.name: _value(spec, manifest, tokenizer, rng, index, student, step) for spec in inputs}
+
+
+def _value(
+    spec: TensorSpec,
+    manifest: BundleManifest,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    index: int,
+    student: StudentSpec | None,
+    step: Step | None,
+) -> NDArray[Any]:
+    if spec.name == TOKENS:
+        known = tokenizer.known()
+        return tokenizer.encode(known[index % len(known)])
+    if spec.name == GUIDANCE:
+        low, high = weight_from_scale(manifest.guidance.min), weight_from_scale(manifest.guidance.max)
+        return np.float32(rng.uniform(low, high)) * np.ones((), np.float32)
+    if spec.name == MASK:
+        return rng.random(spec.shape[1:], dtype=np.float32)
+    if step is not None and student is not None:
+        fixed = {TIMESTEP: np.float32(step.timestep), COEFFICIENTS: step.row(), GRID: np.float32(student.grid or 0)}
+        if spec.name in fixed:
+            return np.asarray(fixed[spec.name], np.float32)
+    return rng.standard_normal(spec.shape[1:], dtype=np.float32)
