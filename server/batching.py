@@ -18,9 +18,6 @@ from typing import Generic, TypeVar
 
 RowT = TypeVar("RowT")
 
-RungChoice = Callable[[Hashable, int], int]
-"""(key, rows waiting ≥ 1) → batch size to run; larger than the rows waiting means padding."""
-
 
 @dataclass(eq=False)
 class Ticket(Generic[RowT]):
@@ -46,9 +43,12 @@ class Batch(Generic[RowT]):
 
 
 class Batcher(Generic[RowT]):
-    """Tickets waiting for their next step."""
+    """Tickets waiting for their next step.
 
-    def __init__(self, choose_rung: RungChoice) -> None:
+    choose_rung: (a row of the key, rows waiting ≥ 1) → batch size to run; more than wait means padding.
+    """
+
+    def __init__(self, choose_rung: Callable[[RowT, int], int]) -> None:
         self._choose_rung = choose_rung
         self._waiting: dict[Hashable, list[Ticket[RowT]]] = {}
         """By key; the key that stepped longest ago (or never) first."""
@@ -72,7 +72,7 @@ class Batcher(Generic[RowT]):
         if key is None:
             return None
         tickets = self._waiting[key]
-        rung = self._choose_rung(key, len(tickets))
+        rung = self._choose_rung(tickets[0].row, len(tickets))
         if rung < 1:
             raise ValueError(f"a step needs at least one row, not {rung}")
         return Batch(key, tuple(tickets[:rung]), rung)

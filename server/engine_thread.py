@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 
 from engines.errors import HalfstepError
 from engines.pipeline import Floats, Pipeline
 from server.batching import Batch, Batcher
+from server.costs import best_rung
 from server.jobs import Lease
 from server.metrics import Metrics
 from server.stages import Conditions, decode_latents, failure_of, step_rows
@@ -177,9 +178,8 @@ class EngineThread:
         self._batcher.remove(work.tickets)
         self._events.append(Failed(work.token, failure_of(error)))
 
-    def _choose_rung(self, key: Hashable, waiting: int) -> int:
-        pipeline = self._pipelines[key[0]]  # type: ignore[index]
-        return pipeline.rung(min(waiting, pipeline.max_rows))
+    def _choose_rung(self, image: Image, waiting: int) -> int:
+        return best_rung(self._pipelines[image.work.request.model], image.row.student.graph, waiting)
 
     def _observe(self, model: str, batch: Batch[Image], seconds: float) -> None:
         rows = len(batch.tickets)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from engines.errors import BundleError
 from engines.open import open_pipeline
-from engines.pipeline import Pipeline, find_student
+from engines.pipeline import Pipeline
 from server.admission import Admission
-from server.catalogue import Catalogue, CostPrediction, Model
+from server.catalogue import Catalogue, Model
+from server.costs import predicted_s
 from server.metrics import Metrics
-from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
 from server.stores.memory import MemoryStore
@@ -22,7 +23,13 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
     for path in settings.bundles:
         if path == DEFAULT_BUNDLE and not path.exists():
             raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
-        pipeline = open_pipeline(path, settings.backend, threads=settings.threads, cache_dir=settings.cache_dir)
+        pipeline = open_pipeline(
+            path,
+            settings.backend,
+            precision=settings.precision,
+            threads=settings.threads,
+            cache_dir=settings.cache_dir,
+        )
         name = pipeline.manifest.name
         if name in pipelines:
             raise BundleError(f"Two bundles are named {name}; serve one of them, or rename the other.")
@@ -35,7 +42,9 @@ def build_service(settings: Settings, pipelines: Mapping[str, Pipeline]) -> Serv
     metrics = Metrics()
     for name, pipeline in pipelines.items():
         metrics.engine.labels(name, pipeline.engine_name).set(1)
-    catalogue = Catalogue(Model.of(pipeline.bundle, _prediction(pipeline)) for pipeline in pipelines.values())
+    catalogue = Catalogue(
+        Model.of(pipeline.bundle, partial(predicted_s, pipeline)) for pipeline in pipelines.values()
+    )
     return Service(
         settings=settings,
         catalogue=catalogue,
@@ -43,11 +52,3 @@ def build_service(settings: Settings, pipelines: Mapping[str, Pipeline]) -> Serv
         admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows),
         metrics=metrics,
     )
-
-
-def _prediction(pipeline: Pipeline) -> CostPrediction:
-    def predict_s(request: DenoiseRequest) -> float:
-        student = find_student(pipeline.manifest, request.steps, request.sampler)
-        return 0.005 * request.n * student.steps
-
-    return predict_s

@@ -20,6 +20,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="engine to run on")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")
     threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
     cache_dir: Path | None = Field(None, description="folder for compiled engines; none by default")
     encode_threads: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")

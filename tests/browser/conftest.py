@@ -11,9 +11,16 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.support.serving import ServerProcess, serving
 
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 DESKTOP = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
+LIMIT_MS = 15_000
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +46,14 @@ def server(
 def page(request: pytest.FixtureRequest, browser: Browser, server: ServerProcess) -> Iterator[Page]:
     """The playground, its first images drawn; anything it logs as an error, or loads from elsewhere, fails."""
     context = browser.new_context(viewport=request.param, base_url=server.url)
+    context.set_default_timeout(LIMIT_MS)
     opened = context.new_page()
     problems: list[str] = []
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("console", lambda message: problems.append(message.text) if message.type == "warning" else None)
-    opened.on("request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else problems.append(r.url))
+    opened.on(
+        "request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else problems.append(r.url)
+    )
     opened.goto("/")
     opened.wait_for_selector("#grid .card img")
     yield opened

@@ -110,11 +110,17 @@ def test_the_curl_line_is_the_request(page: Page) -> None:
     page.get_by_label("Seed", exact=True).fill("12")
     expect(page.locator("#status")).to_contain_text("images in")
     body = requested(page)
-    assert (body["seed"], body["n"], body["prompt"]) == (12, 8, page.get_by_label("Prompt", exact=True).input_value())
+    assert (body["seed"], body["n"], body["prompt"]) == (
+        12,
+        8,
+        page.get_by_label("Prompt", exact=True).input_value(),
+    )
 
 
 def test_timing_names_every_stage(page: Page) -> None:
-    expect(page.locator("#timing dt")).to_have_text(["queue", "condition", "steps", "decode", "encode", "round trip"])
+    expect(page.locator("#timing dt")).to_have_text(
+        ["queue", "condition", "steps", "decode", "encode", "round trip"]
+    )
 
 
 def test_another_model_refits_the_controls(page: Page) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,7 @@ from server.batching import Batcher, Ticket
 RUNGS = (1, 2, 4, 8)
 
 
-def choose_rung(_: Hashable, waiting: int) -> int:
+def choose_rung(_: str, waiting: int) -> int:
     return next((rung for rung in RUNGS if rung >= waiting), RUNGS[-1])
 
 
@@ -63,7 +62,7 @@ def test_a_row_joins_between_two_steps_of_others() -> None:
 
 
 def test_the_oldest_go_first_however_they_were_added() -> None:
-    batcher = Batcher[str](lambda _key, _waiting: 2)
+    batcher = Batcher[str](lambda _row, _waiting: 2)
     for name, joined_s in (("young", 3.0), ("old", 1.0), ("middle", 2.0)):
         batcher.add(ticket(name, joined_s=joined_s))
     batch = batcher.next()
