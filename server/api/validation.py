@@ -13,7 +13,6 @@ from server.errors import InvalidRequestError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_UNKNOWN_FIELD_ERRORS = frozenset({"extra_forbidden", "invalid_key"})  # the latter: a name that is no text
 _RANGE_ERRORS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
 _TYPE_WORDS = {
     "int_type": "an integer",
@@ -38,12 +37,12 @@ def validate(schema: type[ModelT], body: dict[str, Any]) -> ModelT:
         return schema.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-    raise _refusal(schema, next((d for d in details if d["type"] in _UNKNOWN_FIELD_ERRORS), details[0]))
+    raise _refusal(schema, next((d for d in details if _is_unknown(d)), details[0]))
 
 
 def _refusal(schema: type[BaseModel], detail: ErrorDetails) -> InvalidRequestError:
     kind, param = detail["type"], str(detail["loc"][0]) if detail["loc"] else ""
-    if kind in _UNKNOWN_FIELD_ERRORS:
+    if _is_unknown(detail):
         return _unknown_field(schema, param)
     code, message = "out_of_range", f"{param}: {detail['msg']}."
     if kind == "missing":
@@ -57,6 +56,11 @@ def _refusal(schema: type[BaseModel], detail: ErrorDetails) -> InvalidRequestErr
     elif kind == "literal_error":
         code, message = "unsupported_value", f"{param} must be {detail['ctx']['expected']}."
     return InvalidRequestError(code, message, param=param)
+
+
+def _is_unknown(detail: ErrorDetails) -> bool:
+    """A field nobody knows, or one whose name is no text (which has no location)."""
+    return detail["type"] == "extra_forbidden" or not detail["loc"]
 
 
 def _unknown_field(schema: type[BaseModel], name: str) -> InvalidRequestError:

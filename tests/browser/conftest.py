@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from tests.support.serving import ServerProcess, serving
 
@@ -18,9 +19,11 @@ _FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-DESKTOP = {"width": 1280, "height": 900}
-PHONE = {"width": 390, "height": 844}
-LIMIT_MS = 15_000
+DESKTOP: ViewportSize = {"width": 1280, "height": 900}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+LIMIT_MS = 30_000
+
+expect.set_options(timeout=LIMIT_MS)
 
 
 @pytest.fixture(scope="session")
@@ -42,20 +45,32 @@ def server(
         yield process
 
 
-@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: ServerProcess) -> Iterator[Page]:
+@contextmanager
+def playground(browser: Browser, url: str, viewport: ViewportSize) -> Iterator[Page]:
     """The playground, its first images drawn; anything it logs as an error, or loads from elsewhere, fails."""
-    context = browser.new_context(viewport=request.param, base_url=server.url)
+    context = browser.new_context(viewport=viewport, base_url=url)
     context.set_default_timeout(LIMIT_MS)
     opened = context.new_page()
     problems: list[str] = []
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("console", lambda message: problems.append(message.text) if message.type == "warning" else None)
-    opened.on(
-        "request", lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else problems.append(r.url)
-    )
+    opened.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else problems.append(r.url))
     opened.goto("/")
     opened.wait_for_selector("#grid .card img")
     yield opened
     context.close()
     assert problems == []
+
+
+@pytest.fixture
+def page(browser: Browser, server: ServerProcess) -> Iterator[Page]:
+    """On a desktop."""
+    with playground(browser, server.url, DESKTOP) as opened:
+        yield opened
+
+
+@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+def any_page(request: pytest.FixtureRequest, browser: Browser, server: ServerProcess) -> Iterator[Page]:
+    """On a desktop, then on a phone: for what the layout may break."""
+    with playground(browser, server.url, request.param) as opened:
+        yield opened

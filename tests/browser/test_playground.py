@@ -26,18 +26,18 @@ def requested(page: Page) -> dict[str, object]:
     return body
 
 
-def test_it_draws_at_once_and_offers_what_the_model_knows(page: Page) -> None:
-    expect(page.locator(CARDS)).to_have_count(8)
-    expect(page.locator("#known button")).to_have_count(10)
-    expect(page.locator("#status")).to_contain_text(re.compile(r"8 images in \d+ ms"))
-    expect(page.locator(f"{CARDS} img").first).to_have_class("pixelated")
-    assert page.locator(f"{CARDS} img").first.evaluate("i => i.naturalWidth") == 64
+def test_it_draws_at_once_and_offers_what_the_model_knows(any_page: Page) -> None:
+    expect(any_page.locator(CARDS)).to_have_count(8)
+    expect(any_page.locator("#known button")).to_have_count(10)
+    expect(any_page.locator("#status")).to_contain_text(re.compile(r"8 images in \d+ ms"))
+    expect(any_page.locator(f"{CARDS} img").first).to_have_class("pixelated")
+    assert any_page.locator(f"{CARDS} img").first.evaluate("i => i.naturalWidth") == 64
 
 
-def test_a_suggestion_draws_it(page: Page) -> None:
-    page.get_by_role("button", name="seven", exact=True).click()
-    expect(page.locator(f"{CARDS} img").first).to_have_attribute("alt", re.compile("^seven, seed "))
-    expect(page.get_by_role("button", name="seven", exact=True)).to_have_attribute("aria-pressed", "true")
+def test_a_suggestion_draws_it(any_page: Page) -> None:
+    any_page.get_by_role("button", name="seven", exact=True).click()
+    expect(any_page.locator(f"{CARDS} img").first).to_have_attribute("alt", re.compile("^seven, seed "))
+    expect(any_page.get_by_role("button", name="seven", exact=True)).to_have_attribute("aria-pressed", "true")
 
 
 def test_the_slider_previews_live(page: Page) -> None:
@@ -77,11 +77,11 @@ def test_the_same_seed_draws_the_same(page: Page) -> None:
     expect(image).to_have_attribute("src", source or "")
 
 
-def test_the_sweep_shows_every_guidance_and_picks_one(page: Page) -> None:
-    tiles = page.locator("#sweep button")
+def test_the_sweep_shows_every_guidance_and_picks_one(any_page: Page) -> None:
+    tiles = any_page.locator("#sweep button")
     expect(tiles).to_have_count(9)
     tiles.last.click()
-    expect(page.locator("#guidance-value")).to_have_text("5.0")
+    expect(any_page.locator("#guidance-value")).to_have_text("5.0")
     expect(tiles.last).to_have_attribute("aria-pressed", "true")
 
 
@@ -129,25 +129,25 @@ def test_another_model_refits_the_controls(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("no usable image")
 
 
-def test_everything_is_reached_by_keyboard_and_has_a_name(page: Page) -> None:
-    unnamed = page.evaluate(
+def test_everything_is_reached_by_keyboard_and_has_a_name(any_page: Page) -> None:
+    unnamed = any_page.evaluate(
         """() => [...document.querySelectorAll('input, select, button, a')].filter(e =>
              !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).map(e => e.outerHTML)"""
     )
     assert unnamed == []
-    page.get_by_label("Prompt", exact=True).focus()
-    page.keyboard.press("Tab")
-    expect(page.get_by_role("button", name="Draw")).to_be_focused()
+    any_page.get_by_label("Prompt", exact=True).focus()
+    any_page.keyboard.press("Tab")
+    expect(any_page.get_by_role("button", name="Draw")).to_be_focused()
 
 
-def test_nothing_is_wider_than_the_screen(page: Page) -> None:
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+def test_nothing_is_wider_than_the_screen(any_page: Page) -> None:
+    assert any_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_the_reference_lists_every_operation(page: Page) -> None:
-    page.goto("/docs")
-    expect(page.locator(".operation")).to_have_count(6)
-    generations = page.locator("#post-v1-images-generations")
+def test_the_reference_lists_every_operation(any_page: Page) -> None:
+    any_page.goto("/docs")
+    expect(any_page.locator(".operation")).to_have_count(6)
+    generations = any_page.locator("#post-v1-images-generations")
     for field in ("guidance_scale", "num_inference_steps", "partial_images", "output_compression"):
         expect(generations.get_by_text(field, exact=True).first).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert any_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
