@@ -18,7 +18,7 @@ BackendName = Literal["auto", "openvino", "onnxruntime", "torch"]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 
 # Fastest first, as measured on CPUs: what ``auto`` tries.
-_PREFERENCE: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
+BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
 _INSTALL = {
     "openvino": "pip install halfstep",
     "onnxruntime": "pip install 'halfstep[onnxruntime]'",
@@ -34,9 +34,11 @@ def choose_backend(name: str) -> BackendName:
     for known in get_args(BackendName):
         if name == known != "auto":
             return known  # type: ignore[no-any-return]
+    if name == "tensorrt":
+        raise BackendError("TensorRT engines come in a later version; use --backend openvino.")
     if name != "auto":
         raise BackendError(f"There is no backend {name!r}; choose {', '.join(get_args(BackendName))}.")
-    for backend in _PREFERENCE:
+    for backend in BACKENDS:
         if find_spec(backend) is not None:
             return backend
     raise BackendError(f"No backend is installed; install one with: {_INSTALL['openvino']}")

@@ -1,0 +1,5 @@
+"""Entry point of ``python -m engines``."""
+
+from engines.cli import app
+
+app(prog_name="python -m engines")

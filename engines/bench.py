@@ -1,0 +1,92 @@
+"""What a bundle costs on one backend: time per call, images per second, memory."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+
+import numpy as np
+import psutil
+
+from engines.machine import machine_name
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, StudentSpec
+from engines.measure import Progress, measure_costs
+from engines.pipeline import Pipeline
+
+
+class Throughput(Frozen):
+    """One student at its best batch size."""
+
+    steps: int
+    sampler: str
+    batch: int
+    images_per_s: float
+
+
+class BenchResult(Frozen):
+    """All figures of a run.
+
+    ms: median of a call by graph and batch size. throughput: each student, what those medians add up to;
+    generate: the default student, whole batches timed from prompt to image.
+    """
+
+    bundle: str
+    engine: str
+    machine: str
+    python: str
+    numpy: str
+    threads: int
+    repeats: int
+    command: str
+    ms: dict[str, dict[int, float]]
+    throughput: tuple[Throughput, ...]
+    generate: Throughput
+    memory_mb: float
+
+
+def bench(
+    pipeline: Pipeline, repeats: int, threads: int, command: str, progress: Progress | None = None
+) -> BenchResult:
+    """Measure a loaded pipeline, which gets the costs found. repeats: calls per graph and batch size."""
+    pipeline.costs = measure_costs(pipeline, repeats, progress)
+    return BenchResult(
+        bundle=pipeline.manifest.name,
+        engine=pipeline.engine_name,
+        machine=machine_name(),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        threads=threads,
+        repeats=repeats,
+        command=command,
+        ms={graph: dict(costs) for graph, costs in pipeline.costs.ms.items()},
+        throughput=tuple(_best(pipeline, student) for student in pipeline.manifest.students),
+        generate=_generate(pipeline, repeats),
+        memory_mb=psutil.Process().memory_info().rss / 1e6,
+    )
+
+
+def _best(pipeline: Pipeline, student: StudentSpec) -> Throughput:
+    """The batch size at which condition, steps and decode of whole batches give most images per second."""
+    rates = {rung: 1e3 * rung / _image_ms(pipeline, student, rung) for rung in pipeline.rungs}
+    batch = max(rates, key=lambda rung: rates[rung])
+    return Throughput(steps=student.steps, sampler=student.sampler, batch=batch, images_per_s=rates[batch])
+
+
+def _image_ms(pipeline: Pipeline, student: StudentSpec, rung: int) -> float:
+    assert pipeline.costs is not None
+    once = pipeline.costs.step_ms(CONDITION_GRAPH, rung) + pipeline.costs.step_ms(DECODE_GRAPH, rung)
+    return once + student.steps * pipeline.costs.step_ms(student.graph, rung)
+
+
+def _generate(pipeline: Pipeline, repeats: int) -> Throughput:
+    student = pipeline.student(None)
+    batch = _best(pipeline, student).batch
+    prompts, seeds = [pipeline.tokenizer.known()[0]] * batch, list(range(batch))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        pipeline.generate(prompts, pipeline.manifest.guidance.default, seeds)
+        times.append(time.perf_counter() - started)
+    rate = batch / statistics.median(times)
+    return Throughput(steps=student.steps, sampler=student.sampler, batch=batch, images_per_s=rate)

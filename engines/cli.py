@@ -1,0 +1,161 @@
+"""``python -m engines``: verify a bundle, build its engine cache, bench and compare its backends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
+
+from engines.backends.load import PrecisionName
+from engines.bench import bench
+from engines.bundle import verify_bundle
+from engines.compare import compare_backends
+from engines.errors import BackendError, HalfstepError
+from engines.measure import Progress as Report
+from engines.open import know_costs, load_pipeline
+from engines.pipeline import RUNGS, Pipeline
+from engines.tables import cost_table, difference_table, throughput_table
+
+DEFAULT_CACHE = Path("~/.cache/halfstep")
+
+_out, _err = Console(), Console(stderr=True)
+
+
+class _Group(TyperGroup):
+    """Errors a user should read become one sentence on stderr and exit code 1; wrong usage stays 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HalfstepError as error:
+            _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
+BackendOption = Annotated[str, typer.Option(help="openvino, onnxruntime, torch, or auto: the fastest installed.")]
+PrecisionOption = Annotated[PrecisionName, typer.Option(help="Of the network body; auto is float32.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="Worker threads of one call; 0 is one per core.")]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder for compiled models and measured costs.")]
+RungsOption = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Calls per graph and batch size; the median counts.")]
+
+ALL_RUNGS = ",".join(map(str, RUNGS))
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Check every file of a bundle against its manifest."""
+    manifest = verify_bundle(bundle).manifest
+    size_mb = sum(record.bytes for record in manifest.files.values()) / 1e6
+    students = ", ".join(f"{student.steps} ({student.sampler})" for student in manifest.students)
+    _out.print(f"{manifest.name}: {len(manifest.files)} files, {size_mb:.1f} MB, all as the manifest says")
+    _out.print(f"steps: {students}; guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}")
+
+
+@app.command()
+def build(
+    bundle: BundleArgument,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = 0,
+    cache: CacheOption = DEFAULT_CACHE,
+    rungs: RungsOption = ALL_RUNGS,
+    repeats: RepeatsOption = 15,
+) -> None:
+    """Compile the graphs and measure what each batch size costs; later starts take both from the cache."""
+    sizes, folder = _rungs(rungs), cache.expanduser()
+    verified = verify_bundle(bundle)
+    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
+    with _progress("measuring") as report:
+        know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
+    _print_costs(pipeline)
+    _out.print(f"kept in {folder}", soft_wrap=True)
+
+
+@app.command("bench")
+def bench_command(
+    bundle: BundleArgument,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = 0,
+    rungs: RungsOption = ALL_RUNGS,
+    repeats: RepeatsOption = 7,
+) -> None:
+    """Time every graph at every batch size, in ms and images/s. The last line is one JSON object."""
+    sizes = _rungs(rungs)
+    verified = verify_bundle(bundle)
+    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
+    with _progress("timing") as report:
+        result = bench(pipeline, repeats, threads, f"python -m engines {' '.join(sys.argv[1:])}", report)
+    _print_costs(pipeline)
+    _out.print(throughput_table(result))
+    typer.echo(result.model_dump_json())
+
+
+@app.command()
+def compare(
+    bundle: BundleArgument,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend to compare; may be repeated. All installed when left out.")
+    ] = None,
+    precision: PrecisionOption = "auto",
+    rows: Annotated[int, typer.Option(min=2, help="Random rows per graph.")] = 16,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest absolute difference; 8-bit images may always differ by 1 level.")
+    ] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
+) -> None:
+    """Compare backends with ONNX Runtime float32 over random rows, timesteps and w; exit 1 above tolerance.
+
+    Also checks that rows come out bit-equal whatever their batch.
+    """
+    verified = verify_bundle(bundle)
+    with _progress("comparing") as report:
+        differences = compare_backends(verified, backend, precision, rows, seed, report)
+    _out.print(difference_table(differences, tolerance))
+    failed = [difference for difference in differences if not difference.within(tolerance)]
+    if failed:
+        raise BackendError(
+            f"{failed[0].engine} fails on graph {failed[0].graph!r}: serve with --backend onnxruntime, or pass a "
+            "--tolerance you accept."
+        )
+
+
+def _rungs(text: str) -> tuple[int, ...]:
+    try:
+        rungs = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        rungs = ()
+    if not rungs or rungs[0] < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of batch sizes such as 1,2,4", param_hint="--rungs")
+    return rungs
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Report]:
+    """A spinner on stderr that names the graph and batch size at work."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task(what)
+
+        def report(graph: str, rows: int) -> None:
+            progress.update(task, description=f"{what} {graph}, {rows} rows")
+
+        yield report
+
+
+def _print_costs(pipeline: Pipeline) -> None:
+    if pipeline.costs is not None:
+        _out.print(cost_table(pipeline.engine_name, pipeline.costs))

@@ -1,0 +1,97 @@
+"""Parity: every backend against ONNX Runtime float32 on the same rows, and every row against itself in company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.base import EngineBackend
+from engines.backends.load import BACKENDS, PrecisionName, load_backend
+from engines.bundle import Bundle
+from engines.condition import load_tokenizer
+from engines.examples import example_inputs
+from engines.measure import Progress
+
+REFERENCE = "onnxruntime"
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One graph on one engine. Errors are absolute, over all outputs; 8-bit images count in levels.
+
+    rows_equal: rows come out bit-equal whatever their batch.
+    """
+
+    graph: str
+    engine: str
+    max_abs_error: float
+    mean_abs_error: float
+    rows_equal: bool
+    levels: bool
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the graph may serve; one level of an 8-bit image always may differ."""
+        return self.rows_equal and self.max_abs_error <= (max(tolerance, 1.0) if self.levels else tolerance)
+
+
+def compare_backends(
+    bundle: Bundle,
+    backends: Sequence[str] | None,
+    precision: PrecisionName,
+    rows: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[Difference]:
+    """Differences of each backend (None: all installed) on every graph.
+
+    rows: random rows a graph, over its students' timesteps and the trained range of w. precision: of backends
+    that offer it. Raises: BackendError when the reference or a named backend is not installed.
+    """
+    tokenizer = load_tokenizer(bundle)
+    names = list(backends or (name for name in BACKENDS if find_spec(name) is not None))
+    differences = []
+    for graph in bundle.manifest.graphs:
+        inputs = example_inputs(bundle.manifest, tokenizer, graph, rows, seed)
+        reference = load_backend(REFERENCE, bundle, graph)
+        expected = reference.run(inputs)
+        for name in names:
+            if progress is not None:
+                progress(f"{graph} on {name}", rows)
+            offered: PrecisionName = precision if name == "openvino" else "auto"
+            engine = load_backend(name, bundle, graph, precision=offered)
+            differences.append(_difference(graph, engine, inputs, expected))
+            engine.close()
+        reference.close()
+    return differences
+
+
+def _difference(graph: str, engine: EngineBackend, inputs: Arrays, expected: Arrays) -> Difference:
+    got = engine.run(inputs)
+    errors = [np.abs(got[name].astype(np.float64) - want) for name, want in expected.items()]
+    return Difference(
+        graph=graph,
+        engine=engine.name,
+        max_abs_error=max(float(error.max()) for error in errors),
+        mean_abs_error=float(np.mean([error.mean() for error in errors])),
+        rows_equal=_rows_equal(engine, inputs, got),
+        levels=any(want.dtype == np.uint8 for want in expected.values()),
+    )
+
+
+def _rows_equal(engine: EngineBackend, inputs: Arrays, whole: Arrays) -> bool:
+    """Rows alone, in halves, and in reverse order, bit for bit."""
+    n = len(next(iter(inputs.values())))
+    for part in (slice(0, 1), slice(0, n // 2), slice(None, None, -1)):
+        alone = engine.run({name: array[part] for name, array in inputs.items()})
+        if any(
+            alone[name].tobytes() != np.ascontiguousarray(array[part]).tobytes() for name, array in whole.items()
+        ):
+            return False
+    return True

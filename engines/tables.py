@@ -1,0 +1,46 @@
+"""What the command line prints: tables of costs, throughput and differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from engines.bench import BenchResult
+from engines.compare import Difference
+from engines.cost import CostTable
+
+
+def cost_table(engine: str, costs: CostTable) -> Table:
+    """Milliseconds of a call, graphs down, batch sizes across."""
+    rungs = list(next(iter(costs.ms.values())))
+    table = Table(title=f"{engine}: ms per call, median, by batch size")
+    table.add_column("graph")
+    for rung in rungs:
+        table.add_column(str(rung), justify="right")
+    for graph, row in costs.ms.items():
+        table.add_row(graph, *(f"{row[rung]:.3g}" for rung in rungs))
+    return table
+
+
+def throughput_table(result: BenchResult) -> Table:
+    """Images per second of each student at its best batch size."""
+    table = Table(title=f"condition, steps and decode; {result.memory_mb:.0f} MB resident")
+    for heading in ("steps", "sampler", "batch", "images/s"):
+        table.add_column(heading, justify="right")
+    for row in result.throughput:
+        table.add_row(str(row.steps), row.sampler, str(row.batch), f"{row.images_per_s:.1f}")
+    whole = result.generate
+    table.add_row(f"{whole.steps}, timed whole", whole.sampler, str(whole.batch), f"{whole.images_per_s:.1f}")
+    return table
+
+
+def difference_table(differences: Sequence[Difference], tolerance: float) -> Table:
+    """One line per graph and engine; the last column is the verdict."""
+    table = Table(title=f"against ONNX Runtime float32, tolerance {tolerance:g}")
+    for heading in ("graph", "engine", "max error", "mean error", "rows bit-equal", "within"):
+        table.add_column(heading)
+    for d in differences:
+        verdicts = ("yes" if d.rows_equal else "NO", "yes" if d.within(tolerance) else "NO")
+        table.add_row(d.graph, d.engine, f"{d.max_abs_error:.2g}", f"{d.mean_abs_error:.2g}", *verdicts)
+    return table
