@@ -82,7 +82,7 @@ def evaluate(
 def export(
     run_dir: RunDir,
     bundle: Annotated[
-        Path, typer.Argument(help="Folder to write the bundle to; an older bundle there is replaced.")
+        Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")
     ],
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""

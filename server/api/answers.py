@@ -1,0 +1,108 @@
+"""From a finished job to the OpenAI-shaped answer, and to the events of a stream."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator
+
+from server.catalogue import Catalogue
+from server.errors import ApiError
+from server.jobs import JobFailure, JobResult, JobState, Preview, Timing
+from server.request import DenoiseRequest
+from server.schemas import (
+    CompletedEvent,
+    ImageBody,
+    ImagesResponse,
+    InputTokensDetails,
+    PartialImageEvent,
+    TimingBody,
+    Usage,
+)
+
+
+def result_of(state: JobState) -> JobResult:
+    """Raises: ApiError when the job did not succeed."""
+    if state.result is not None:
+        return state.result
+    raise failure_error(state.failure or JobFailure(code="cancelled", message="The request was cancelled."))
+
+
+def failure_error(failure: JobFailure) -> ApiError:
+    """A failed job is the server's fault: what the client could get wrong was checked before."""
+    return ApiError(500, failure.code, failure.message)
+
+
+def images_response(state: JobState, catalogue: Catalogue) -> ImagesResponse:
+    """Raises: ApiError when the job did not succeed."""
+    result, request = result_of(state), state.job.request
+    return ImagesResponse(
+        created=int(time.time()),
+        data=[ImageBody(b64_json=_base64(image.data), seed=image.seed) for image in result.images],
+        output_format=request.output_format,
+        size=_size(request),
+        usage=_usage(request, catalogue, request.n),
+        model=request.model,
+        seed=request.seed,
+        guidance_scale=request.guidance_scale,
+        steps=request.steps,
+        sampler=request.sampler,
+        engine=result.engine,
+        timing=_timing(result.timing),
+    )
+
+
+def partial_event(preview: Preview, request: DenoiseRequest) -> PartialImageEvent:
+    return PartialImageEvent(
+        b64_json=_base64(preview.data),
+        created_at=int(time.time()),
+        output_format=request.output_format,
+        partial_image_index=preview.index,
+        size=_size(request),
+        image_index=preview.image,
+    )
+
+
+def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[CompletedEvent]:
+    """One an image. Raises: ApiError when the job did not succeed."""
+    result, request = result_of(state), state.job.request
+    for index, image in enumerate(result.images):
+        yield CompletedEvent(
+            b64_json=_base64(image.data),
+            created_at=int(time.time()),
+            output_format=request.output_format,
+            size=_size(request),
+            usage=_usage(request, catalogue, 1),
+            image_index=index,
+            model=request.model,
+            seed=image.seed,
+            guidance_scale=request.guidance_scale,
+            steps=request.steps,
+            sampler=request.sampler,
+            engine=result.engine,
+            timing=_timing(result.timing),
+        )
+
+
+def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:
+    manifest = catalogue.find(request.model).manifest
+    size = next(s for s in manifest.sizes if (s.width, s.height) == (request.width, request.height))
+    text, cells = manifest.condition.tokens, images * size.latent_width * size.latent_height
+    return Usage(
+        input_tokens=text,
+        input_tokens_details=InputTokensDetails(text_tokens=text, image_tokens=0),
+        output_tokens=cells,
+        total_tokens=text + cells,
+    )
+
+
+def _timing(timing: Timing) -> TimingBody:
+    return TimingBody(**{stage: round(ms, 3) for stage, ms in timing.model_dump().items()})
+
+
+def _size(request: DenoiseRequest) -> str:
+    return f"{request.width}x{request.height}"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,52 @@
+"""Reading a JSON body: the right type, not too large, not too slow."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import ApiError
+from server.settings import Settings
+from server.strict_json import parse_object
+
+_CLOSE = {"connection": "close"}  # the rest of the body is not worth reading
+
+
+async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
+    """The JSON object a client sent. Raises: ApiError 400, 408, 413 or 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = "The body must be JSON: send it with the header Content-Type: application/json."
+        raise ApiError(415, "unsupported_media_type", message, headers=_CLOSE)
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            return parse_object(await _read(request, settings.max_body_bytes))
+    except TimeoutError:
+        message = f"The body did not arrive within {settings.body_timeout_s:g} s."
+        raise ApiError(408, "body_timeout", message, headers=_CLOSE) from None
+    except ClientDisconnect:
+        raise client_gone() from None
+
+
+def client_gone() -> ApiError:
+    """For the log and the metrics: nobody is left to read it."""
+    return ApiError(499, "client_disconnected", "The client went away.")
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit_bytes:
+            raise _too_large(limit_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, "payload_too_large", f"The body must be at most {limit_bytes} bytes.", headers=_CLOSE)

@@ -1,0 +1,82 @@
+"""The outermost ASGI layer: request ids, header limits, and an answer for what nobody caught."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError
+from server.metrics import Metrics
+
+MAX_HEADERS = 100
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_log = structlog.get_logger()
+
+
+class Guard:
+    """Puts ``x-request-id`` on every response: the client's own where it sent a plain one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_header_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_header_bytes = max_header_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers)
+        started = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            await send(message)
+
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            self._metrics.rejected.labels(refusal.code).inc()
+            await respond(refusal, tagged)
+            return
+        try:
+            await self._app(scope, receive, tagged)
+        except Exception as error:  # the last stop: the client gets an answer, the log gets the reason
+            _log.exception("request_failed", request_id=request_id, error=type(error).__name__)
+            if not started:
+                await respond(internal_error(), tagged)
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ApiError | None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._max_header_bytes or len(scope["headers"]) > MAX_HEADERS:
+            message = f"Headers must be at most {self._max_header_bytes} bytes and {MAX_HEADERS} in number."
+            return ApiError(431, "headers_too_large", message, headers={"connection": "close"})
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            message = "Compressed request bodies are not accepted; send it as it is."
+            return ApiError(415, "unsupported_encoding", message, headers={"connection": "close"})
+        return None
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "internal_error", "The server failed; its log has the reason under this request id.")
+
+
+async def respond(error: ApiError, send: Send) -> None:
+    """Send an error without a framework."""
+    payload = error.payload()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": payload})
+
+
+def _request_id(headers: Mapping[bytes, bytes]) -> str:
+    sent = headers.get(b"x-request-id", b"").decode("latin-1")
+    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"

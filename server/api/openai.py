@@ -1,0 +1,137 @@
+"""The OpenAI-shaped image API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import APIRouter
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from server.api.answers import completed_events, images_response, partial_event
+from server.api.body import client_gone, read_object
+from server.api.reference import GENERATION_BODY, GENERATION_RESPONSES, MODEL_RESPONSES
+from server.api.validation import validate
+from server.catalogue import Model
+from server.errors import ApiError
+from server.jobs import JobState, JobStatus
+from server.request import DenoiseRequest
+from server.resolve import resolve
+from server.schemas import (
+    GenerationBody,
+    GuidanceBody,
+    ModelBody,
+    ModelsResponse,
+    StepsBody,
+)
+from server.service import TASK, Service
+
+_log = structlog.get_logger()
+
+
+def openai_routes(service: Service) -> APIRouter:
+    """``/v1/images/generations`` and ``/v1/models``."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+    @router.post("/images/generations", responses=GENERATION_RESPONSES, openapi_extra=GENERATION_BODY)
+    async def create_image(request: Request) -> Response:
+        """Draw n images of a prompt."""
+        body = validate(GenerationBody, await read_object(request, service.settings))
+        wanted = resolve(body, service.catalogue)
+        if body.stream:
+            return await _stream(service, request, wanted)
+        async with service.accepted(wanted) as job_id, _cancelled_when_gone(service, request, job_id):
+            state = await service.store.wait(job_id)
+            if state.status is JobStatus.CANCELLED:
+                raise client_gone()
+            answer = images_response(state, service.catalogue)
+            return Response(answer.model_dump_json(), media_type="application/json")
+
+    @router.get("/models")
+    async def list_models() -> ModelsResponse:
+        """The models on offer, the default first."""
+        return ModelsResponse(data=[_model_body(model) for model in service.catalogue])
+
+    @router.get("/models/{model_id}", responses=MODEL_RESPONSES)
+    async def retrieve_model(model_id: str) -> ModelBody:
+        """What one model can do."""
+        return _model_body(service.catalogue.find(model_id))
+
+    return router
+
+
+async def _stream(service: Service, request: Request, wanted: DenoiseRequest) -> StreamingResponse:
+    """Accept first, so that a refusal still has its status; then answer with events."""
+    accepted = service.accepted(wanted)
+    job_id = await accepted.__aenter__()
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with _cancelled_when_gone(service, request, job_id):
+                async for event in _events(service, job_id):
+                    yield event
+        finally:
+            await accepted.__aexit__(None, None, None)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def _events(service: Service, job_id: str) -> AsyncIterator[str]:
+    sent = 0
+    async for state in service.store.watch(job_id):
+        for preview in state.previews[sent:]:
+            event = partial_event(preview, state.job.request)
+            yield _event(event.type, event)
+        sent = len(state.previews)
+        if state.status.terminal:
+            for line in _last_events(service, state):
+                yield line
+
+
+def _last_events(service: Service, state: JobState) -> list[str]:
+    try:
+        return [_event(event.type, event) for event in completed_events(state, service.catalogue)]
+    except ApiError as error:
+        return [f"data: {error.payload().decode()}\n\n"]
+
+
+def _event(name: str, body: BaseModel) -> str:
+    return f"event: {name}\ndata: {body.model_dump_json()}\n\n"
+
+
+@asynccontextmanager
+async def _cancelled_when_gone(service: Service, request: Request, job_id: str) -> AsyncIterator[None]:
+    """Cancel the job as soon as its client disconnects; its rows leave at the next step."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if await service.store.cancel(job_id):
+            _log.info("client_disconnected", job=job_id)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _model_body(model: Model) -> ModelBody:
+    manifest = model.manifest
+    students = manifest.students
+    trained = sorted({student.steps for student in students})
+    return ModelBody(
+        id=manifest.name,
+        created=manifest.created,
+        description=manifest.description,
+        guidance_scale=GuidanceBody(**manifest.guidance.model_dump()),
+        steps=StepsBody(trained=trained, default=manifest.default_steps),
+        samplers={n: sorted(s.sampler for s in students if s.steps == n) for n in trained},
+        sizes=[str(size) for size in manifest.sizes],
+        tasks=[TASK],
+        prompts=list(model.tokenizer.known()),
+    )

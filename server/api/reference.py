@@ -1,0 +1,59 @@
+"""What the OpenAPI document says beyond what the code's types say: bodies read by hand, errors, examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.schemas import CompletedEvent, ErrorResponse, GenerationBody, ImagesResponse, PartialImageEvent
+
+_EXAMPLES: list[Any] = GenerationBody.model_json_schema()["examples"]
+
+GENERATION_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": GenerationBody.model_json_schema(),
+                "examples": {
+                    "smallest": {"summary": "One image, everything else default", "value": _EXAMPLES[0]},
+                    "guided": {"summary": "Four images, reproducible", "value": _EXAMPLES[1]},
+                    "stream": {"summary": "Server-sent events, as WebP", "value": _EXAMPLES[2]},
+                },
+            }
+        },
+    }
+}
+
+
+def _error(description: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = "server_error" if code in {"queue_full", "engine_error"} else "invalid_request_error"
+    example = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {
+        "model": ErrorResponse,
+        "description": description,
+        "content": {"application/json": {"example": example}},
+    }
+
+
+GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ImagesResponse,
+        "description": "The images, or with stream true these events: "
+        + ", ".join(str(event.model_fields["type"].default) for event in (PartialImageEvent, CompletedEvent)),
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    400: _error(
+        "A field is unknown, malformed, or asks for what the model does not offer",
+        "out_of_range",
+        "steps must be one this model was distilled for: 1, 2, 4, 8.",
+        "steps",
+    ),
+    404: _error("No such model", "model_not_found", "There is no such model here; model can be digits.", "model"),
+    408: _error("The body came too slowly", "body_timeout", "The body did not arrive within 30 s."),
+    413: _error("The body is too large", "payload_too_large", "The body must be at most 1048576 bytes."),
+    415: _error("The body is not plain JSON", "unsupported_media_type", "The body must be JSON."),
+    500: _error("The engine failed on this request", "engine_error", "The engine failed on this request."),
+    503: _error("No room now; Retry-After says when", "queue_full", "The server has as much work as it accepts."),
+}
+
+MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {404: GENERATION_RESPONSES[404]}

@@ -1,0 +1,79 @@
+"""A parsed body against its schema: one error, naming the field and what it may be."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from server.errors import InvalidRequestError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_RANGE_ERRORS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
+_TYPE_WORDS = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+}
+
+# Why a whole field is refused: better than "must be null".
+_UNSUPPORTED = {
+    "style": "style is not supported: describe the style in the prompt, or leave the field out.",
+    "response_format": "response_format must be b64_json: images come inside the response.",
+    "quality": "quality must be auto: a distilled model has one quality; more steps take longer and look better.",
+    "background": "background must be auto or opaque: this model makes opaque images.",
+    "moderation": "moderation must be auto: there is no other level here.",
+}
+
+
+def validate(schema: type[ModelT], body: dict[str, Any]) -> ModelT:
+    """Raises: InvalidRequestError for the first thing wrong; messages never repeat the input."""
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+    raise _refusal(schema, next((d for d in details if _is_unknown(d)), details[0]))
+
+
+def _refusal(schema: type[BaseModel], detail: ErrorDetails) -> InvalidRequestError:
+    kind, param = detail["type"], str(detail["loc"][0]) if detail["loc"] else ""
+    if _is_unknown(detail):
+        return _unknown_field(schema, param)
+    code, message = "out_of_range", f"{param}: {detail['msg']}."
+    if kind == "missing":
+        code, message = "missing_field", f"{param} is required."
+    elif kind in _TYPE_WORDS:
+        code, message = "invalid_type", f"{param} must be {_TYPE_WORDS[kind]}."
+    elif kind in _RANGE_ERRORS:
+        message = f"{param} must be {_range(schema, param)}."
+    elif param in _UNSUPPORTED:
+        code, message = "unsupported_value", _UNSUPPORTED[param]
+    elif kind == "literal_error":
+        code, message = "unsupported_value", f"{param} must be {detail['ctx']['expected']}."
+    return InvalidRequestError(code, message, param=param)
+
+
+def _is_unknown(detail: ErrorDetails) -> bool:
+    """A field nobody knows, or one whose name is no text (which has no location)."""
+    return detail["type"] == "extra_forbidden" or not detail["loc"]
+
+
+def _unknown_field(schema: type[BaseModel], name: str) -> InvalidRequestError:
+    known = ", ".join(schema.model_fields)
+    if not _PLAIN_NAME.fullmatch(name):
+        return InvalidRequestError("unknown_field", f"The body has a field that is not one of: {known}.")
+    return InvalidRequestError(
+        "unknown_field", f"There is no field {name} here; the fields are: {known}.", param=name
+    )
+
+
+def _range(schema: type[BaseModel], param: str) -> str:
+    bounds = schema.model_fields[param].metadata
+    low = next((bound.ge for bound in bounds if hasattr(bound, "ge")), None)
+    high = next((bound.le for bound in bounds if hasattr(bound, "le")), None)
+    return f"{low} to {high}"

@@ -1,0 +1,189 @@
+"""The one thread that runs engines: join → condition → step → decode, for as long as there is work.
+
+It owns the batcher and all rows. The event loop speaks to it through an inbox and hears back through
+``report``, so a step never waits for HTTP, nor HTTP for a step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from queue import Empty, SimpleQueue
+
+from engines.errors import HalfstepError
+from engines.pipeline import Floats, Pipeline
+from server.batching import Batch, Batcher
+from server.costs import best_rung
+from server.jobs import Lease
+from server.metrics import Metrics
+from server.stages import Conditions, decode_latents, failure_of, step_rows
+from server.work import Crashed, Event, Failed, Image, Pixels, Progress, Work
+
+_CLOSE = object()
+
+
+class EngineThread:
+    """pipelines: by model name. report: called on this thread with the events of one step."""
+
+    def __init__(
+        self, pipelines: Mapping[str, Pipeline], report: Callable[[list[Event]], None], metrics: Metrics
+    ) -> None:
+        self._pipelines = pipelines
+        self._report = report
+        self._metrics = metrics
+        self._conditions = {name: Conditions(pipeline) for name, pipeline in pipelines.items()}
+        self._batcher: Batcher[Image] = Batcher(self._choose_rung)
+        self._inbox: SimpleQueue[Work | str | object] = SimpleQueue()
+        self._newcomers: list[Work] = []
+        self._works: dict[str, Work] = {}
+        self._events: list[Event] = []
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join_job(self, lease: Lease) -> None:
+        """Take a job in at the next step. From any thread."""
+        self._inbox.put(Work(lease, time.perf_counter()))
+
+    def stop_job(self, token: str) -> None:
+        """Drop a lease's rows at the next step; no event follows. From any thread."""
+        self._inbox.put(token)
+
+    def close(self) -> None:
+        """End the thread after the step it is in; unfinished jobs are dropped."""
+        self._inbox.put(_CLOSE)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                self._turn()
+        except Exception as error:  # a dead thread must not leave its callers waiting
+            self._report([Crashed(error)])
+
+    def _turn(self) -> None:
+        """One step, whoever it is for, and what it brought about."""
+        newcomers, self._newcomers = self._newcomers, []
+        for model in dict.fromkeys(work.request.model for work in newcomers):
+            self._start(model, [work for work in newcomers if work.request.model == model])
+        batch = self._batcher.next()
+        if batch is not None:
+            self._step(batch)
+        events, self._events = self._events, []
+        if events:
+            self._report(events)
+
+    def _receive(self) -> bool:
+        """Empty the inbox, waiting for a message when there is nothing to step; False to end."""
+        block = len(self._batcher) == 0
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except Empty:
+                return True
+            if message is _CLOSE:
+                return False
+            if isinstance(message, Work):
+                self._newcomers.append(message)
+            elif isinstance(message, str):
+                self._drop(message)
+            block = False
+
+    def _drop(self, token: str) -> None:
+        self._newcomers = [work for work in self._newcomers if work.token != token]
+        work = self._works.pop(token, None)
+        if work is None:
+            return
+        self._batcher.remove(work.tickets)
+        left = sum(ticket.steps_left for ticket in work.tickets)
+        self._metrics.cancelled_steps.labels(work.request.model).inc(left)
+
+    def _start(self, model: str, works: list[Work]) -> None:
+        begun = time.perf_counter()
+        conditions = self._conditions[model].get([work.request.prompt for work in works])
+        condition_ms = (time.perf_counter() - begun) * 1000
+        for work in works:
+            self._works[work.token] = work
+            work.started_s, work.condition_ms = begun, condition_ms
+            condition = conditions[work.request.prompt]
+            if isinstance(condition, Exception):
+                self._fail(work, condition, "condition")
+            else:
+                self._add_rows(work, condition)
+
+    def _add_rows(self, work: Work, condition: Floats) -> None:
+        pipeline = self._pipelines[work.request.model]
+        try:
+            work.start_rows(pipeline, condition)
+        except HalfstepError as error:  # a request resolved against another version of the bundle
+            self._fail(work, error, "condition")
+            return
+        for ticket in work.tickets:
+            self._batcher.add(ticket)
+
+    def _step(self, batch: Batch[Image]) -> None:
+        images = [ticket.row for ticket in batch.tickets]
+        model = images[0].work.request.model
+        pipeline = self._pipelines[model]
+        begun = time.perf_counter()
+        outcomes = step_rows(pipeline, [image.row for image in images])
+        seconds = time.perf_counter() - begun
+        done = self._batcher.stepped(batch)
+        self._observe(model, batch, seconds)
+        for work in dict.fromkeys(image.work for image in images):
+            work.steps_ms += seconds * 1000
+        for image, error in zip(images, outcomes, strict=True):
+            if error is not None:
+                self._fail(image.work, error, "steps")
+        self._decode(pipeline, images, {id(ticket.row) for ticket in done})
+
+    def _decode(self, pipeline: Pipeline, images: list[Image], done: set[int]) -> None:
+        """Decode what the step finished and the previews it was asked for, then report every job of it."""
+        alive = [image for image in images if image.work.token in self._works]
+        wanted = [i for i in alive if id(i) in done or i.preview_due]
+        previews: dict[Work, list[tuple[int, int, Pixels]]] = {image.work: [] for image in alive}
+        begun = time.perf_counter()
+        latents = [image.row.latent if id(image) in done else image.row.clean for image in wanted]
+        decoded = decode_latents(pipeline, latents) if wanted else []
+        decode_ms = (time.perf_counter() - begun) * 1000
+        for work in dict.fromkeys(image.work for image in wanted):
+            work.decode_ms += decode_ms
+        for image, pixels in zip(wanted, decoded, strict=True):
+            if isinstance(pixels, Exception):
+                self._fail(image.work, pixels, "decode")
+            elif id(image) in done:
+                image.work.pixels[image.index] = pixels
+            else:
+                index = image.work.preview_at.index(image.row.position)
+                previews[image.work].append((image.index, index, pixels))
+        for work, taken in previews.items():
+            self._settle(work, tuple(taken))
+
+    def _settle(self, work: Work, previews: tuple[tuple[int, int, Pixels], ...]) -> None:
+        if work.token not in self._works:  # failed in this very step
+            return
+        if len(work.pixels) == len(work.tickets):
+            del self._works[work.token]
+            self._events.append(work.made())
+        else:
+            self._events.append(Progress(work.token, work.step, previews))
+
+    def _fail(self, work: Work, error: Exception, stage: str) -> None:
+        """Fail a job once, however many of its rows are bad."""
+        self._metrics.poison.labels(work.request.model, stage).inc()
+        if self._works.pop(work.token, None) is None:
+            return
+        self._batcher.remove(work.tickets)
+        self._events.append(Failed(work.token, failure_of(error)))
+
+    def _choose_rung(self, image: Image, waiting: int) -> int:
+        return best_rung(self._pipelines[image.work.request.model], image.row.student.graph, waiting)
+
+    def _observe(self, model: str, batch: Batch[Image], seconds: float) -> None:
+        rows = len(batch.tickets)
+        self._metrics.steps.labels(model).inc(rows)
+        self._metrics.step_s.labels(model, str(batch.rung)).observe(seconds)
+        self._metrics.occupancy.labels(model).observe(rows / batch.rung)
+        self._metrics.padding.labels(model).inc(batch.padding)

@@ -1,0 +1,71 @@
+"""What can go wrong towards a client, and the OpenAI-shaped body that says so.
+
+ApiError                     an answer with a status, a code and, where one field is at fault, its name
+├── InvalidRequestError      400: the request asks for something malformed or not offered
+├── NotFoundError            404
+└── OverloadedError          503: come back in ``retry_after_s``
+
+Messages never repeat what the client sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+
+class ApiError(Exception):
+    """Base of every refusal. param: the public field name, or None; code: stable and machine-readable."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's error family."""
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def payload(self) -> bytes:
+        return json.dumps(self.body(), ensure_ascii=False).encode()
+
+
+class InvalidRequestError(ApiError):
+    """400. Validation is 400 in the OpenAI-shaped API; the code tells which rule."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(400, code, message, param=param)
+
+
+class NotFoundError(ApiError):
+    """404."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(404, code, message, param=param)
+
+
+class OverloadedError(ApiError):
+    """503 with both retry headers: whole seconds for browsers and proxies, milliseconds for SDKs."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float) -> None:
+        headers = {
+            "retry-after": str(max(1, math.ceil(retry_after_s))),
+            "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
+        }
+        super().__init__(503, code, message, headers=headers)

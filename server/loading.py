@@ -1,0 +1,54 @@
+"""From settings to loaded models and the service in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from engines.errors import BundleError
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
+from server.admission import Admission
+from server.catalogue import Catalogue, Model
+from server.costs import predicted_s
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import DEFAULT_BUNDLE, Settings
+from server.stores.memory import MemoryStore
+
+
+def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
+    """Verified, loaded and warm, by model name. Raises: BundleError, BackendError."""
+    pipelines: dict[str, Pipeline] = {}
+    for path in settings.bundles:
+        if path == DEFAULT_BUNDLE and not path.exists():
+            raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
+        pipeline = open_pipeline(
+            path,
+            settings.backend,
+            precision=settings.precision,
+            threads=settings.threads,
+            cache_dir=settings.cache_dir,
+        )
+        name = pipeline.manifest.name
+        if name in pipelines:
+            raise BundleError(f"Two bundles are named {name}; serve one of them, or rename the other.")
+        pipelines[name] = pipeline
+    return pipelines
+
+
+def build_service(settings: Settings, pipelines: Mapping[str, Pipeline]) -> Service:
+    """The API's side of a process whose worker runs these pipelines."""
+    metrics = Metrics()
+    for name, pipeline in pipelines.items():
+        metrics.engine.labels(name, pipeline.engine_name).set(1)
+    catalogue = Catalogue(
+        Model.of(pipeline.bundle, partial(predicted_s, pipeline)) for pipeline in pipelines.values()
+    )
+    return Service(
+        settings=settings,
+        catalogue=catalogue,
+        store=MemoryStore(settings.lease_s, settings.result_ttl_s),
+        admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows),
+        metrics=metrics,
+    )

@@ -1,0 +1,199 @@
+"""What crosses the wire. Every field of a body is here; any other is refused by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.noise import MAX_SEED
+from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, OutputFormat
+
+MAX_PROMPT_CHARS = 4000
+
+
+class GenerationBody(BaseModel):
+    """Body of ``POST /v1/images/generations``. null means left out."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"prompt": "seven"},
+                {"prompt": "seven", "n": 4, "guidance_scale": 2.5, "steps": 4, "seed": 1},
+                {"prompt": "a three", "output_format": "webp", "output_compression": 80, "stream": True},
+            ]
+        },
+    )
+
+    prompt: str = Field(
+        description=f"What to draw: 1 to {MAX_PROMPT_CHARS} characters. GET /v1/models lists what works."
+    )
+    model: str | None = Field(None, description="A model id from GET /v1/models; the first one when left out.")
+    n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="Number of images, 1 when left out.")
+    size: str | None = Field(None, description='"auto" or one of the model\'s sizes, written as "WxH" in pixels.')
+    quality: Literal["auto", "standard"] | None = Field(
+        None, description='Only the default: a distilled model has one quality; "steps" trades it for time.'
+    )
+    style: None = Field(None, description="Not supported: say it in the prompt.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="Images are opaque.")
+    moderation: Literal["auto"] | None = Field(None, description="Only the default.")
+    output_format: OutputFormat | None = Field(None, description='"png" when left out.')
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg (default 95) and webp (default 90), 100 the best."
+    )
+    response_format: Literal["b64_json"] | None = Field(None, description="Images come inside the response.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(
+        None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image on the way; needs stream."
+    )
+    user: str | None = Field(None, max_length=512, description="Your own label; neither stored nor logged.")
+    guidance_scale: float | None = Field(None, description="Strength of the prompt; 1 is guidance off.")
+    guidance: float | None = Field(None, description="Another name of guidance_scale.")
+    steps: int | None = Field(None, description="Denoising steps, one of those the model was distilled for.")
+    num_inference_steps: int | None = Field(None, description="Another name of steps.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Image k of the response is made with seed + k; random when left out."
+    )
+    sampler: Literal["deterministic", "stochastic"] | None = Field(
+        None, description="The student's own if left out."
+    )
+    negative_prompt: str | None = Field(
+        None, description="Not supported: guidance was distilled against the empty prompt."
+    )
+
+
+class TimingBody(BaseModel):
+    """Milliseconds of a request in each stage."""
+
+    queue: float
+    condition: float
+    steps: float
+    decode: float
+    encode: float
+
+
+class ImageBody(BaseModel):
+    b64_json: str = Field(description="The file, base64-encoded.")
+    seed: int = Field(description="Makes this image again, alone.")
+
+
+class InputTokensDetails(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """input_tokens: text tokens of the prompt; output_tokens: latent cells generated."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class ImagesResponse(BaseModel):
+    """Answer of ``POST /v1/images/generations``: OpenAI's fields, and ours beside them."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[ImageBody]
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+    usage: Usage
+    model: str
+    seed: int = Field(description="Of the first image.")
+    guidance_scale: float
+    steps: int
+    sampler: str
+    engine: str = Field(
+        description="Backend, version and precision: equal requests give equal bytes on one engine."
+    )
+    timing: TimingBody
+
+
+class PartialImageEvent(BaseModel):
+    """``event: image_generation.partial_image``: the clean estimate so far. image_index: k of n (ours)."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: OutputFormat
+    partial_image_index: int
+    quality: Literal["auto"] = "auto"
+    size: str
+    image_index: int
+
+
+class CompletedEvent(BaseModel):
+    """``event: image_generation.completed``, one an image. image_index: k of n (ours)."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    background: Literal["opaque"] = "opaque"
+    created_at: int
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    size: str
+    usage: Usage
+    image_index: int
+    model: str
+    seed: int
+    guidance_scale: float
+    steps: int
+    sampler: str
+    engine: str
+    timing: TimingBody
+
+
+class GuidanceBody(BaseModel):
+    min: float
+    max: float
+    default: float
+
+
+class StepsBody(BaseModel):
+    trained: list[int]
+    default: int
+
+
+class ModelBody(BaseModel):
+    """A model on offer: OpenAI's fields, and what it can do."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "halfstep"
+    description: str
+    guidance_scale: GuidanceBody
+    steps: StepsBody
+    samplers: dict[int, list[str]] = Field(description="By steps.")
+    sizes: list[str]
+    tasks: list[str] = Field(description="What this server offers of it.")
+    prompts: list[str] = Field(description="Prompts it knows; where there are too many to list, examples.")
+
+
+class ModelsResponse(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelBody]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Every error, whatever its status."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    status: Literal["ok", "draining", "engine_down"]

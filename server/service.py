@@ -1,0 +1,71 @@
+"""What every route of one process shares: models, store, admission, metrics, and whether it is leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from server.admission import DRAIN_RETRY_S, Admission
+from server.catalogue import Catalogue
+from server.errors import OverloadedError
+from server.jobs import Job, JobState, JobStatus, JobStore
+from server.metrics import Metrics
+from server.request import DenoiseRequest
+from server.settings import Settings
+
+TASK = "text_to_image"
+
+
+@dataclass(eq=False)
+class Service:
+    """draining: set once the process was told to end; it then finishes what it accepted."""
+
+    settings: Settings
+    catalogue: Catalogue
+    store: JobStore
+    admission: Admission
+    metrics: Metrics
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    engine_down: bool = False
+
+    @asynccontextmanager
+    async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
+        """The id of a job that lives as long as its caller waits: leaving the block early cancels it.
+
+        Raises: OverloadedError when there is no room, or the process is about to end.
+        """
+        job = await self._submit(request)
+        started = time.monotonic()
+        try:
+            yield job.id
+        finally:
+            await self.store.cancel(job.id)
+            await self._count(job, time.monotonic() - started)
+            await self.store.forget(job.id)
+
+    async def _submit(self, request: DenoiseRequest) -> Job:
+        if self.draining.is_set():
+            message = "This server is about to end; send the request again."
+            raise OverloadedError("draining", message, retry_after_s=DRAIN_RETRY_S)
+        self.admission.check(await self.store.backlog(), request)
+        job = Job(id=secrets.token_hex(12), request=request, cost_s=self.admission.cost_s(request))
+        await self.store.submit(job)
+        self.metrics.accepted.labels(request.model, TASK).inc()
+        return job
+
+    async def _count(self, job: Job, seconds: float) -> None:
+        """Accepted requests and terminal ones are counted one for one."""
+        state = await self.store.get(job.id)
+        status = JobStatus.CANCELLED if state is None else state.status
+        size = f"{job.request.width}x{job.request.height}"
+        self.metrics.requests.labels(job.request.model, TASK, size, status.value).inc()
+        if status is JobStatus.SUCCEEDED:
+            self.metrics.request_s.labels(job.request.model, TASK).observe(seconds)
+
+
+def succeeded(state: JobState) -> bool:
+    return state.status is JobStatus.SUCCEEDED and state.result is not None

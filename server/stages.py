@@ -1,0 +1,103 @@
+"""The three batched calls of the engine thread, with a failure kept to the row that caused it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from engines.errors import BackendError, RequestError
+from engines.pipeline import Floats, Pipeline, Row
+from server.jobs import JobFailure
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+CONDITION_CACHE_ENTRIES = 1024
+
+_log = structlog.get_logger()
+
+
+class NonFiniteRowError(BackendError):
+    """A row became NaN or infinite; its companions did not."""
+
+
+def isolate(
+    items: Sequence[ItemT], call: Callable[[Sequence[ItemT]], Sequence[ResultT]]
+) -> list[ResultT | Exception]:
+    """``call`` on all items at once; when that raises, on each alone, so only the culprits fail."""
+    try:
+        return list(call(items))
+    except Exception as error:  # whatever an engine raises must not take the companions down
+        if len(items) == 1:
+            return [error]
+    return [result for item in items for result in isolate([item], call)]
+
+
+def failure_of(error: Exception) -> JobFailure:
+    """What the client is told; the details are logged, not sent."""
+    if isinstance(error, RequestError):
+        return JobFailure(code=error.code, message=str(error))
+    _log.error("row_failed", error=type(error).__name__, detail=str(error))
+    if isinstance(error, NonFiniteRowError):
+        message = "The model produced no usable image for this request; another seed or guidance_scale may."
+        return JobFailure(code="non_finite", message=message)
+    return JobFailure(code="engine_error", message="The engine failed on this request; the server's log says why.")
+
+
+class Conditions:
+    """Prompt embeddings of one pipeline, the most recent kept."""
+
+    def __init__(self, pipeline: Pipeline, entries: int = CONDITION_CACHE_ENTRIES) -> None:
+        self._pipeline = pipeline
+        self._entries = entries
+        self._cache: OrderedDict[str, Floats] = OrderedDict()
+
+    def get(self, prompts: Sequence[str]) -> dict[str, Floats | Exception]:
+        """(T, D) of every distinct prompt, or why it has none; the misses run as one batch."""
+        found: dict[str, Floats | Exception] = {}
+        missing = []
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self._cache:
+                self._cache.move_to_end(prompt)
+                found[prompt] = self._cache[prompt]
+            else:
+                missing.append(prompt)
+        size = self._pipeline.max_rows
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
+            found.update(zip(chunk, isolate(chunk, self._encode), strict=True))
+        for prompt in missing:
+            self._remember(prompt, found[prompt])
+        return found
+
+    def _encode(self, prompts: Sequence[str]) -> list[Floats]:
+        return list(self._pipeline.condition(prompts))
+
+    def _remember(self, prompt: str, condition: Floats | Exception) -> None:
+        if isinstance(condition, Exception):
+            return
+        self._cache[prompt] = condition
+        if len(self._cache) > self._entries:
+            self._cache.popitem(last=False)
+
+
+def step_rows(pipeline: Pipeline, rows: Sequence[Row]) -> list[Exception | None]:
+    """Advance rows of one batch key by one step; per row what went wrong, or None."""
+
+    def call(batch: Sequence[Row]) -> list[Exception | None]:
+        pipeline.step(batch)
+        return [
+            None if np.isfinite(row.latent).all() else NonFiniteRowError("a latent is not finite") for row in batch
+        ]
+
+    return isolate(rows, call)
+
+
+def decode_latents(pipeline: Pipeline, latents: Sequence[Floats]) -> list[NDArray[np.uint8] | Exception]:
+    """(H, W, 3) uint8 per latent of one shape, or what went wrong."""
+    return isolate(latents, lambda batch: list(pipeline.decode(batch)))

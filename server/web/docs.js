@@ -1,0 +1,78 @@
+// The reference, drawn from /openapi.json, so it can not differ from what the server says of itself.
+
+import { make } from "/static/view.js";
+
+const contents = document.getElementById("contents");
+const operations = document.getElementById("operations");
+
+function operation(api, path, method, described) {
+  const id = `${method}-${path}`.replaceAll(/[^a-z0-9]+/gi, "-");
+  contents.append(make("a", { href: `#${id}` }, `${method.toUpperCase()} ${path}`));
+  const title = make("h2", {}, make("span", { class: "method" }, method.toUpperCase()), path);
+  const section = make("section", { class: "operation", id }, title);
+  if (described.description) section.append(make("p", {}, described.description));
+  const body = described.requestBody?.content["application/json"];
+  if (body) section.append(make("h3", {}, "Body"), fields(api, body.schema), ...examples(body));
+  section.append(make("h3", {}, "Answers"), ...Object.entries(described.responses).map((each) => answer(api, ...each)));
+  return section;
+}
+
+function answer(api, status, response) {
+  const details = make("details", {}, make("summary", {}, make("b", {}, status), ` ${response.description}`));
+  const json = response.content?.["application/json"];
+  if (json?.example) details.append(code(json.example));
+  else if (json?.schema) details.append(fields(api, json.schema));
+  return details;
+}
+
+function examples(body) {
+  return Object.values(body.examples ?? {}).flatMap(({ summary, value }) => [make("h3", {}, summary), code(value)]);
+}
+
+function fields(api, schema) {
+  const { properties = {}, required = [] } = resolved(api, schema);
+  const rows = Object.entries(properties).map(([name, property]) => {
+    const mark = required.includes(name) && schema.$ref === undefined ? " (required)" : "";
+    return make(
+      "tr",
+      {},
+      make("th", { scope: "row" }, make("code", {}, name), mark),
+      make("td", {}, kind(api, property)),
+      make("td", {}, property.description ?? ""),
+    );
+  });
+  return make("div", { class: "scroll", tabindex: "0" }, make("table", {}, make("tbody", {}, ...rows)));
+}
+
+/** What a value may be, in a few words. */
+function kind(api, property) {
+  if (property.$ref) return inside(api, property);
+  if (property.anyOf) return property.anyOf.map((each) => kind(api, each)).filter((each) => each !== "null").join(" or ");
+  if (property.const !== undefined) return JSON.stringify(property.const);
+  if (property.enum) return property.enum.map((each) => JSON.stringify(each)).join(", ");
+  if (property.type === "array") return `list of ${kind(api, property.items)}`;
+  const { minimum, maximum } = property;
+  const range = minimum === undefined ? "" : ` ${minimum} to ${maximum ?? "…"}`;
+  return `${property.type ?? "anything"}${range}`;
+}
+
+function inside(api, property) {
+  return `{ ${Object.keys(resolved(api, property).properties ?? {}).join(", ")} }`;
+}
+
+function resolved(api, schema) {
+  return schema.$ref ? api.components.schemas[schema.$ref.split("/").at(-1)] : schema;
+}
+
+function code(value) {
+  return make("pre", {}, make("code", {}, JSON.stringify(value, null, 2)));
+}
+
+const response = await fetch("/openapi.json");
+const api = await response.json();
+operations.replaceChildren();
+for (const [path, methods] of Object.entries(api.paths)) {
+  for (const [method, described] of Object.entries(methods)) {
+    operations.append(operation(api, path, method, described));
+  }
+}

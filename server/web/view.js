@@ -1,0 +1,102 @@
+// Drawing answers. Elements are made, never parsed from text, so a prompt can not become markup.
+
+const TINY_PX = 160;
+const LARGE_PX = 256;
+const STAGES = ["queue", "condition", "steps", "decode", "encode"];
+const ICONS = {
+  save: "M12 4v11m0 0 4-4m-4 4-4-4M5 20h14",
+  keep: "M12 3v4m0 10v4M3 12h4m10 0h4M12 9a3 3 0 1 0 0 6 3 3 0 0 0 0-6",
+};
+
+/** make("li", {class: "card"}, child, …): an element with attributes and children. */
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** The images of an answer as cards. useSeed(seed) is called when one is chosen. */
+export function drawGrid(list, answer, prompt, useSeed) {
+  const [width] = answer.size.split("x").map(Number);
+  list.dataset.size = width >= LARGE_PX ? "large" : "small";
+  list.replaceChildren(...answer.data.map((image) => card(answer, image, prompt, useSeed)));
+}
+
+/** Tiles of one image at each guidance; choose(value) when one is picked. */
+export function drawSweep(list, answers, chosen, prompt, choose) {
+  list.replaceChildren(
+    ...answers.map((answer) => {
+      const value = answer.guidance_scale;
+      const label = `${prompt} with guidance ${value}`;
+      const tile = make("button", { type: "button", "aria-label": label, onclick: () => choose(value) });
+      tile.append(picture(answer, answer.data[0], ""), make("span", {}, value.toFixed(1)));
+      tile.dataset.value = value;
+      return make("li", {}, tile);
+    }),
+  );
+  markSweep(list, chosen);
+}
+
+/** Outline the tile of the guidance in use, if there is one. */
+export function markSweep(list, chosen) {
+  for (const tile of list.querySelectorAll("button")) {
+    tile.setAttribute("aria-pressed", String(Math.abs(Number(tile.dataset.value) - chosen) < 0.05));
+  }
+}
+
+/** A bar of the stages and their milliseconds. */
+export function drawTiming(bar, list, answer) {
+  const segments = STAGES.map((stage) => {
+    const segment = make("i", { class: stage });
+    segment.style.flexGrow = answer.timing[stage];
+    return segment;
+  });
+  bar.replaceChildren(...segments);
+  const rows = STAGES.map((stage) => entry(stage, answer.timing[stage], stage));
+  rows.push(entry("round trip", answer.roundTrip, ""));
+  list.replaceChildren(...rows);
+}
+
+function card(answer, image, prompt, useSeed) {
+  const alt = `${prompt}, seed ${image.seed}, guidance ${answer.guidance_scale}, ${answer.steps} steps`;
+  const source = address(answer, image);
+  const name = `${answer.model}-${image.seed}.${answer.output_format}`;
+  const keep = make("button", { type: "button", title: "Use this seed", onclick: () => useSeed(image.seed) });
+  keep.setAttribute("aria-label", `Use seed ${image.seed}`);
+  keep.append(icon("keep"));
+  const save = make("a", { href: source, download: name, title: "Save", "aria-label": `Save image of seed ${image.seed}` });
+  save.append(icon("save"));
+  const seed = make("span", { title: alt }, String(image.seed));
+  return make("li", { class: "card" }, picture(answer, image, alt), make("footer", {}, seed, keep, save));
+}
+
+function picture(answer, image, alt) {
+  const [width, height] = answer.size.split("x").map(Number);
+  const element = make("img", { src: address(answer, image), alt, width, height });
+  if (Math.max(width, height) <= TINY_PX) element.className = "pixelated";
+  element.style.aspectRatio = `${width} / ${height}`;
+  return element;
+}
+
+function address(answer, image) {
+  return `data:image/${answer.output_format};base64,${image.b64_json}`;
+}
+
+function entry(name, ms, stage) {
+  return make("div", {}, make("dt", { class: stage }, name), make("dd", {}, `${ms.toFixed(1)} ms`));
+}
+
+function icon(name) {
+  const space = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(space, "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(space, "path");
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
+  return svg;
+}

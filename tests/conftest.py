@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests of the server: toy models made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small and quick; stochastic at 4 steps too."""
+    path = tmp_path_factory.mktemp("bundles") / "toy"
+    return make_toy_bundle(path, ToyOptions(stochastic=(4,))).path
+
+
+@pytest.fixture(scope="session")
+def poison_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As quick, but the six is NaN."""
+    path = tmp_path_factory.mktemp("bundles") / "poison"
+    return make_toy_bundle(path, ToyOptions(name="toy-poison", nan_class=6, shared=True)).path
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps of some 10 ms."""
+    path = tmp_path_factory.mktemp("bundles") / "slow"
+    options = ToyOptions(name="toy-slow", steps=(8,), default_steps=8, channels=96, depth=24)
+    return make_toy_bundle(path, options).path

@@ -1,0 +1,102 @@
+"""A real Pipeline on engines of a few lines of numpy, which a test can hold, count and break."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.base import Rows
+from engines.bundle import verify_bundle
+from engines.cost import CostTable
+from engines.manifest import (
+    CLEAN_ESTIMATE,
+    CONDITION,
+    DECODE_GRAPH,
+    IMAGE,
+    LATENT,
+    NEXT_LATENT,
+    TOKENS,
+    GraphSpec,
+    TensorSpec,
+)
+from engines.pipeline import Pipeline
+
+RUNGS = (1, 2, 4, 8)
+MAX_GATES = 1_000_000
+
+Run = Callable[[Rows], dict[str, NDArray[Any]]]
+
+
+class FakeEngine:
+    """An EngineBackend around a function."""
+
+    def __init__(self, spec: GraphSpec, run: Run) -> None:
+        self._spec = spec
+        self.run = run
+
+    @property
+    def name(self) -> str:
+        return "fake 1 float32"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A pipeline whose steps can be held back and made to fail.
+
+    batches: (step graph, class of each row run, padding included) of every step so far; poison: a class on
+    which a step raises; allow: let that many steps pass (``hold`` first).
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        self.batches: list[tuple[str, list[int]]] = []
+        self.poison: int | None = None
+        self._gate = threading.Semaphore(MAX_GATES)
+        verified = verify_bundle(bundle)
+        manifest = verified.manifest
+
+        def load(graph: str) -> FakeEngine:
+            runs: dict[str, Run] = {CONDITION: _condition, DECODE_GRAPH: _decode}
+            return FakeEngine(manifest.graphs[graph], runs.get(graph, lambda rows: self._step(graph, rows)))
+
+        self.pipeline = Pipeline(verified, load, RUNGS)
+        self.pipeline.costs = CostTable({graph: dict.fromkeys(RUNGS, 1.0) for graph in manifest.graphs})
+
+    def hold(self) -> None:
+        """Steps from now on wait for ``allow``."""
+        while self._gate.acquire(blocking=False):
+            pass
+
+    def allow(self, steps: int = MAX_GATES) -> None:
+        self._gate.release(steps)
+
+    def _step(self, graph: str, rows: Rows) -> dict[str, NDArray[Any]]:
+        classes = [int(row.argmax()) for row in rows[CONDITION]]
+        self.batches.append((graph, classes))
+        self._gate.acquire()
+        if self.poison in classes:
+            raise RuntimeError("poison")
+        return {NEXT_LATENT: rows[LATENT] * np.float32(0.5), CLEAN_ESTIMATE: rows[LATENT] * np.float32(0.25)}
+
+
+def _condition(rows: Rows) -> dict[str, NDArray[Any]]:
+    return {CONDITION: np.eye(16, dtype=np.float32)[rows[TOKENS]]}
+
+
+def _decode(rows: Rows) -> dict[str, NDArray[Any]]:
+    grey = np.clip(rows[LATENT][:, 0, :, :, None] * 100 + 128, 0, 255).astype(np.uint8)
+    return {IMAGE: np.broadcast_to(grey, (*grey.shape[:3], 3))}

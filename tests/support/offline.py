@@ -1,0 +1,30 @@
+"""A service with its routes and models but no worker: for everything decided before a step runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.testclient import TestClient
+
+from engines.bundle import verify_bundle
+from server.admission import Admission
+from server.app import create_app
+from server.catalogue import Catalogue, Model
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Settings
+from server.stores.memory import MemoryStore
+
+ROW_STEP_S = 0.01
+
+
+def offline_service(bundle: Path, settings: Settings | None = None) -> Service:
+    """predicted costs: 10 ms a row and step."""
+    chosen = settings or Settings()
+    catalogue = Catalogue([Model.of(verify_bundle(bundle), lambda r: ROW_STEP_S * r.n * r.steps)])
+    admission = Admission(catalogue, chosen.max_queue_s, chosen.max_queued_rows)
+    return Service(chosen, catalogue, MemoryStore(), admission, Metrics())
+
+
+def offline_client(service: Service) -> TestClient:
+    return TestClient(create_app(service), raise_server_exceptions=False)

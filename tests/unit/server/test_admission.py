@@ -1,0 +1,45 @@
+"""When there is room, and when to come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.errors import OverloadedError
+from server.jobs import Backlog
+from server.request import DenoiseRequest
+from server.settings import Settings
+from tests.support.offline import ROW_STEP_S, offline_service
+
+
+def request(n: int = 1) -> DenoiseRequest:
+    return DenoiseRequest(
+        model="toy-digits", prompt="one", n=n, seed=1, guidance_scale=2.0, steps=4, width=64, height=64
+    )
+
+
+def check(bundle: Path, backlog: Backlog, n: int = 1) -> None:
+    settings = Settings(max_queue_s=2.0, max_queued_rows=100)
+    offline_service(bundle, settings).admission.check(backlog, request(n))
+
+
+def test_an_idle_server_takes_anything(toy_bundle: Path) -> None:
+    check(toy_bundle, Backlog(jobs=0, rows=0, seconds=0.0), n=10)
+
+
+def test_there_is_room_up_to_the_limit(toy_bundle: Path) -> None:
+    check(toy_bundle, Backlog(jobs=1, rows=99, seconds=2.0 - 4 * ROW_STEP_S))
+
+
+def test_too_many_seconds_say_when_they_will_be_gone(toy_bundle: Path) -> None:
+    with pytest.raises(OverloadedError) as refused:
+        check(toy_bundle, Backlog(jobs=5, rows=50, seconds=5.0))
+    assert refused.value.headers["retry-after"] == "4"
+    assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(1000 * (3.0 + 4 * ROW_STEP_S), abs=1)
+
+
+def test_too_many_images_say_when_they_will_be_gone(toy_bundle: Path) -> None:
+    with pytest.raises(OverloadedError) as refused:
+        check(toy_bundle, Backlog(jobs=10, rows=100, seconds=1.0), n=10)
+    assert refused.value.headers["retry-after-ms"] == "100"

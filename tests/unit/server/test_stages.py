@@ -1,0 +1,73 @@
+"""Isolation of failures, the embedding cache, and where previews fall."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.errors import RequestError
+from server.stages import Conditions, failure_of, isolate
+from server.work import preview_steps
+from tests.support.fake_engines import Bench
+
+
+def halves(items: Sequence[int]) -> list[int]:
+    if any(item % 2 for item in items):
+        raise ValueError("odd")
+    return [item // 2 for item in items]
+
+
+def test_all_go_together_when_nothing_fails() -> None:
+    assert isolate([2, 4, 6], halves) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_culprit_fails_alone_wherever_it_stands(position: int) -> None:
+    items = [2, 4, 6, 8]
+    items[position] = 3
+    results = isolate(items, halves)
+    assert isinstance(results.pop(position), ValueError)
+    items.pop(position)
+    assert results == [item // 2 for item in items]
+
+
+def test_conditions_are_computed_once_and_the_oldest_dropped(toy_bundle: Path) -> None:
+    pipeline = Bench(toy_bundle).pipeline
+    asked: list[Sequence[str]] = []
+    original = pipeline.condition
+
+    def counting(prompts: Sequence[str]) -> np.ndarray:
+        asked.append(list(prompts))
+        return original(prompts)
+
+    pipeline.condition = counting  # type: ignore[method-assign]
+    conditions = Conditions(pipeline, entries=2)
+    found = conditions.get(["one", "two", "one"])
+    conditions.get(["two", "one"])
+    conditions.get(["three"])
+    conditions.get(["two"])
+    assert asked == [["one", "two"], ["three"], ["two"]]
+    assert isinstance(found["two"], np.ndarray)
+    assert found["two"].argmax() == 2
+
+
+def test_an_unknown_prompt_fails_alone(toy_bundle: Path) -> None:
+    found = Conditions(Bench(toy_bundle).pipeline).get(["one", "cat"])
+    assert isinstance(found["one"], np.ndarray)
+    assert isinstance(found["cat"], RequestError)
+    assert failure_of(found["cat"]).code == "unknown_prompt"
+
+
+def test_a_client_is_not_told_what_an_engine_said() -> None:
+    assert "secret" not in failure_of(RuntimeError("secret")).message
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial", "expected"),
+    [(4, 3, (1, 2, 3)), (8, 3, (2, 4, 6)), (8, 1, (4,)), (2, 3, (1,)), (1, 3, ()), (8, 0, ())],
+)
+def test_previews_are_spread_over_the_steps(steps: int, partial: int, expected: tuple[int, ...]) -> None:
+    assert preview_steps(steps, partial) == expected

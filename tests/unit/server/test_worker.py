@@ -1,0 +1,157 @@
+"""A worker on fake engines: joining, leaving, isolation, cancellation, backpressure, and its own death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.pipeline import Pipeline
+from server.jobs import Job, JobState, JobStatus
+from server.metrics import Metrics
+from server.request import DenoiseRequest
+from server.stores.memory import MemoryStore
+from server.worker import Worker
+from tests.support.fake_engines import Bench
+
+pytestmark = pytest.mark.anyio
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture
+def bench(toy_bundle: Path) -> Bench:
+    return Bench(toy_bundle)
+
+
+def job(name: str, digit: int = 1, **fields: Any) -> Job:
+    chosen = {"n": 1, "steps": 4, "seed": 1, **fields}
+    request = DenoiseRequest(
+        model="toy-digits", prompt=DIGITS[digit], guidance_scale=2.0, width=64, height=64, **chosen
+    )
+    return Job(id=name, request=request, cost_s=0.0)
+
+
+@asynccontextmanager
+async def working(
+    pipeline: Pipeline, store: MemoryStore, max_rows: int = 64, metrics: Metrics | None = None
+) -> AsyncIterator[asyncio.Task[None]]:
+    worker = Worker("w", {"toy-digits": pipeline}, store, metrics or Metrics(), max_rows=max_rows)
+    task = asyncio.create_task(worker.run())
+    yield task
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens on the engine thread
+            await asyncio.sleep(0.001)
+
+
+async def run(store: MemoryStore, *jobs: Job) -> list[JobState]:
+    for each in jobs:
+        await store.submit(each)
+    async with asyncio.timeout(30):
+        return list(await asyncio.gather(*(store.wait(each.id) for each in jobs)))
+
+
+async def test_a_job_is_made(bench: Bench) -> None:
+    store = MemoryStore()
+    async with working(bench.pipeline, store):
+        (state,) = await run(store, job("a", n=3, seed=7))
+    assert state.status is JobStatus.SUCCEEDED
+    assert state.result is not None
+    assert [image.seed for image in state.result.images] == [7, 8, 9]
+    assert state.result.engine == "fake 1 float32"
+    assert all(image.data.startswith(b"\x89PNG") for image in state.result.images)
+
+
+async def test_rows_join_at_the_next_step_and_leave_when_done(bench: Bench) -> None:
+    store = MemoryStore()
+    bench.hold()
+    async with working(bench.pipeline, store):
+        await store.submit(job("a", digit=1))
+        await until(lambda: len(bench.batches) == 1)
+        await store.submit(job("b", digit=2))
+        await asyncio.sleep(0)
+        await until(lambda: store._queue == {})
+        bench.allow()
+        await store.wait("a")
+        await store.wait("b")
+    assert [classes for _, classes in bench.batches] == [[1], [1, 2], [1, 2], [1, 2], [2]]
+
+
+async def test_an_exception_fails_its_own_request_only(bench: Bench) -> None:
+    store = MemoryStore()
+    async with working(bench.pipeline, store):
+        (alone,) = await run(store, job("alone", digit=3, seed=5))
+        bench.poison = 6
+        bench.hold()
+        for each in (job("good", digit=3, seed=5), job("bad", digit=6), job("fine", digit=4)):
+            await store.submit(each)
+        await until(lambda: store._queue == {})
+        bench.allow()
+        good, bad, fine = [await store.wait(name) for name in ("good", "bad", "fine")]
+    assert (good.status, fine.status) == (JobStatus.SUCCEEDED, JobStatus.SUCCEEDED)
+    assert bad.failure is not None
+    assert bad.failure.code == "engine_error"
+    assert good.result is not None
+    assert alone.result is not None
+    assert good.result.images == alone.result.images
+
+
+async def test_a_cancelled_job_leaves_after_the_step_under_way(bench: Bench) -> None:
+    store, metrics = MemoryStore(), Metrics()
+    bench.hold()
+    async with working(bench.pipeline, store, metrics=metrics):
+        await store.submit(job("a", digit=1, steps=8))
+        await store.submit(job("b", digit=2, steps=8))
+        await until(lambda: bench.batches != [] and store._queue == {})
+        await store.cancel("a")
+        bench.allow(1)
+        await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 1)
+        bench.allow()
+        companion = await store.wait("b")
+    assert companion.status is JobStatus.SUCCEEDED
+    assert sum(classes.count(1) for _, classes in bench.batches) <= 2
+    cancelled = metrics.registry.get_sample_value("halfstep_cancelled_steps_total", {"model": "toy-digits"})
+    assert cancelled is not None
+    assert cancelled >= 6
+
+
+async def test_only_what_fits_is_claimed(bench: Bench) -> None:
+    store = MemoryStore()
+    bench.hold()
+    async with working(bench.pipeline, store, max_rows=20):
+        for name in "abc":
+            await store.submit(job(name, n=10))
+        await until(lambda: bench.batches != [])
+        assert [len(store._queue), (await store.backlog()).rows] == [1, 30]
+        bench.allow()
+        states = [await store.wait(name) for name in "abc"]
+    assert {state.status for state in states} == {JobStatus.SUCCEEDED}
+
+
+async def test_previews_arrive_in_order(bench: Bench) -> None:
+    store = MemoryStore()
+    async with working(bench.pipeline, store):
+        await store.submit(job("a", n=2, steps=8, partial_images=3))
+        states = [state async for state in store.watch("a")]
+    previews = states[-1].previews
+    assert [(p.index, p.image) for p in previews] == [(k, image) for k in range(3) for image in range(2)]
+    assert len({p.data for p in previews}) == 6
+
+
+async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(bench: Bench) -> None:
+    store = MemoryStore()
+    bench.pipeline.costs = None
+    async with working(bench.pipeline, store) as task:
+        (state,) = await run(store, job("a"))
+        assert state.status is JobStatus.FAILED
+        with pytest.raises(ExceptionGroup):
+            await task
