@@ -26,7 +26,7 @@ def create_app(service: Service) -> ASGIApp:
     app = FastAPI(
         title="halfstep",
         summary="Images in a few steps, guidance as an input.",
-        version="0.1.0",
+        version="v1",
         docs_url=None,
         redoc_url=None,
     )
