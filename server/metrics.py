@@ -15,57 +15,39 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "halfstep_requests_total",
-            "Accepted requests by terminal status",
-            ["model", "task", "size", "status"],
-            registry=self.registry,
-        )
-        self.accepted = Counter(
-            "halfstep_requests_accepted_total", "Accepted requests", ["model", "task"], registry=self.registry
-        )
-        self.rejected = Counter(
-            "halfstep_requests_rejected_total", "Refused requests by reason", ["reason"], registry=self.registry
-        )
-        self.request_s = self._histogram(
-            "halfstep_request_seconds", "Acceptance to finished files", ["model", "task"], _SECONDS
-        )
-        self.stage_s = self._histogram(
-            "halfstep_stage_seconds", "Time of a request in each stage", ["model", "stage"], _SECONDS
-        )
-        self.steps = Counter(
-            "halfstep_denoise_steps_total", "Denoising steps of rows", ["model"], registry=self.registry
-        )
-        self.step_s = self._histogram(
-            "halfstep_step_seconds", "One batched denoising step", ["model", "rung"], _SECONDS
-        )
-        self.occupancy = self._histogram(
-            "halfstep_batch_occupancy_ratio", "Rows in a step by rows it ran", ["model"], _FRACTIONS
-        )
-        self.padding = Counter(
-            "halfstep_padding_rows_total", "Rows stepped only to fill a rung", ["model"], registry=self.registry
-        )
-        self.cancelled_steps = Counter(
-            "halfstep_cancelled_steps_total",
-            "Steps that cancelled rows did not run",
-            ["model"],
-            registry=self.registry,
-        )
-        self.poison = Counter(
-            "halfstep_poison_rows_total", "Rows that failed alone", ["model", "stage"], registry=self.registry
-        )
+        self._make_request_metrics()
+        self._make_engine_metrics()
+
+    def _make_request_metrics(self) -> None:
+        count, times = self._counter, self._histogram
+        of_request = ["model", "task"]
+        self.accepted = count("halfstep_requests_accepted_total", "Accepted requests", of_request)
+        ended = [*of_request, "size", "status"]
+        self.requests = count("halfstep_requests_total", "Accepted requests by terminal status", ended)
+        self.rejected = count("halfstep_requests_rejected_total", "Refused requests by reason", ["reason"])
+        self.retries = count("halfstep_retries_total", "Jobs taken back from a silent worker", [])
+        self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", of_request, _SECONDS)
+        stage = ["model", "stage"]
+        self.stage_s = times("halfstep_stage_seconds", "Time of a request in each stage", stage, _SECONDS)
+        queued = "Predicted engine seconds of accepted, unfinished work"
+        self.queued_s = Gauge("halfstep_queued_seconds", queued, registry=self.registry)
+
+    def _make_engine_metrics(self) -> None:
+        count, times = self._counter, self._histogram
+        self.steps = count("halfstep_denoise_steps_total", "Denoising steps of rows", ["model"])
+        self.step_s = times("halfstep_step_seconds", "One batched denoising step", ["model", "rung"], _SECONDS)
+        occupancy = "Rows in a step by rows it ran"
+        self.occupancy = times("halfstep_batch_occupancy_ratio", occupancy, ["model"], _FRACTIONS)
+        self.padding = count("halfstep_padding_rows_total", "Rows stepped only to fill a rung", ["model"])
+        cancelled = "Steps that cancelled rows did not run"
+        self.cancelled_steps = count("halfstep_cancelled_steps_total", cancelled, ["model"])
+        self.poison = count("halfstep_poison_rows_total", "Rows that failed alone", ["model", "stage"])
         self.rows = Gauge("halfstep_rows_in_flight", "Images in the making", registry=self.registry)
-        self.queued_s = Gauge(
-            "halfstep_queued_seconds",
-            "Predicted engine seconds of accepted, unfinished work",
-            registry=self.registry,
-        )
-        self.retries = Counter(
-            "halfstep_retries_total", "Jobs taken back from a silent worker", registry=self.registry
-        )
-        self.engine = Gauge(
-            "halfstep_engine_info", "Engine in use (always 1)", ["model", "engine"], registry=self.registry
-        )
+        labels = ["model", "engine"]
+        self.engine = Gauge("halfstep_engine_info", "Engine in use (always 1)", labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
