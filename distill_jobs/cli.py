@@ -81,9 +81,7 @@ def evaluate(
 @app.command()
 def export(
     run_dir: RunDir,
-    bundle: Annotated[
-        Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")
-    ],
+    bundle: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")],
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
     with _one_sentence_errors(), _progress() as progress:

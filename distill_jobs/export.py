@@ -95,7 +95,7 @@ def parity_rows(plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, in
         torch.tensor([float(step.timestep) for step in steps]),
         torch.linspace(low, high, rows)[torch.randperm(rows, generator=generator)],
         class_condition(torch.arange(rows) % CLASSES),
-        torch.stack([torch.from_numpy(step.row()) for step in steps]),
+        torch.stack([torch.tensor(step.row) for step in steps]),
         normal(),
         normal(),
         mask,

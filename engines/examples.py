@@ -67,7 +67,7 @@ def _value(
     if spec.name == MASK:
         return rng.random(spec.shape[1:], dtype=np.float32)
     if step is not None and student is not None:
-        fixed = {TIMESTEP: np.float32(step.timestep), COEFFICIENTS: step.row(), GRID: np.float32(student.grid or 0)}
+        fixed = {TIMESTEP: np.float32(step.timestep), COEFFICIENTS: step.row, GRID: np.float32(student.grid or 0)}
         if spec.name in fixed:
             return np.asarray(fixed[spec.name], np.float32)
     return rng.standard_normal(spec.shape[1:], dtype=np.float32)

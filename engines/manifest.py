@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
@@ -213,5 +214,12 @@ class BundleManifest(Frozen):
 
     def plan(self, student: StudentSpec, start: int | None = None) -> SamplerPlan:
         """The coefficient rows of a student, optionally entered at grid point ``start``."""
-        schedule = NoiseSchedule(self.schedule)
-        return sampler_plan(schedule, student.steps, student.sampler, self.prediction_type, self.clip, start)
+        return _plan(self.schedule, student.steps, student.sampler, self.prediction_type, self.clip, start)
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    spec: ScheduleSpec, n: int, sampler: Sampler, prediction: Prediction, clip: float | None, start: int | None
+) -> SamplerPlan:
+    """One plan for all the rows that follow it: tabulating a schedule costs more than a small network's step."""
+    return sampler_plan(NoiseSchedule(spec), n, sampler, prediction, clip, start)

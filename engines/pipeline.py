@@ -193,7 +193,7 @@ class Pipeline:
             TIMESTEP: np.array([step.timestep for step in steps], np.float32),
             GUIDANCE: np.array([row.w for row in rows], np.float32),
             CONDITION: np.stack([row.condition for row in rows]),
-            COEFFICIENTS: np.stack([step.row() for step in steps]),
+            COEFFICIENTS: np.stack([step.row for step in steps]),
             NOISE: np.stack([_step_noise(row) for row in rows]),
             KNOWN: np.stack([row.known for row in rows]),
             MASK: np.stack([row.mask for row in rows]),

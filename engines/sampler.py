@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -57,9 +58,12 @@ class Step:
     target: int
     coefficients: Coefficients
 
+    @cached_property
     def row(self) -> NDArray[np.float32]:
-        """(9,) float32: what the step graph takes as its ``coefficients`` input."""
-        return np.array(astuple(self.coefficients), dtype=np.float32)
+        """(9,) float32, read-only: what the step graph takes as its ``coefficients`` input."""
+        row = np.array(astuple(self.coefficients), dtype=np.float32)
+        row.flags.writeable = False
+        return row
 
     @property
     def stochastic(self) -> bool:

@@ -62,7 +62,7 @@ def mixed_rows(n: int, w: list[float]) -> list[torch.Tensor]:
     chosen = [steps[i % len(steps)] for i in range(n)]
     rows[1] = torch.tensor([float(s.timestep) for s in chosen])
     rows[2] = torch.tensor([w[i % len(w)] for i in range(n)])
-    rows[4] = torch.stack([torch.from_numpy(s.row()) for s in chosen])
+    rows[4] = torch.stack([torch.tensor(s.row) for s in chosen])
     return rows
 
 
@@ -95,7 +95,7 @@ def test_the_graphs_update_is_the_rows_update(step: StepGraph, step_file: Path) 
     plan = sampler_plan(SCHEDULE, 4, "stochastic")
     rows = mixed_rows(8, [2.0])
     feed = feed_of(step, rows)
-    feed[COEFFICIENTS][:] = plan.steps[1].row()
+    feed[COEFFICIENTS][:] = plan.steps[1].row
     feed["timestep"][:] = plan.steps[1].timestep
     feed[MASK][:] = 0
     feed[MASK][:, :, :4] = 1
@@ -115,7 +115,7 @@ def test_the_graphs_update_is_the_rows_update(step: StepGraph, step_file: Path) 
 def test_a_clipped_row_clips_in_the_graph(step: StepGraph, step_file: Path) -> None:
     feed = feed_of(step, mixed_rows(8, [2.0]))
     feed[LATENT] *= 20
-    feed[COEFFICIENTS][:] = sampler_plan(SCHEDULE, 2, clip=1.0).steps[1].row()
+    feed[COEFFICIENTS][:] = sampler_plan(SCHEDULE, 2, clip=1.0).steps[1].row
     feed[MASK][:] = 1
     following, clean = run_file(step_file, feed)
     assert np.abs(clean).max() == 1.0
