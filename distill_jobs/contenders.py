@@ -73,9 +73,10 @@ class Contender:
 def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     """The reference first (teacher at the recipe's teacher_steps), then teacher, stage one and students.
 
+    The students are those that go into the bundle: the ones on the way to them are teachers, not products.
     Raises: JobError naming a folder that is missing.
     """
-    reference, students = recipe.evaluation.teacher_steps, [h.steps for h in recipe.stage_two.halvings]
+    reference, students = recipe.evaluation.teacher_steps, sorted(recipe.export.students, reverse=True)
     folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (
         Contender("teacher", reference, folder.teacher, shape),

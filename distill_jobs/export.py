@@ -56,7 +56,7 @@ def export_run(run_dir: Path, bundle_dir: Path, recipe: Recipe, *, progress: Pro
     """
     everyone = contenders(run_dir, recipe)
     report = _report(run_dir, recipe, everyone)
-    students = [c for c in everyone if c.role == STUDENT and c.steps in recipe.export.students]
+    students = [c for c in everyone if c.role == STUDENT]
     display = progress or Progress(disable=True)
     task = display.add_task("export", total=len(students) + 2, loss="")
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
