@@ -82,10 +82,14 @@ def evaluate(
 def export(
     run_dir: RunDir,
     bundle: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")],
+    despite_gates: Annotated[
+        bool, typer.Option("--despite-gates", help="Export students that miss the report's targets, too.")
+    ] = False,
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
     with _one_sentence_errors(), _progress() as progress:
-        written = export_run(run_dir, bundle, stored_recipe(RunFolder(run_dir)), progress=progress)
+        recipe = stored_recipe(RunFolder(run_dir))
+        written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
         progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
 
 

@@ -17,7 +17,7 @@ from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report
-from engines.bundle import Bundle, file_records, write_bundle
+from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.condition import LabelClass, LabelVocabulary
 from engines.guidance import weight_from_scale
 from engines.manifest import (
@@ -48,14 +48,28 @@ PHRASES = (
 )
 
 
-def export_run(run_dir: Path, bundle_dir: Path, recipe: Recipe, *, progress: Progress | None = None) -> Bundle:
+def export_run(
+    run_dir: Path,
+    bundle_dir: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    despite_gates: bool = False,
+) -> Bundle:
     """Write the recipe's export.students and their evaluation as a bundle, replacing one at ``bundle_dir``.
 
-    Nothing is written there unless every graph agrees with torch. Raises: ExportError when one does not, gives
-    NaN, or the run has no evaluation of these weights; JobError when a network is missing.
+    Nothing is written there unless every graph agrees with torch. despite_gates: write students that miss the
+    report's targets all the same. Raises: ExportError when a graph disagrees or gives NaN, a gate is missed, or
+    the run has no evaluation of these weights; JobError when a network is missing.
     """
+    check_replaceable(bundle_dir)
     everyone = contenders(run_dir, recipe)
     report = _report(run_dir, recipe, everyone)
+    if (missed := [gate.name for gate in report.gates if not gate.passed]) and not despite_gates:
+        raise ExportError(
+            f"the report of {run_dir} misses {len(missed)} of its gates, first: {missed[0]}; "
+            "train longer, or export all the same with --despite-gates"
+        )
     students = [c for c in everyone if c.role == STUDENT]
     display = progress or Progress(disable=True)
     task = display.add_task("export", total=len(students) + 2, loss="")

@@ -53,8 +53,9 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
     """Turn a folder of finished files into a bundle at ``destination``, replacing an older one.
 
     staging: on the same file system as destination; consumed. The manifest and its seal are written last, the
-    whole is verified, and only then renamed into place.
+    whole is verified, and only then renamed into place. Raises: BundleError when something else stands there.
     """
+    check_replaceable(destination)
     target = staging / MANIFEST_NAME
     target.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (staging / SEAL_NAME).write_text(_sha256(target) + "\n", encoding="utf-8")
@@ -69,6 +70,14 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
     staging.rename(destination)
     shutil.rmtree(previous, ignore_errors=True)
     return Bundle(destination, manifest)
+
+
+def check_replaceable(destination: Path) -> None:
+    """Raises: BundleError when ``destination`` holds anything but a bundle: that would be lost."""
+    if not destination.exists() or (destination / MANIFEST_NAME).is_file():
+        return
+    if not destination.is_dir() or any(destination.iterdir()):
+        raise BundleError(f"{destination} exists and is not a bundle; choose another folder, or remove it yourself")
 
 
 def verify_bundle(path: Path) -> Bundle:

@@ -18,7 +18,7 @@ from distill_jobs.report import write_report
 from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
 from engines.bundle import Bundle, verify_bundle
-from engines.errors import RequestError
+from engines.errors import BundleError, RequestError
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
@@ -38,7 +38,7 @@ def run_dir(evaluated: EvaluatedRun) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(run_dir: Path) -> Bundle:
-    return export_run(run_dir, run_dir.parent / "bundle", RECIPE)
+    return export_run(run_dir, run_dir.parent / "bundle", RECIPE, despite_gates=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +139,10 @@ def test_a_run_without_its_own_evaluation_is_not_exported(run_dir: Path, tmp_pat
     shutil.copytree(run_dir, run)
     tiny_student(50).save_pretrained(run / "students" / "d2" / "unet")
     with pytest.raises(ExportError, match="other weights"):
-        export_run(run, tmp_path / "bundle", RECIPE)
+        export_run(run, tmp_path / "bundle", RECIPE, despite_gates=True)
     (run / "report.json").unlink()
     with pytest.raises(ExportError, match="not evaluated"):
-        export_run(run, tmp_path / "bundle", RECIPE)
+        export_run(run, tmp_path / "bundle", RECIPE, despite_gates=True)
     assert not (tmp_path / "bundle").exists()
 
 
@@ -156,6 +156,20 @@ def test_a_student_that_gives_nan_is_never_exported(
     weights = {c.key: c.weights_sha256() for c in contenders(run, RECIPE)}
     write_report(run, evaluated.report.model_copy(update={"weights": weights}))
     with pytest.raises(ExportError, match="step_2: the model gives NaN"):
-        export_run(run, out, RECIPE)
+        export_run(run, out, RECIPE, despite_gates=True)
     assert [folder.name for folder in out.parent.iterdir()] == ["bundle"]  # no remains
     assert verify_bundle(out).manifest == bundle.manifest  # the older one still stands
+
+
+def test_students_that_miss_a_gate_are_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(ExportError, match="--despite-gates"):  # an untrained network misses them
+        export_run(run_dir, out, RECIPE)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(BundleError, match="not a bundle"):
+        export_run(run_dir, tmp_path, RECIPE, despite_gates=True)
+    assert (tmp_path / "thesis.txt").exists()
