@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -20,21 +19,24 @@ import httpx
 import psutil
 import typer
 
+from engines.machine import cores
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from server.encoding import Encoding, encode
+from tests.benchmarks.results import provenance
 from tests.support.serving import ServerProcess, serving
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 ALONE = 20
 CONCURRENT = 64
+SEED = 1
 URL = "/v1/images/generations"
 ENCODING = Encoding("png", None, "{}")
 
 
 def bare_chain(pipeline: Pipeline, prompt: str) -> str:
     """One image without a server: condition, steps, decode, encode, base64."""
-    pixels = pipeline.generate([prompt], pipeline.manifest.guidance.default, [1])[0]
+    pixels = pipeline.generate([prompt], pipeline.manifest.guidance.default, [SEED])[0]
     return base64.b64encode(encode(pixels, ENCODING)).decode()
 
 
@@ -66,6 +68,12 @@ async def through_http(url: str, body: dict[str, object]) -> float:
         return CONCURRENT * 4 / (time.perf_counter() - begun)
 
 
+def without_client(rate: float, client_s: float) -> float:
+    """Images a second had the load client run elsewhere: on full cores its CPU seconds are wall time lost."""
+    images = CONCURRENT * 4
+    return images / (images / rate - client_s / cores())
+
+
 def server_seconds(server: ServerProcess) -> float:
     times = psutil.Process(server.process.pid).cpu_times()
     return times.user + times.system
@@ -73,8 +81,8 @@ def server_seconds(server: ServerProcess) -> float:
 
 def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str, object]:
     prompt = pipeline.tokenizer.known()[0]
-    body: dict[str, object] = {"prompt": prompt, "seed": 1}
-    bare_ms, http_ms, raw_rate, http_rate, cpu_ratio = [], [], [], [], []
+    body: dict[str, object] = {"prompt": prompt, "seed": SEED}
+    bare_ms, http_ms, raw_rate, http_rate, apart_rate, cpu_ratio = [], [], [], [], [], []
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for _ in range(rounds):
             for _ in range(ALONE):
@@ -87,8 +95,9 @@ def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str,
             own = time.process_time()
             raw_rate.append(raw_loop(pipeline, prompt))
             own = time.process_time() - own
-            theirs = server_seconds(server)
+            theirs, clients = server_seconds(server), time.process_time()
             http_rate.append(asyncio.run(through_http(server.url, body)))
+            apart_rate.append(without_client(http_rate[-1], time.process_time() - clients))
             cpu_ratio.append(own / (server_seconds(server) - theirs))
     overhead_ms = statistics.median(a - b for a, b in zip(http_ms, bare_ms, strict=True))
     return {
@@ -98,6 +107,9 @@ def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str,
         "raw_images_per_s": round(statistics.median(raw_rate), 1),
         "http_images_per_s": round(statistics.median(http_rate), 1),
         "http_over_raw": round(statistics.median(h / r for h, r in zip(http_rate, raw_rate, strict=True)), 3),
+        "http_over_raw_apart": round(
+            statistics.median(h / r for h, r in zip(apart_rate, raw_rate, strict=True)), 3
+        ),
         "raw_cpu_over_server_cpu": round(statistics.median(cpu_ratio), 3),
         "load_average": [round(x, 1) for x in psutil.getloadavg()],
     }
@@ -105,13 +117,14 @@ def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str,
 
 def main(bundle: Annotated[Path | None, typer.Argument()] = None, rounds: int = 7) -> None:
     """bundle: a folder, or none for a toy whose step takes some 10 ms at batch 1."""
+    origin = provenance("tests.benchmarks.http_overhead", SEED).model_dump()
     with tempfile.TemporaryDirectory() as folder:
         path = bundle or make_toy_bundle(Path(folder) / "toy", ToyOptions(steps=(4,), channels=96, depth=24)).path
         pipeline = open_pipeline(path)
         with serving([path], log=Path(folder) / "log") as server:
             result = measure(pipeline, server, rounds)
-        machine = {"python": platform.python_version(), "cpus": psutil.cpu_count(), "engine": pipeline.engine_name}
-        print(json.dumps({"bundle": pipeline.manifest.name, "rounds": rounds, **machine, **result}))  # noqa: T201
+        about = {"bundle": pipeline.manifest.name, "engine": pipeline.engine_name, "rounds": rounds}
+        print(json.dumps({"provenance": origin, **about, **result}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""What a benchmark's last line holds: where it ran, and its figures."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import psutil
+
+from engines.machine import machine_name
+from engines.manifest import Frozen
+
+LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "numpy")
+
+
+class Provenance(Frozen):
+    """All that a figure depends on besides the code. busy_before: CPU share others took just before, 0 … 1."""
+
+    machine: str
+    versions: dict[str, str]
+    seed: int
+    command: str
+    date: str
+    busy_before: float
+
+
+class Row(Frozen):
+    """One contender at one batch size.
+
+    ms_per_step: median over the rounds; fastest_ms, slowest_ms: the extremes. max_abs_difference: of the final
+    latents from those of eager torch float32.
+    """
+
+    contender: str
+    batch: int
+    ms_per_step: float
+    fastest_ms: float
+    slowest_ms: float
+    images_per_s: float
+    max_abs_difference: float
+
+
+class Ratio(Frozen):
+    """Images/s of one contender over another's at one batch size: the median of the rounds' own ratios."""
+
+    contender: str
+    over: str
+    batch: int
+    ratio: float
+
+
+class Throughput(Frozen):
+    """All rows of one run. latent: (C, h, w)."""
+
+    provenance: Provenance
+    parameters: int
+    latent: tuple[int, int, int]
+    steps: int
+    rounds: int
+    rows: tuple[Row, ...]
+    ratios: tuple[Ratio, ...]
+
+    def contenders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.contender for row in self.rows))
+
+    def batches(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(row.batch for row in self.rows))
+
+    def row(self, contender: str, batch: int) -> Row:
+        return next(row for row in self.rows if (row.contender, row.batch) == (contender, batch))
+
+    def best(self, contender: str) -> Row:
+        """The row of most images/s."""
+        return max((row for row in self.rows if row.contender == contender), key=lambda row: row.images_per_s)
+
+
+class Overhead(Frozen, extra="ignore"):
+    """What ``http_overhead`` prints of one bundle.
+
+    http_over_raw: by the wall clock, which the load client's work slows; http_over_raw_apart: the same with the
+    client's CPU time taken off; raw_cpu_over_server_cpu: CPU seconds an image.
+    """
+
+    provenance: Provenance
+    bundle: str
+    engine: str
+    rounds: int
+    bare_p50_ms: float
+    http_p50_ms: float
+    overhead_p50_ms: float
+    raw_images_per_s: float
+    http_images_per_s: float
+    http_over_raw: float
+    http_over_raw_apart: float
+    raw_cpu_over_server_cpu: float
+
+    @property
+    def p50_ratio(self) -> float:
+        return self.http_p50_ms / self.bare_p50_ms
+
+
+def provenance(module: str, seed: int) -> Provenance:
+    """This process, machine and moment. Listens to the machine for a second before anything is measured."""
+    busy = psutil.cpu_percent(interval=1.0) / 100
+    return Provenance(
+        machine=machine_name(),
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        seed=seed,
+        command=" ".join(("python -m", module, *sys.argv[1:])),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        busy_before=round(busy, 3),
+    )

@@ -1,0 +1,103 @@
+"""The benchmarks run, print a JSON line that parses, and their page holds what they found. No figure is judged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+
+from engines.open import open_pipeline
+from tests.benchmarks import http_overhead, throughput
+from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16, ORT, TORCH
+from tests.benchmarks.page import page
+from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle
+from tests.benchmarks.results import Overhead, Provenance, Row, Throughput
+
+
+@pytest.fixture(scope="module")
+def result() -> Throughput:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        throughput.main(batches="1,3", rounds=1, seed=0, tiny=True)
+    return Throughput.model_validate_json(printed.getvalue().splitlines()[-1])
+
+
+def overhead(origin: Provenance, name: str = "digits", overhead_ms: float = 4.0) -> Overhead:
+    return Overhead(
+        provenance=origin,
+        bundle=name,
+        engine="an engine",
+        rounds=1,
+        bare_p50_ms=40.0,
+        http_p50_ms=50.0,
+        overhead_p50_ms=overhead_ms,
+        raw_images_per_s=100.0,
+        http_images_per_s=90.0,
+        http_over_raw=0.9,
+        http_over_raw_apart=0.95,
+        raw_cpu_over_server_cpu=0.97,
+    )
+
+
+def test_every_contender_samples_the_same_student(result: Throughput) -> None:
+    assert set(result.contenders()) == {EAGER, EAGER_BF16, TORCH, ORT, OPENVINO, OPENVINO_BF16}
+    assert result.batches() == (1, 3)
+    exact = [row for row in result.rows if row.contender not in {EAGER_BF16, OPENVINO_BF16}]
+    assert max(row.max_abs_difference for row in exact) < 1e-3
+    assert max(row.max_abs_difference for row in result.rows) < 0.5
+
+
+def test_the_page_says_what_was_met_missed_and_not_measured(result: Throughput) -> None:
+    origin = result.provenance
+    written = page(result, overhead(origin, "random"), "the command", overhead(origin), "server/bundles/default")
+    assert "| p50 through HTTP, alone, over the bare chain | ≤ 1.15 | 1.25 | **missed** |" in written
+    assert "| digits: p50 overhead of HTTP over the bare chain, alone | ≤ 5 ms | 4.0 ms | met |" in written
+    assert "the command" in written
+    assert all(name in written for name in result.contenders())
+    without = page(result, overhead(origin, "random"), "the command", None, "server/bundles/default")
+    assert "the digits bundle was not measured" in without
+
+
+def test_a_busy_machine_is_named(result: Throughput) -> None:
+    busy = result.provenance.model_copy(update={"busy_before": 0.5})
+    assert "Not a quiet machine" in page(result, overhead(busy), "the command", None, "nowhere")
+
+
+def test_the_client_is_counted_apart() -> None:
+    wall_s, client_s = 10.0, 2.0
+    images = http_overhead.CONCURRENT * 4
+    rate = http_overhead.without_client(images / wall_s, client_s)
+    assert rate == pytest.approx(images / (wall_s - client_s / http_overhead.cores()))
+
+
+def test_a_random_bundle_draws_and_is_drawn_from_its_seed(tmp_path: Path) -> None:
+    options = RandomOptions(steps=(4, 1), unet=TINY_UNET)
+    bundle = make_random_bundle(tmp_path / "random", options)
+    again = make_random_bundle(tmp_path / "again", options)
+    assert bundle.manifest.files == again.manifest.files
+    pipeline = open_pipeline(bundle.path, rungs=(1, 2), warm=False)
+    images = pipeline.generate(["a three", "3"], 2.0, [1, 1])
+    assert images.shape == (2, 32, 32, 3)
+    assert (images[0] == images[1]).all()
+
+
+def test_best_is_the_row_of_most_images_per_second() -> None:
+    rows = [
+        Row(
+            contender=EAGER,
+            batch=batch,
+            ms_per_step=1.0,
+            fastest_ms=1.0,
+            slowest_ms=1.0,
+            images_per_s=rate,
+            max_abs_difference=0.0,
+        )
+        for batch, rate in ((1, 5.0), (2, 9.0), (4, 8.0))
+    ]
+    origin = Provenance(machine="", versions={}, seed=0, command="", date="", busy_before=0.0)
+    found = Throughput(
+        provenance=origin, parameters=1, latent=(1, 8, 8), steps=4, rounds=1, rows=tuple(rows), ratios=()
+    )
+    assert found.best(EAGER).batch == 2
