@@ -74,7 +74,8 @@ def evaluate(
         recipe = stored_recipe(RunFolder(run_dir))
         command = f"python -m distill_jobs evaluate {run_dir}"
         use = shutil.which("c++") is not None if compiled is None else compiled
-        report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use)
+        with RunFolder(run_dir).locked():
+            report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use)
         progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
 
 
@@ -100,6 +101,9 @@ def _one_sentence_errors() -> Iterator[None]:
     except HalfstepError as error:
         errors.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(error.exit_code if isinstance(error, JobError) else 1) from None
+    except OSError as error:  # a full disk, a folder that is a file, a missing permission
+        errors.print(f"Error: {error.strerror}: {error.filename}", style="red", soft_wrap=True, markup=False)
+        raise typer.Exit(1) from None
 
 
 def _progress() -> Progress:

@@ -108,7 +108,9 @@ def training_seconds(folder: RunFolder) -> dict[str, float]:
 
 def _take_up(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     if not folder.recipe.is_file():
-        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        staged = folder.recipe.with_name(".recipe.yaml.writing")
+        staged.write_text(recipe.to_yaml(), encoding="utf-8")
+        staged.replace(folder.recipe)
         return
     if not resume:
         raise RecipeError(f"{folder.path} already holds a run; go on with --resume or choose another --out")
@@ -196,7 +198,7 @@ class _Job:
         if not errors[worst] <= self._recipe.stage_one.max_relative_error:
             raise DivergedError(
                 f"stage one misses its gate: relative v-error {errors[worst]:.4f} at guidance_scale {worst:g}, "
-                f"allowed {self._recipe.stage_one.max_relative_error:g}; train it longer (stage_one.updates)"
+                f"allowed {self._recipe.stage_one.max_relative_error:g}; train it longer (stage_one.updates) in a new run folder"
             )
 
     @torch.inference_mode()
@@ -224,7 +226,7 @@ class _Job:
         return Noisy(*(part.to(self._device) for part in parts))
 
     def _weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
-        """(B,) guidance weights, uniform over the range, with a share of exact zeros."""
+        """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""
         low, high = (weight_from_scale(s) for s in (self._recipe.guidance.min, self._recipe.guidance.max))
         u = draws.stratified(update, batch, Draw.GUIDANCE)
         spread = low + (high - low) * (u - unguided_share).clamp(min=0) / (1 - unguided_share)

@@ -6,10 +6,10 @@ import hashlib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill_jobs.errors import RecipeError
 from engines.manifest import GuidanceRange
@@ -40,9 +40,9 @@ class TeacherSection(Training):
 class StageOneSection(Training):
     """Folding guidance into one network.
 
-    unguided_share: share of rows drawn at w = 0 exactly. w_power: each row's loss is divided by
-    (1 + w)^w_power, since the target's scale grows with w. max_relative_error: gate on the relative
-    v-error against true guidance, per w-bin, before any halving starts.
+    unguided_share: share of rows drawn at the range's lowest guidance exactly. w_power: each row's loss is
+    divided by (1 + w)^w_power, since the target's scale grows with w. max_relative_error: gate on the
+    relative v-error against true guidance, at several guidance scales, before any halving starts.
     """
 
     unguided_share: float = Field(0.1, ge=0, lt=1)
@@ -95,8 +95,8 @@ class EvaluationSection(Section):
     """samples per (model, guidance, seed); teacher_steps: the reference teacher's step count."""
 
     samples: int = Field(2000, ge=20)
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1)
-    guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**20)], ...] = Field((1, 2, 3), min_length=1)
+    guidance_scales: tuple[float, ...] = Field((1.0, 2.0, 3.0, 4.0, 5.0), min_length=1)
     teacher_steps: int = Field(64, ge=1)
     batch_size: int = Field(250, ge=1)
 
@@ -121,7 +121,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**53)
     data: Literal["digits"]
     schedule: ScheduleSpec = ScheduleSpec()
-    clip: float | None = None
+    clip: float | None = Field(None, gt=0)
     guidance: GuidanceRange
     unet: dict[str, Any]
     teacher: TeacherSection
@@ -139,6 +139,30 @@ class Recipe(Section):
         if self.export.default_steps not in self.export.students:
             raise ValueError("export.default_steps must be one of export.students")
         return self
+
+    @model_validator(mode="after")
+    def _evaluates_what_it_trains(self) -> Recipe:
+        evaluation, allowed = self.evaluation, self.guidance
+        if outside := [s for s in evaluation.guidance_scales if not allowed.min <= s <= allowed.max]:
+            raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
+        if len(set(evaluation.seeds)) < len(evaluation.seeds):
+            raise ValueError("evaluation.seeds must differ from each other")
+        finest = max(evaluation.teacher_steps, 2 * self.stage_two.halvings[0].steps)
+        if finest > self.schedule.timesteps:
+            raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
+        return self
+
+    @field_validator("unet")
+    @classmethod
+    def _digits_unet(cls, unet: dict[str, Any]) -> dict[str, Any]:
+        """Only what the digits data needs is fixed; diffusers checks the rest when the network is built."""
+        fixed = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
+        for name, value in fixed.items():
+            if unet.get(name) != value:
+                raise ValueError(f"unet.{name} must be {value} for data: digits")
+        if "time_cond_proj_dim" in unet:
+            raise ValueError("unet.time_cond_proj_dim is the student's and set by the job; leave it out")
+        return unet
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -183,7 +207,7 @@ def _load(source: str | Path) -> dict[str, Any]:
             raise RecipeError(f"no recipe {str(source)!r}: give a YAML file or one of: {known}")
         text = shipped.read_text(encoding="utf-8")
     else:
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -193,16 +217,27 @@ def _load(source: str | Path) -> dict[str, Any]:
     return data
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read as UTF-8 text: {error}") from None
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set takes key=value, not {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {key}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise RecipeError(f"--set {key}: {parent} is a value, not a section")
-    data[last] = yaml.safe_load(value)
+    data[last] = parsed
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from distill_jobs.errors import JobError
+from distill_jobs.errors import JobError, RecipeError
 from engines.schedule import NoiseSchedule
 
 GUIDANCE_WIDTH = 256
@@ -33,10 +33,16 @@ def guidance_embedding(w: Tensor) -> Tensor:
 
 
 def new_teacher(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
-    """A freshly initialised UNet; the same seed gives the same weights."""
+    """A freshly initialised UNet; the same seed gives the same weights.
+
+    Raises: RecipeError when diffusers refuses the arguments.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return UNet2DConditionModel(**config)
+        try:
+            return UNet2DConditionModel(**config)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"recipe: unet: diffusers refuses these arguments: {error}") from None
 
 
 def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -6,6 +6,7 @@ import pytest
 
 from distill_jobs.errors import RecipeError
 from distill_jobs.recipe import Recipe, changed_fields, read_recipe, shipped_recipes
+from distill_jobs.student import new_teacher
 
 
 def test_every_shipped_recipe_is_valid_and_survives_its_own_yaml(tmp_path: Path) -> None:
@@ -43,6 +44,15 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("guidance.default=9", "guidance"),
         ("stage_two.sampler=stochastic", "deterministic"),
         ("schedule.kind=polynomial", "schedule.kind"),
+        ("unet.sample_size=16", "unet.sample_size"),
+        ("unet.time_cond_proj_dim=256", "time_cond_proj_dim"),
+        ("evaluation.guidance_scales=[0.5]", "guidance_scales"),
+        ("evaluation.guidance_scales=[]", "guidance_scales"),
+        ("evaluation.seeds=[1, 1]", "evaluation.seeds"),
+        ("evaluation.seeds=[-1]", "evaluation.seeds"),
+        ("evaluation.teacher_steps=2000", "schedule.timesteps"),
+        ("clip=0", "clip"),
+        ("seed=[1", "not valid YAML"),
         ("teacher", "key=value"),
         ("name.sub=1", "name"),
     ],
@@ -72,3 +82,16 @@ def test_changed_fields_are_listed_by_dotted_name() -> None:
     new = read_recipe("digits", ["seed=5", "teacher.lr=0.5"])
     assert changed_fields(old, new) == ["seed", "teacher.lr"]
     assert changed_fields(old, old) == []
+
+
+def test_arguments_diffusers_refuses_are_a_recipe_error() -> None:
+    recipe = read_recipe("digits", ["unet.block_out_channel=[8, 8]"])
+    with pytest.raises(RecipeError, match="block_out_channel"):
+        new_teacher(recipe.unet, 0)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        read_recipe(file)
