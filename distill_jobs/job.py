@@ -198,7 +198,8 @@ class _Job:
         if not errors[worst] <= self._recipe.stage_one.max_relative_error:
             raise DivergedError(
                 f"stage one misses its gate: relative v-error {errors[worst]:.4f} at guidance_scale {worst:g}, "
-                f"allowed {self._recipe.stage_one.max_relative_error:g}; train it longer (stage_one.updates) in a new run folder"
+                f"allowed {self._recipe.stage_one.max_relative_error:g}; "
+                "train it longer (stage_one.updates) in a new run folder"
             )
 
     @torch.inference_mode()
