@@ -65,12 +65,17 @@ def serve(
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         well = _serve(settings)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        _fail(f"The setting {first['loc'][0]} (HALFSTEP_{str(first['loc'][0]).upper()}) is wrong: {first['msg']}.")
+        _fail(_wrong_setting(error))
     except HalfstepError as error:
         _fail(str(error))
     if not well:
         _fail("The worker failed and the process ended; the log above says why.")
+
+
+def _wrong_setting(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    name, message = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+    return f"The setting {name} (HALFSTEP_{name.upper()}) is wrong: {message}."
 
 
 def _serve(settings: Settings) -> bool:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
 
 
 class Settings(BaseSettings):
-    """How this process serves. Units stand in the names; lists are written as JSON in the environment."""
+    """How this process serves. Units stand in the names."""
 
     model_config = SettingsConfigDict(env_prefix="HALFSTEP_", frozen=True, extra="ignore")
 
-    bundles: tuple[Path, ...] = Field((DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve")
+    bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="engine to run on")
@@ -34,3 +38,16 @@ class Settings(BaseSettings):
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
     lease_s: float = Field(30.0, gt=0, description="silence after which a worker's job is given to another")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+
+    @field_validator("bundles", mode="before")
+    @classmethod
+    def _split_bundles(cls, value: Any) -> Any:
+        """From the environment: a JSON list, or paths with the separator of PATH between them."""
+        if not isinstance(value, str):
+            return value
+        if not value.lstrip().startswith("["):
+            return [path for path in value.split(os.pathsep) if path]
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("this is no JSON list; paths need no JSON") from None
