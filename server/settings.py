@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="largest request body")
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of request headers")
     body_timeout_s: float = Field(30.0, gt=0, description="time a client has to send its body")
-    drain_timeout_s: float = Field(25.0, gt=0, description="time accepted work has to finish after SIGTERM")
+    drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
     lease_s: float = Field(30.0, gt=0, description="silence after which a worker's job is given to another")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
