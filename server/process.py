@@ -91,6 +91,8 @@ class Process(uvicorn.Server):
     def run_until_told(self) -> str | None:
         """Serve until a signal; one sentence on what went wrong, if anything did."""
         self.run(sockets=[self._sock])
+        if self._worker.stuck:
+            _end_at_once("ended_with_a_stuck_engine_call")
         if self._service.engine_down:
             return "The worker failed and the process ended; the log above says why."
         if self._abandoned:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from engines.pipeline import Pipeline
@@ -19,6 +20,7 @@ from server.work import Crashed, Event, Failed, Made, Pixels, Progress
 
 IDLE_CLAIM_S = 1.0
 HEARTBEAT_S = 1.0
+CLOSE_S = 2.0
 
 
 @dataclass(eq=False)
@@ -33,6 +35,8 @@ class _Held:
 class Worker:
     """pipelines: by model name. max_rows: images in the making at once, encoding included.
 
+    stuck: True once it ended while an engine call had not returned for ``CLOSE_S``.
+
     Claims only while a request of any size would fit, so a large one at the head is never overtaken.
     """
 
@@ -46,6 +50,7 @@ class Worker:
         max_rows: int = 64,
         encode_threads: int = 2,
     ) -> None:
+        self.stuck = False
         self._name = name
         self._pipelines = pipelines
         self._store = store
@@ -62,7 +67,8 @@ class Worker:
         loop = asyncio.get_running_loop()
 
         def report(events: list[Event]) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, events)
+            with suppress(RuntimeError):  # a step that outlived the loop has nobody left to tell
+                loop.call_soon_threadsafe(self._events.put_nowait, events)
 
         engine = EngineThread(self._pipelines, report, self._metrics)
         engine.start()
@@ -72,7 +78,7 @@ class Worker:
                 group.create_task(self._settle(engine, group), name="settle")
                 group.create_task(self._heartbeats(engine), name="heartbeat")
         finally:
-            await asyncio.to_thread(engine.close)
+            self.stuck = not await asyncio.to_thread(engine.close, CLOSE_S)
             self._encoders.shutdown(wait=False)
 
     async def _claim(self, engine: EngineThread) -> None:

@@ -105,3 +105,18 @@ def test_a_second_signal_ends_at_once(start: Start, monkeypatch: pytest.MonkeyPa
     lab.process.handle_exit(signal.SIGTERM, None)
     with pytest.raises(SystemExit, match="1"):
         lab.process.handle_exit(signal.SIGTERM, None)
+
+
+def test_a_stuck_engine_call_does_not_hold_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("server.process.os._exit", leave)
+    lab = start(drain_timeout_s=4)
+    lab.bench.hold()
+    answer = lab.post()
+    lab.accepted(1)
+    lab.process.handle_exit(signal.SIGTERM, None)
+    assert answer.result(timeout=10).status_code == 503
+    with pytest.raises(SystemExit, match="1"):
+        lab.ended.result(timeout=15)
