@@ -136,7 +136,11 @@ class Worker:
 
     async def _preview(self, held: _Held, event: Progress) -> None:
         request = held.lease.job.request
-        files = [await self._encode(held, pixels, request.seed + image) for image, _, pixels in event.previews]
+        try:
+            files = [await self._encode(held, pixels, request.seed + image) for image, _, pixels in event.previews]
+        except (OSError, ValueError) as error:  # what Pillow raises
+            await self._store.fail(held.lease, failure_of(error))
+            return  # the lease is lost now, so its rows leave with ``_stop_lost``
         previews = [
             Preview(image=image, index=index, data=data)
             for (image, index, _), data in zip(event.previews, files, strict=True)
