@@ -20,7 +20,7 @@ import uvicorn
 from engines.errors import HalfstepError
 from engines.pipeline import Pipeline
 from server.app import create_app
-from server.service import DRAINING, Service
+from server.service import DRAINING, ENGINE_DOWN, Service
 from server.worker import Worker
 
 _log = structlog.get_logger()
@@ -109,7 +109,8 @@ class Process(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._working.done() and not self._service.engine_down:
             self._service.engine_down = True
-            _log.error("worker_ended", error=repr(self._working.exception()))
+            given_up = await self._service.abandon(ENGINE_DOWN)
+            _log.error("worker_ended", error=repr(self._working.exception()), abandoned=given_up)
             self.should_exit = True
         if self._service.draining.is_set():
             idle = (await self._service.store.backlog()).jobs == 0

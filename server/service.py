@@ -21,11 +21,17 @@ TASK = "text_to_image"
 DRAINING = JobFailure(
     code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0
 )
+ENGINE_DOWN = JobFailure(
+    code="engine_down", message="The engine of this server has ended; send the request again.", retry_after_s=1.0
+)
 
 
 @dataclass(eq=False)
 class Service:
-    """draining: set once the process was told to end; it then finishes what it accepted."""
+    """draining: set once the process was told to end; it then finishes what it accepted.
+
+    engine_down: set once no worker is left to make anything.
+    """
 
     settings: Settings
     catalogue: Catalogue
@@ -58,6 +64,8 @@ class Service:
         return sum([await self.store.abandon(job_id, failure) for job_id in list(self._open)])
 
     async def _submit(self, request: DenoiseRequest) -> Job:
+        if self.engine_down:
+            raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
             raise _refusal(DRAINING)
         self.admission.check(await self.store.backlog(), request)

@@ -18,7 +18,7 @@ from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
 from tests.support.fake_engines import Bench
-from tests.support.offline import offline_service
+from tests.support.offline import offline_client, offline_service
 from tests.support.serving import until
 
 URL = "/v1/images/generations"
@@ -120,3 +120,29 @@ def test_a_stuck_engine_call_does_not_hold_the_process(start: Start, monkeypatch
     assert answer.result(timeout=10).status_code == 503
     with pytest.raises(SystemExit, match="1"):
         lab.ended.result(timeout=15)
+
+
+def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = start(max_rows=10)
+    lab.bench.hold()
+    held = lab.post()
+    lab.accepted(1)
+    until(lambda: lab.bench.batches, "the first is in the making")
+    queued = lab.post()
+    lab.accepted(2)
+    monkeypatch.setattr("server.engine_thread.EngineThread._observe", None)
+    lab.bench.allow()
+    assert (held.result(timeout=10).status_code, held.result().json()["error"]["code"]) == (500, "engine_error")
+    response = queued.result(timeout=10)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
+    assert int(response.headers["retry-after"]) >= 1
+    assert "worker failed" in str(lab.ended.result(timeout=10))
+
+
+def test_new_work_is_refused_while_the_engine_is_down(toy_bundle: Path) -> None:
+    service = offline_service(toy_bundle)
+    service.engine_down = True
+    response = offline_client(service).post(URL, json={"prompt": "one"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
