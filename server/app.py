@@ -35,12 +35,14 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
-        service.metrics.rejected.labels(error.code).inc()
+        if not error.after_acceptance:
+            service.metrics.rejected.labels(error.code).inc()
         return _response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         code, message = _STATUS_ERRORS.get(error.status_code, ("http_error", "The request was not understood."))
+        service.metrics.rejected.labels(code).inc()
         return _response(ApiError(error.status_code, code, message, headers=error.headers))
 
     @app.exception_handler(Exception)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from server.admission import Admission
 from server.catalogue import Catalogue
-from server.errors import OverloadedError
+from server.errors import ApiError, OverloadedError
 from server.jobs import Job, JobFailure, JobState, JobStatus, JobStore
 from server.metrics import Metrics
 from server.request import DenoiseRequest
@@ -53,6 +53,9 @@ class Service:
         self._open.add(job.id)
         try:
             yield job.id
+        except ApiError as error:
+            error.after_acceptance = True
+            raise
         finally:
             self._open.discard(job.id)
             await self.store.cancel(job.id)
