@@ -18,6 +18,9 @@ from pydantic import Field
 
 from server.request import DenoiseRequest, Frozen, OutputFormat
 
+HEARTBEAT_S = 1.0
+"""How often a worker extends its leases."""
+
 
 class JobStatus(StrEnum):
     QUEUED = "queued"

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from engines.pipeline import Pipeline
 from server.encoding import encode, encoding_of
 from server.engine_thread import EngineThread
-from server.jobs import EncodedImage, JobResult, JobStore, Lease, Preview, Timing
+from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, JobStore, Lease, Preview, Timing
 from server.metrics import STAGES, Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
 from server.work import Crashed, Event, Failed, Made, Pixels, Progress
 
 IDLE_CLAIM_S = 1.0
-HEARTBEAT_S = 1.0
 CLOSE_S = 2.0
 
 
