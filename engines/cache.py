@@ -10,6 +10,9 @@ import hashlib
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+DEFAULT_CACHE = Path("~/.cache/halfstep")
+"""Where ``python -m engines build`` keeps engines and the server looks for them; ``~`` is still to be expanded."""
+
 
 @dataclass(frozen=True)
 class EngineKey:

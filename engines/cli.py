@@ -16,14 +16,13 @@ from typer.core import TyperGroup
 from engines.backends.load import PrecisionName
 from engines.bench import bench
 from engines.bundle import verify_bundle
+from engines.cache import DEFAULT_CACHE
 from engines.compare import compare_backends
 from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
 from engines.pipeline import RUNGS, Pipeline
 from engines.tables import cost_table, difference_table, throughput_table
-
-DEFAULT_CACHE = Path("~/.cache/halfstep")
 
 _out, _err = Console(), Console(stderr=True)
 

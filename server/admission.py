@@ -7,8 +7,6 @@ from server.errors import OverloadedError
 from server.jobs import Backlog
 from server.request import DenoiseRequest
 
-DRAIN_RETRY_S = 1.0
-
 
 class Admission:
     """max_queue_s, max_queued_rows: accepted, unfinished work beyond which requests are refused."""

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from server.api.guard import Guard
+from server.api.guard import Guard, internal_error
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
 from server.api.pages import page_routes
@@ -35,13 +35,19 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
-        service.metrics.rejected.labels(error.code).inc()
+        if not error.after_acceptance:
+            service.metrics.rejected.labels(error.code).inc()
         return _response(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         code, message = _STATUS_ERRORS.get(error.status_code, ("http_error", "The request was not understood."))
+        service.metrics.rejected.labels(code).inc()
         return _response(ApiError(error.status_code, code, message, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, __: Exception) -> Response:
+        return _response(internal_error())  # Starlette raises it again afterwards, for the guard to log
 
     return Guard(app, service.metrics, service.settings.max_header_bytes)
 

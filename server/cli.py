@@ -63,18 +63,26 @@ def serve(
     }
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        well = _serve(settings)
+        fault = _serve(settings)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        _fail(f"The setting {first['loc'][0]} (HALFSTEP_{str(first['loc'][0]).upper()}) is wrong: {first['msg']}.")
+        _fail(_wrong_setting(error))
     except HalfstepError as error:
         _fail(str(error))
-    if not well:
-        _fail("The worker failed and the process ended; the log above says why.")
+    if fault:
+        _fail(fault)
 
 
-def _serve(settings: Settings) -> bool:
-    """Imports late, so that --help and wrong settings answer at once."""
+def _wrong_setting(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    name, message = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+    return f"The setting {name} (HALFSTEP_{name.upper()}) is wrong: {message}."
+
+
+def _serve(settings: Settings) -> str | None:
+    """What went wrong after the start, if anything did.
+
+    Imports late, so that --help and wrong settings answer at once.
+    """
     from server.loading import build_service, load_pipelines  # noqa: PLC0415
     from server.process import Process, bind  # noqa: PLC0415
 

@@ -51,10 +51,11 @@ class EngineThread:
         """Drop a lease's rows at the next step; no event follows. From any thread."""
         self._inbox.put(token)
 
-    def close(self) -> None:
-        """End the thread after the step it is in; unfinished jobs are dropped."""
+    def close(self, timeout_s: float) -> bool:
+        """End the thread after the step it is in; unfinished jobs are dropped. False: that step did not return."""
         self._inbox.put(_CLOSE)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

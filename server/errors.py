@@ -16,7 +16,12 @@ from collections.abc import Mapping
 
 
 class ApiError(Exception):
-    """Base of every refusal. param: the public field name, or None; code: stable and machine-readable."""
+    """Base of every refusal. param: the public field name, or None; code: stable and machine-readable.
+
+    after_acceptance: set on the way out of an accepted request, which counts by how it ended, not as refused.
+    """
+
+    after_acceptance = False
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 queued ──claim──▶ running ──finish──▶ succeeded
    │                 ├─────fail─────▶ failed
    └────cancel───────┴───cancel─────▶ cancelled
+Its API may also abandon a job that is queued or running: that fails it.
 A lease that falls silent goes back to queued with the next attempt number; the older attempt can then no
 longer finish the job (the fence).
 """
@@ -16,6 +17,9 @@ from typing import Protocol
 from pydantic import Field
 
 from server.request import DenoiseRequest, Frozen, OutputFormat
+
+HEARTBEAT_S = 1.0
+"""How often a worker extends its leases."""
 
 
 class JobStatus(StrEnum):
@@ -68,10 +72,14 @@ class JobResult(Frozen):
 
 
 class JobFailure(Frozen):
-    """Why a job failed, in words fit for its client."""
+    """Why a job failed, in words fit for its client.
+
+    retry_after_s: set where the job was given up unmade, so that the client may send it again after so long.
+    """
 
     code: str
     message: str
+    retry_after_s: float | None = None
 
 
 class Job(Frozen):
@@ -148,6 +156,10 @@ class JobStore(Protocol):
 
     async def cancel(self, job_id: str) -> bool:
         """Cancel a job that is not terminal; False when it is, or is unknown."""
+        ...
+
+    async def abandon(self, job_id: str, failure: JobFailure) -> bool:
+        """Fail a job that is not terminal, whoever holds it; False when it is, or is unknown."""
         ...
 
     async def get(self, job_id: str) -> JobState | None: ...

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+
+import structlog
 
 from engines.errors import BundleError
 from engines.open import open_pipeline
@@ -16,10 +20,27 @@ from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
 from server.stores.memory import MemoryStore
 
+_log = structlog.get_logger()
+
+
+def usable_cache(folder: Path | None) -> Path | None:
+    """The folder, made and with ``~`` expanded, or None where nothing can be kept in it."""
+    if folder is None:
+        return None
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # the latter: this user has no home
+        _log.warning("cache_not_writable", folder=str(folder), error=str(error))
+        return None
+
 
 def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
     """Verified, loaded and warm, by model name. Raises: BundleError, BackendError."""
     pipelines: dict[str, Pipeline] = {}
+    cache_dir = usable_cache(settings.cache_dir)
     for path in settings.bundles:
         if path == DEFAULT_BUNDLE and not path.exists():
             raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
@@ -28,7 +49,7 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
             settings.backend,
             precision=settings.precision,
             threads=settings.threads,
-            cache_dir=settings.cache_dir,
+            cache_dir=cache_dir,
         )
         name = pipeline.manifest.name
         if name in pipelines:

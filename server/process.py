@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
-import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -18,7 +20,7 @@ import uvicorn
 from engines.errors import HalfstepError
 from engines.pipeline import Pipeline
 from server.app import create_app
-from server.service import Service
+from server.service import DRAINING, ENGINE_DOWN, Service
 from server.worker import Worker
 
 _log = structlog.get_logger()
@@ -53,7 +55,8 @@ class Process(uvicorn.Server):
     """uvicorn with a worker beside it and a drain before its shutdown.
 
     The first SIGTERM or SIGINT turns readyz false and new work away, while accepted work is finished and the
-    probes still answer; a second one ends at once. ready: called with the URL when requests are welcome.
+    probes still answer; what is not done in time fails with 503. A second signal ends the process at once.
+    ready: called with the URL when requests are welcome.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Process(uvicorn.Server):
         self._sock = sock
         self._ready = ready
         self._drain_ends_s = 0.0
+        self._abandoned = 0
         self._worker = Worker(
             f"{socket.gethostname()}-{os.getpid()}",
             pipelines,
@@ -84,10 +88,16 @@ class Process(uvicorn.Server):
             encode_threads=settings.encode_threads,
         )
 
-    def run_until_told(self) -> bool:
-        """Serve until a signal; False when the worker failed."""
+    def run_until_told(self) -> str | None:
+        """Serve until a signal; one sentence on what went wrong, if anything did."""
         self.run(sockets=[self._sock])
-        return not self._service.engine_down
+        if self._worker.stuck:
+            _end_at_once("ended_with_a_stuck_engine_call")
+        if self._service.engine_down:
+            return "The worker failed and the process ended; the log above says why."
+        if self._abandoned:
+            return f"The drain timed out: {self._abandoned} accepted requests were answered 503 draining."
+        return None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._working = asyncio.create_task(self._worker.run(), name="worker")
@@ -99,11 +109,16 @@ class Process(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._working.done() and not self._service.engine_down:
             self._service.engine_down = True
-            _log.error("worker_ended", error=repr(self._working.exception()))
+            given_up = await self._service.abandon(ENGINE_DOWN)
+            _log.error("worker_ended", error=repr(self._working.exception()), abandoned=given_up)
             self.should_exit = True
         if self._service.draining.is_set():
             idle = (await self._service.store.backlog()).jobs == 0
-            self.should_exit |= idle or time.monotonic() > self._drain_ends_s
+            late = time.monotonic() > self._drain_ends_s
+            if late and not idle:
+                self._abandoned += await self._service.abandon(DRAINING)
+                _log.error("drain_timed_out", abandoned=self._abandoned)
+            self.should_exit |= idle or late
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -115,7 +130,12 @@ class Process(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining.is_set():
-            super().handle_exit(signal.SIGINT, frame)
-            return
-        self._drain_ends_s = time.monotonic() + self._service.settings.drain_timeout_s
+            _end_at_once("ended_by_second_signal")
+        self._drain_ends_s = time.monotonic() + self._service.settings.drain_timeout_s - FLUSH_S
         self._service.draining.set()
+
+
+def _end_at_once(event: str) -> NoReturn:
+    """Without unwinding, which an engine call under way would hold up. Safe in a signal handler."""
+    os.write(sys.stderr.fileno(), json.dumps({"event": event, "level": "error"}).encode() + b"\n")
+    os._exit(1)

@@ -9,20 +9,29 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from server.admission import DRAIN_RETRY_S, Admission
+from server.admission import Admission
 from server.catalogue import Catalogue
-from server.errors import OverloadedError
-from server.jobs import Job, JobState, JobStatus, JobStore
+from server.errors import ApiError, OverloadedError
+from server.jobs import Job, JobFailure, JobState, JobStatus, JobStore
 from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 
 TASK = "text_to_image"
+DRAINING = JobFailure(
+    code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0
+)
+ENGINE_DOWN = JobFailure(
+    code="engine_down", message="The engine of this server has ended; send the request again.", retry_after_s=1.0
+)
 
 
 @dataclass(eq=False)
 class Service:
-    """draining: set once the process was told to end; it then finishes what it accepted."""
+    """draining: set once the process was told to end; it then finishes what it accepted.
+
+    engine_down: set once no worker is left to make anything.
+    """
 
     settings: Settings
     catalogue: Catalogue
@@ -31,6 +40,7 @@ class Service:
     metrics: Metrics
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
+    _open: set[str] = field(default_factory=set)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -40,17 +50,27 @@ class Service:
         """
         job = await self._submit(request)
         started = time.monotonic()
+        self._open.add(job.id)
         try:
             yield job.id
+        except ApiError as error:
+            error.after_acceptance = True
+            raise
         finally:
+            self._open.discard(job.id)
             await self.store.cancel(job.id)
             await self._count(job, time.monotonic() - started)
             await self.store.forget(job.id)
 
+    async def abandon(self, failure: JobFailure) -> int:
+        """Fail what was accepted here and is not finished; their callers get the failure. Returns how many."""
+        return sum([await self.store.abandon(job_id, failure) for job_id in list(self._open)])
+
     async def _submit(self, request: DenoiseRequest) -> Job:
+        if self.engine_down:
+            raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
-            message = "This server is about to end; send the request again."
-            raise OverloadedError("draining", message, retry_after_s=DRAIN_RETRY_S)
+            raise _refusal(DRAINING)
         self.admission.check(await self.store.backlog(), request)
         job = Job(id=secrets.token_hex(12), request=request, cost_s=self.admission.cost_s(request))
         await self.store.submit(job)
@@ -65,6 +85,10 @@ class Service:
         self.metrics.requests.labels(job.request.model, TASK, size, status.value).inc()
         if status is JobStatus.SUCCEEDED:
             self.metrics.request_s.labels(job.request.model, TASK).observe(seconds)
+
+
+def _refusal(failure: JobFailure) -> OverloadedError:
+    return OverloadedError(failure.code, failure.message, retry_after_s=failure.retry_after_s or 1.0)
 
 
 def succeeded(state: JobState) -> bool:

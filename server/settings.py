@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from engines.cache import DEFAULT_CACHE
+from server.jobs import HEARTBEAT_S
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
 
 
 class Settings(BaseSettings):
-    """How this process serves. Units stand in the names; lists are written as JSON in the environment."""
+    """How this process serves. Units stand in the names."""
 
     model_config = SettingsConfigDict(env_prefix="HALFSTEP_", frozen=True, extra="ignore")
 
-    bundles: tuple[Path, ...] = Field((DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve")
+    bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="engine to run on")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")
     threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
-    cache_dir: Path | None = Field(None, description="folder for compiled engines; none by default")
+    cache_dir: Path | None = Field(DEFAULT_CACHE, description="folder for compiled engines and costs, or none")
     encode_threads: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")
     max_rows: int = Field(64, ge=10, description="images in the making at once, encoding included")
     max_queue_s: float = Field(30.0, gt=0, description="predicted seconds of accepted work beyond which 503")
@@ -30,7 +37,27 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="largest request body")
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of request headers")
     body_timeout_s: float = Field(30.0, gt=0, description="time a client has to send its body")
-    drain_timeout_s: float = Field(25.0, gt=0, description="time accepted work has to finish after SIGTERM")
+    drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
-    lease_s: float = Field(30.0, gt=0, description="silence after which a worker's job is given to another")
+    lease_s: float = Field(
+        30.0, gt=3 * HEARTBEAT_S, description="silence after which a worker's job is given to another"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _no_cache(cls, value: Any) -> Any:
+        return None if str(value) in ("none", "") else value
+
+    @field_validator("bundles", mode="before")
+    @classmethod
+    def _split_bundles(cls, value: Any) -> Any:
+        """From the environment: a JSON list, or paths with the separator of PATH between them."""
+        if not isinstance(value, str):
+            return value
+        if not value.lstrip().startswith("["):
+            return [path for path in value.split(os.pathsep) if path]
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("this is no JSON list; paths need no JSON") from None

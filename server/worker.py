@@ -6,19 +6,20 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from engines.pipeline import Pipeline
 from server.encoding import encode, encoding_of
 from server.engine_thread import EngineThread
-from server.jobs import EncodedImage, JobResult, JobStore, Lease, Preview, Timing
+from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, JobStore, Lease, Preview, Timing
 from server.metrics import STAGES, Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
 from server.work import Crashed, Event, Failed, Made, Pixels, Progress
 
 IDLE_CLAIM_S = 1.0
-HEARTBEAT_S = 1.0
+CLOSE_S = 2.0
 
 
 @dataclass(eq=False)
@@ -33,6 +34,8 @@ class _Held:
 class Worker:
     """pipelines: by model name. max_rows: images in the making at once, encoding included.
 
+    stuck: True once it ended while an engine call had not returned for ``CLOSE_S``.
+
     Claims only while a request of any size would fit, so a large one at the head is never overtaken.
     """
 
@@ -46,6 +49,7 @@ class Worker:
         max_rows: int = 64,
         encode_threads: int = 2,
     ) -> None:
+        self.stuck = False
         self._name = name
         self._pipelines = pipelines
         self._store = store
@@ -62,7 +66,8 @@ class Worker:
         loop = asyncio.get_running_loop()
 
         def report(events: list[Event]) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, events)
+            with suppress(RuntimeError):  # a step that outlived the loop has nobody left to tell
+                loop.call_soon_threadsafe(self._events.put_nowait, events)
 
         engine = EngineThread(self._pipelines, report, self._metrics)
         engine.start()
@@ -72,7 +77,7 @@ class Worker:
                 group.create_task(self._settle(engine, group), name="settle")
                 group.create_task(self._heartbeats(engine), name="heartbeat")
         finally:
-            await asyncio.to_thread(engine.close)
+            self.stuck = not await asyncio.to_thread(engine.close, CLOSE_S)
             self._encoders.shutdown(wait=False)
 
     async def _claim(self, engine: EngineThread) -> None:
@@ -130,7 +135,11 @@ class Worker:
 
     async def _preview(self, held: _Held, event: Progress) -> None:
         request = held.lease.job.request
-        files = [await self._encode(held, pixels, request.seed + image) for image, _, pixels in event.previews]
+        try:
+            files = [await self._encode(held, pixels, request.seed + image) for image, _, pixels in event.previews]
+        except (OSError, ValueError) as error:  # what Pillow raises
+            await self._store.fail(held.lease, failure_of(error))
+            return  # the lease is lost now, so its rows leave with ``_stop_lost``
         previews = [
             Preview(image=image, index=index, data=data)
             for (image, index, _), data in zip(event.previews, files, strict=True)

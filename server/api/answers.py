@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from server.catalogue import Catalogue
-from server.errors import ApiError
+from server.errors import ApiError, OverloadedError
 from server.jobs import JobFailure, JobResult, JobState, Preview, Timing
 from server.request import DenoiseRequest
 from server.schemas import (
@@ -30,6 +30,8 @@ def result_of(state: JobState) -> JobResult:
 
 def failure_error(failure: JobFailure) -> ApiError:
     """A failed job is the server's fault: what the client could get wrong was checked before."""
+    if failure.retry_after_s is not None:
+        return OverloadedError(failure.code, failure.message, retry_after_s=failure.retry_after_s)
     return ApiError(500, failure.code, failure.message)
 
 

@@ -48,7 +48,7 @@ class Guard:
             return
         try:
             await self._app(scope, receive, tagged)
-        except Exception as error:  # the last stop: the client gets an answer, the log gets the reason
+        except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", request_id=request_id, error=type(error).__name__)
             if not started:
                 await respond(internal_error(), tagged)

@@ -114,11 +114,18 @@ class MemoryStore:
         return True
 
     async def cancel(self, job_id: str) -> bool:
-        record = self._records.get(job_id)
-        if record is None or record.status.terminal:
+        record = self._open(job_id)
+        if record is None:
             return False
-        self._queue.pop(job_id, None)
         self._end(record, JobStatus.CANCELLED)
+        return True
+
+    async def abandon(self, job_id: str, failure: JobFailure) -> bool:
+        record = self._open(job_id)
+        if record is None:
+            return False
+        record.failure = failure
+        self._end(record, JobStatus.FAILED)
         return True
 
     async def get(self, job_id: str) -> JobState | None:
@@ -163,6 +170,10 @@ class MemoryStore:
             self._arrived.set()
         return len(taken)
 
+    def _open(self, job_id: str) -> _Record | None:
+        record = self._records.get(job_id)
+        return None if record is None or record.status.terminal else record
+
     def _take(self, worker: str, rows: int) -> list[Lease]:
         now, free, leases = self._clock(), rows, []
         while self._queue:
@@ -179,6 +190,7 @@ class MemoryStore:
         return leases
 
     def _end(self, record: _Record, status: JobStatus) -> None:
+        self._queue.pop(record.job.id, None)
         record.status, record.since = status, self._clock()
         self._count(record.job, -1)
         record.ended.set()

@@ -191,3 +191,18 @@ async def test_forgetting_drops_only_what_is_over(lab: Lab) -> None:
     await lab.store.cancel("a")
     await lab.store.forget("a")
     assert await lab.store.get("a") is None
+
+
+async def test_an_abandoned_job_has_failed_wherever_it_was(lab: Lab) -> None:
+    await lab.store.submit(job("held"))
+    (lease,) = await lab.store.claim("w", 10)
+    await lab.store.submit(job("queued"))
+    for name in ("held", "queued"):
+        assert await lab.store.abandon(name, FAILURE)
+        assert not await lab.store.abandon(name, FAILURE)
+        assert (await lab.store.wait(name)).failure == FAILURE
+    assert await lab.store.heartbeat([lease]) == {lease.token}
+    assert not await lab.store.finish(lease, RESULT)
+    assert await lab.store.claim("w", 10) == []
+    assert not await lab.store.abandon("nothing", FAILURE)
+    assert (await lab.store.backlog()).jobs == 0

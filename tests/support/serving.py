@@ -33,7 +33,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "COLUMNS": "200"},
+            env={"HALFSTEP_CACHE_DIR": "none", **os.environ, "COLUMNS": "200"},
         )
         self.output = ""
         self.url = self._read_url()

@@ -155,3 +155,22 @@ async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(bench: Bench)
         assert state.status is JobStatus.FAILED
         with pytest.raises(ExceptionGroup):
             await task
+
+
+async def test_a_preview_that_cannot_be_encoded_fails_its_own_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pixels: Any, encoding: Any) -> bytes:
+        raise OSError("encoder error -2")
+
+    store, metrics = MemoryStore(), Metrics()
+    async with working(bench.pipeline, store, metrics=metrics) as task:
+        with monkeypatch.context() as patch:
+            patch.setattr("server.worker.encode", broken)
+            (bad,) = await run(store, job("bad", steps=8, partial_images=1))
+        assert bad.failure is not None
+        assert bad.failure.code == "engine_error"
+        (good,) = await run(store, job("good"))
+        assert good.status is JobStatus.SUCCEEDED
+        await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 0)
+        assert not task.done()

@@ -1,0 +1,76 @@
+"""What a process answers when something inside it breaks, and what its probes say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.jobs import Backlog, Job, JobFailure
+from server.service import Service
+from tests.support.offline import offline_client, offline_service
+
+URL = "/v1/images/generations"
+
+
+@pytest.fixture
+def service(toy_bundle: Path) -> Service:
+    return offline_service(toy_bundle)
+
+
+@pytest.fixture
+def client(service: Service) -> TestClient:
+    return offline_client(service)
+
+
+def test_what_nobody_caught_is_still_json(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken() -> Backlog:
+        raise ZeroDivisionError("canary-4711")
+
+    monkeypatch.setattr(service.store, "backlog", broken)
+    response = client.post(URL, json={"prompt": "seven"})
+    assert (response.status_code, response.headers["content-type"]) == (500, "application/json")
+    assert response.json()["error"]["code"] == "internal_error"
+    assert response.headers["x-request-id"]
+    assert "canary" not in response.text
+
+
+def counted(service: Service, name: str) -> dict[str, float]:
+    """Samples of a metric by the values of its labels."""
+    family = next(f for f in service.metrics.registry.collect() if f"{f.name}_total" == name)
+    return {" ".join(s.labels.values()): s.value for s in family.samples if s.name == name}
+
+
+REFUSED = [
+    ("GET", "/nothing", "not_found"),
+    ("GET", URL, "method_not_allowed"),
+    ("POST", URL, "unsupported_media_type"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "reason"), REFUSED)
+def test_every_refusal_is_counted(
+    service: Service, client: TestClient, method: str, path: str, reason: str
+) -> None:
+    client.request(method, path)
+    assert counted(service, "halfstep_requests_rejected_total") == {reason: 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_accepted_request_that_fails_is_no_refusal(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    submit = service.store.submit
+
+    async def submit_and_fail(job: Job) -> None:
+        await submit(job)
+        await service.store.abandon(job.id, JobFailure(code="engine_error", message="It failed."))
+
+    monkeypatch.setattr(service.store, "submit", submit_and_fail)
+    assert client.post(URL, json={"prompt": "seven", "stream": stream}).status_code == (200 if stream else 500)
+    assert counted(service, "halfstep_requests_rejected_total") == {}
+    assert counted(service, "halfstep_requests_accepted_total") == {"toy-digits text_to_image": 1}
+    assert counted(service, "halfstep_requests_total") == {"toy-digits text_to_image 64x64 failed": 1}

@@ -1,0 +1,148 @@
+"""A process around fake engines, in a thread: what its end does to accepted work."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import httpx
+import pytest
+
+from server.process import Process, bind
+from server.service import Service
+from server.settings import Settings
+from tests.support.fake_engines import Bench
+from tests.support.offline import offline_client, offline_service
+from tests.support.serving import until
+
+URL = "/v1/images/generations"
+
+
+@dataclass
+class Lab:
+    """A running process, its parts, and what it ends with."""
+
+    bench: Bench
+    service: Service
+    process: Process
+    url: str
+    ended: Future[str | None]
+    pool: ThreadPoolExecutor
+
+    def post(self) -> Future[httpx.Response]:
+        return self.pool.submit(httpx.post, self.url + URL, json={"prompt": "one"}, timeout=30)
+
+    def accepted(self, count: int) -> None:
+        value = self.service.metrics.registry.get_sample_value
+        labels = {"model": "toy-digits", "task": "text_to_image"}
+        until(lambda: value("halfstep_requests_accepted_total", labels) == count, "accepted")
+
+
+Start = Callable[..., Lab]
+
+
+@pytest.fixture
+def start(toy_bundle: Path) -> Any:
+    labs: list[Lab] = []
+
+    def make(**settings: Any) -> Lab:
+        bench, ready = Bench(toy_bundle), Queue[str]()
+        service = offline_service(toy_bundle, Settings(**settings))
+        process = Process(service, {"toy-digits": bench.pipeline}, bind("127.0.0.1", 0), ready.put)
+        pool = ThreadPoolExecutor(8)
+        labs.append(Lab(bench, service, process, "", pool.submit(process.run_until_told), pool))
+        labs[-1].url = ready.get(timeout=30)
+        return labs[-1]
+
+    yield make
+    for lab in labs:
+        lab.process.should_exit = True
+        lab.bench.allow()
+        with suppress(Exception, SystemExit):
+            lab.ended.result(timeout=30)
+        lab.pool.shutdown()
+
+
+def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
+    lab = start(drain_timeout_s=4, max_rows=10)
+    lab.bench.hold()
+    answers = [lab.post() for _ in range(3)]
+    lab.accepted(3)
+    lab.process.handle_exit(signal.SIGTERM, None)
+    for answer in answers:
+        response = answer.result(timeout=10)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+        assert int(response.headers["retry-after"]) >= 1
+    lab.bench.allow()
+    assert "3 accepted requests" in str(lab.ended.result(timeout=10))
+    sample = lab.service.metrics.registry.get_sample_value
+    labels = {"model": "toy-digits", "task": "text_to_image", "size": "64x64", "status": "failed"}
+    assert sample("halfstep_requests_total", labels) == 3
+
+
+def test_a_drain_without_work_ends_well(start: Start) -> None:
+    lab = start()
+    assert lab.post().result(timeout=30).status_code == 200
+    lab.process.handle_exit(signal.SIGTERM, None)
+    assert lab.ended.result(timeout=10) is None
+
+
+def test_a_second_signal_ends_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    lab = start()
+    lab.bench.hold()
+    lab.post()
+    lab.accepted(1)
+    monkeypatch.setattr("server.process.os._exit", leave)
+    lab.process.handle_exit(signal.SIGTERM, None)
+    with pytest.raises(SystemExit, match="1"):
+        lab.process.handle_exit(signal.SIGTERM, None)
+
+
+def test_a_stuck_engine_call_does_not_hold_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("server.process.os._exit", leave)
+    lab = start(drain_timeout_s=4)
+    lab.bench.hold()
+    answer = lab.post()
+    lab.accepted(1)
+    lab.process.handle_exit(signal.SIGTERM, None)
+    assert answer.result(timeout=10).status_code == 503
+    with pytest.raises(SystemExit, match="1"):
+        lab.ended.result(timeout=15)
+
+
+def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = start(max_rows=10)
+    lab.bench.hold()
+    held = lab.post()
+    lab.accepted(1)
+    until(lambda: lab.bench.batches, "the first is in the making")
+    queued = lab.post()
+    lab.accepted(2)
+    monkeypatch.setattr("server.engine_thread.EngineThread._observe", None)
+    lab.bench.allow()
+    assert (held.result(timeout=10).status_code, held.result().json()["error"]["code"]) == (500, "engine_error")
+    response = queued.result(timeout=10)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
+    assert int(response.headers["retry-after"]) >= 1
+    assert "worker failed" in str(lab.ended.result(timeout=10))
+
+
+def test_new_work_is_refused_while_the_engine_is_down(toy_bundle: Path) -> None:
+    service = offline_service(toy_bundle)
+    service.engine_down = True
+    response = offline_client(service).post(URL, json={"prompt": "one"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")

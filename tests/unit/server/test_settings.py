@@ -1,0 +1,72 @@
+"""Settings from the environment: what is accepted, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from engines.cache import DEFAULT_CACHE
+from server.cli import app
+from server.loading import usable_cache
+from server.settings import Settings
+
+SPELLINGS = [
+    ("/a", ["/a"]),
+    (os.pathsep.join(["/a", "/b c"]), ["/a", "/b c"]),
+    ('["/a", "/b"]', ["/a", "/b"]),
+]
+
+
+@pytest.mark.parametrize(("text", "paths"), SPELLINGS)
+def test_bundles_are_paths_or_json(text: str, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFSTEP_BUNDLES", text)
+    assert Settings().bundles == tuple(map(Path, paths))
+
+
+WRONG = [
+    ("HALFSTEP_BUNDLES", '["/a"'),
+    ("HALFSTEP_BUNDLES", "[1]"),
+    ("HALFSTEP_BUNDLES", "[]"),
+    ("HALFSTEP_BUNDLES", ""),
+    ("HALFSTEP_PORT", "many"),
+    ("HALFSTEP_BACKEND", "cuda"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value"), WRONG)
+def test_a_wrong_setting_is_one_sentence(variable: str, value: str) -> None:
+    ended = CliRunner().invoke(app, ["serve"], env={variable: value, "COLUMNS": "500"})
+    assert ended.exit_code == 1
+    assert variable in ended.output
+    assert ended.output.count("\n") == 1
+    assert isinstance(ended.exception, SystemExit)
+
+
+def test_the_cache_is_the_one_the_engines_command_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings().cache_dir == DEFAULT_CACHE
+    assert usable_cache(Settings().cache_dir) == tmp_path / ".cache" / "halfstep"
+
+
+def test_no_cache_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFSTEP_CACHE_DIR", "none")
+    assert Settings().cache_dir is None
+    assert usable_cache(None) is None
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with capture_logs() as logs:
+        assert usable_cache(tmp_path / "file" / "cache") is None
+    assert [entry["event"] for entry in logs] == ["cache_not_writable"]
+
+
+@pytest.mark.parametrize("lease_s", ["1", "3"])
+def test_a_lease_outlives_three_heartbeats(lease_s: str) -> None:
+    ended = CliRunner().invoke(app, ["serve"], env={"HALFSTEP_LEASE_S": lease_s, "COLUMNS": "500"})
+    assert ended.exit_code == 1
+    assert "HALFSTEP_LEASE_S" in ended.output
