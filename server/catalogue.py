@@ -38,14 +38,10 @@ class Model:
 
 
 class Catalogue:
-    """Models by id; the first is the default. Raises: BundleError when two share a name, or none is given."""
+    """Models by id, no two of a name; the first is the default. Raises: BundleError when none is given."""
 
     def __init__(self, models: Iterable[Model]) -> None:
-        self._models: dict[str, Model] = {}
-        for model in models:
-            if model.name in self._models:
-                raise BundleError(f"Two bundles are named {model.name}; serve one of them, or rename the other.")
-            self._models[model.name] = model
+        self._models = {model.name: model for model in models}
         if not self._models:
             raise BundleError("There is no bundle to serve; name one with --bundle.")
 

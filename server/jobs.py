@@ -82,6 +82,12 @@ class JobFailure(Frozen):
     retry_after_s: float | None = None
 
 
+MAX_ATTEMPTS = 20
+"""A job whose lease is lost so often is not queued again."""
+
+POISON = JobFailure(code="poison", message="Every attempt at this request ended with its worker; it was given up.")
+
+
 class Job(Frozen):
     """A request as the store keeps it. cost_s: predicted engine seconds."""
 
@@ -182,5 +188,8 @@ class JobStore(Protocol):
     async def backlog(self) -> Backlog: ...
 
     async def reap(self) -> int:
-        """Requeue silent leases and drop old results; returns how many leases were taken back."""
+        """Requeue silent leases and drop old results; returns how many were requeued.
+
+        A job at its ``MAX_ATTEMPTS``-th lost lease fails with ``POISON`` instead.
+        """
         ...

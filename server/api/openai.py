@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import structlog
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import client_gone, read_object
@@ -64,20 +65,31 @@ def openai_routes(service: Service) -> APIRouter:
     return router
 
 
+class _AcceptedStream(StreamingResponse):
+    """The events of an accepted request; leaves ``accepted`` even when the client was gone before the first."""
+
+    def __init__(self, accepted: AbstractAsyncContextManager[str], events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._accepted = accepted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._accepted.__aexit__(None, None, None)
+
+
 async def _stream(service: Service, request: Request, wanted: DenoiseRequest) -> StreamingResponse:
     """Accept first, so that a refusal still has its status; then answer with events."""
     accepted = service.accepted(wanted)
     job_id = await accepted.__aenter__()
 
     async def events() -> AsyncIterator[str]:
-        try:
-            async with _cancelled_when_gone(service, request, job_id):
-                async for event in _events(service, job_id):
-                    yield event
-        finally:
-            await accepted.__aexit__(None, None, None)
+        async with _cancelled_when_gone(service, request, job_id):
+            async for event in _events(service, job_id):
+                yield event
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return _AcceptedStream(accepted, events())
 
 
 async def _events(service: Service, job_id: str) -> AsyncIterator[str]:

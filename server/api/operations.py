@@ -14,11 +14,13 @@ def operations_routes(service: Service) -> APIRouter:
     """``/livez``, ``/readyz`` and ``/metrics``."""
     router = APIRouter(tags=["Operations"])
 
+    @router.head("/livez", include_in_schema=False)
     @router.get("/livez")
     async def livez() -> Health:
         """The process runs and answers."""
         return Health(status="ok")
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {"model": Health, "description": "Send no new work here"}})
     async def readyz(response: Response) -> Health:
         """Models are loaded and warm, and new work is welcome."""

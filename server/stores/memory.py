@@ -8,7 +8,18 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from server.jobs import Backlog, Job, JobFailure, JobResult, JobState, JobStatus, Lease, Preview
+from server.jobs import (
+    MAX_ATTEMPTS,
+    POISON,
+    Backlog,
+    Job,
+    JobFailure,
+    JobResult,
+    JobState,
+    JobStatus,
+    Lease,
+    Preview,
+)
 
 
 @dataclass(eq=False)
@@ -158,6 +169,10 @@ class MemoryStore:
         now, taken = self._clock(), []
         for job_id, record in list(self._records.items()):
             if record.status is JobStatus.RUNNING and now - record.since > self._lease_s:
+                if record.attempt >= MAX_ATTEMPTS:
+                    record.failure = POISON
+                    self._end(record, JobStatus.FAILED)
+                    continue
                 record.status, record.worker, record.since, record.previews = JobStatus.QUEUED, "", now, ()
                 taken.append(record)
             elif record.status.terminal and now - record.since > self._result_ttl_s:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.jobs import EncodedImage, Job, JobFailure, JobResult, JobStatus, Preview, Timing
+from server.jobs import MAX_ATTEMPTS, EncodedImage, Job, JobFailure, JobResult, JobStatus, Preview, Timing
 from server.request import DenoiseRequest
 from tests.contract.job_store_labs import LABS, LEASE_S, RESULT_TTL_S, Lab
 
@@ -205,4 +205,19 @@ async def test_an_abandoned_job_has_failed_wherever_it_was(lab: Lab) -> None:
     assert not await lab.store.finish(lease, RESULT)
     assert await lab.store.claim("w", 10) == []
     assert not await lab.store.abandon("nothing", FAILURE)
+    assert (await lab.store.backlog()).jobs == 0
+
+
+async def test_a_job_that_loses_its_lease_over_and_over_fails(lab: Lab) -> None:
+    await lab.store.submit(job("a"))
+    for attempt in range(MAX_ATTEMPTS):
+        (lease,) = await lab.store.claim("w", 10)
+        assert lease.attempt == attempt + 1
+        lab.pass_time(LEASE_S + 1)
+        assert await lab.store.reap() == int(attempt + 1 < MAX_ATTEMPTS)
+    state = await lab.store.wait("a")
+    assert state.status is JobStatus.FAILED
+    assert state.failure is not None
+    assert state.failure.code == "poison"
+    assert await lab.store.claim("w", 10) == []
     assert (await lab.store.backlog()).jobs == 0

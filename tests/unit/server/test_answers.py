@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Message, Scope
 
+from server.app import create_app
 from server.jobs import Backlog, Job, JobFailure
 from server.service import Service
 from tests.support.offline import offline_client, offline_service
@@ -74,3 +78,30 @@ def test_an_accepted_request_that_fails_is_no_refusal(
     assert counted(service, "halfstep_requests_rejected_total") == {}
     assert counted(service, "halfstep_requests_accepted_total") == {"toy-digits text_to_image": 1}
     assert counted(service, "halfstep_requests_total") == {"toy-digits text_to_image 64x64 failed": 1}
+
+
+@pytest.mark.anyio
+async def test_a_client_gone_before_its_stream_starts_is_cancelled_and_counted(service: Service) -> None:
+    body = json.dumps({"prompt": "seven", "stream": True}).encode()
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise OSError("the connection is closed")
+
+    headers = [(b"content-type", b"application/json")]
+    scope: Scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "headers": headers}
+    with suppress(OSError):
+        await create_app(service)({**scope, "asgi": {"version": "3.0"}}, receive, send)
+    assert (await service.store.backlog()).jobs == 0
+    assert counted(service, "halfstep_requests_total") == {"toy-digits text_to_image 64x64 cancelled": 1}
+    assert counted(service, "halfstep_requests_rejected_total") == {}
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes_answer_head(service: Service, client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    service.draining.set()
+    assert client.head(path).status_code == client.get(path).status_code
