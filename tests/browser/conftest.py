@@ -28,7 +28,7 @@ expect.set_options(timeout=LIMIT_MS)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of a module, no longer: Playwright keeps an event loop running, in which no other test could start its own."""
+    """For one module: Playwright keeps an event loop running, in which no other test could start its own."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium on this machine; install one with: apt-get install chromium")

@@ -24,6 +24,7 @@ from distill_jobs.data.digits import class_condition
 from distill_jobs.recipe import Halving, Recipe, shipped_recipes
 from distill_jobs.sampling import student_network
 from distill_jobs.student import load_stock
+from engines.bundle import verify_bundle
 from engines.cli import app as engines_app
 from engines.manifest import MANIFEST_NAME, BundleManifest
 from engines.pipeline import RUNGS
@@ -246,5 +247,10 @@ def check_make_command(words: list[str]) -> None:
         assert re.search(pattern, makefile, re.M), f"the Makefile has no {name}"
 
 
-def test_the_quality_table_has_its_place() -> None:
-    assert page("model-card-digits.md").count("<!-- quality-table -->") == 1
+def test_the_model_card_holds_the_embedded_bundles_quality_table() -> None:
+    manifest = verify_bundle(ROOT / "server" / "bundles" / "default").manifest
+    card = page("model-card-digits.md")
+    for row in manifest.evaluation.rows:
+        distance = row.metrics["frechet_distance"]
+        figures = f"| {row.steps} | {row.evaluations} | {distance.mean:.3f} ± {distance.spread:.3f} |"
+        assert f"| {row.guidance_scale:g} | {row.model} {figures}" in card
