@@ -94,7 +94,7 @@ class OnEngine:
         }
         for step in steps:
             inputs[TIMESTEP] = np.full(rows, step.timestep, np.float32)
-            inputs[COEFFICIENTS] = np.tile(step.row(), (rows, 1))
+            inputs[COEFFICIENTS] = np.tile(step.row, (rows, 1))
             inputs[LATENT] = self._engine.run(inputs)[NEXT_LATENT]
         return inputs[LATENT]
 
