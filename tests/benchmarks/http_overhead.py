@@ -23,7 +23,7 @@ from engines.machine import cores
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from server.encoding import Encoding, encode
-from tests.benchmarks.results import provenance
+from tests.benchmarks.results import Watch
 from tests.support.serving import ServerProcess, serving
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
@@ -117,12 +117,13 @@ def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str,
 
 def main(bundle: Annotated[Path | None, typer.Argument()] = None, rounds: int = 7) -> None:
     """bundle: a folder, or none for a toy whose step takes some 10 ms at batch 1."""
-    origin = provenance("tests.benchmarks.http_overhead", SEED).model_dump()
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         path = bundle or make_toy_bundle(Path(folder) / "toy", ToyOptions(steps=(4,), channels=96, depth=24)).path
         pipeline = open_pipeline(path)
         with serving([path], log=Path(folder) / "log") as server:
             result = measure(pipeline, server, rounds)
+        origin = watch.provenance("tests.benchmarks.http_overhead", SEED).model_dump()
         about = {"bundle": pipeline.manifest.name, "engine": pipeline.engine_name, "rounds": rounds}
         print(json.dumps({"provenance": origin, **about, **result}))  # noqa: T201
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16
-from tests.benchmarks.results import Overhead, Provenance, Row, Throughput
+from tests.benchmarks.results import Overhead, Provenance, Row, Throughput, short
 
 QUIET = 0.1
-"""Share of the CPU that others may take before a run whose figures mean something."""
+"""Share of the CPU that others may take during a run whose figures mean something."""
 
 TARGETS = {"eager": 2.0, "http_over_raw": 0.90, "p50_ratio": 1.15, "digits_overhead_ms": 5.0}
 """See shared/performance.md and the issue: at least, at least, at most, at most."""
@@ -58,13 +58,14 @@ def page(throughput: Throughput, random: Overhead, random_command: str, digits: 
     if digits is not None:
         overheads[digits.bundle] = digits
     targets = [*_throughput_targets(throughput), *_http_targets(random, digits)]
+    busiest = max(o.others_cpu for o in (throughput.provenance, *(o.provenance for o in overheads.values())))
     commands = {name: o.provenance.command for name, o in overheads.items()}
     commands[next(iter(commands))] = random_command
     parts = [
         HEAD,
-        _quiet_note([throughput.provenance, *(o.provenance for o in overheads.values())]),
+        _quiet_note(busiest),
         "## Targets\n",
-        _table(("target", "wanted", "measured", ""), [(*t[:3], "met" if t.met else "**missed**") for t in targets]),
+        _table(("target", "wanted", "measured", ""), [(*t[:3], _verdict(t, busiest)) for t in targets]),
         _throughput_section(throughput),
         HTTP,
         *(_origin(o.provenance, commands[name], name) for name, o in overheads.items()),
@@ -105,8 +106,8 @@ def _throughput_section(result: Throughput) -> str:
     parts = [
         words,
         _origin(result.provenance, result.provenance.command),
-        _by_batch("ms per step, at batch", result, lambda row: f"{row.ms_per_step:.3g}"),
-        _by_batch(f"images/s at N = {result.steps}, at batch", result, lambda row: f"{row.images_per_s:.3g}"),
+        _by_batch("ms per step, at batch", result, lambda row: short(row.ms_per_step)),
+        _by_batch(f"images/s at N = {result.steps}, at batch", result, lambda row: short(row.images_per_s)),
         _table(("ratio of images/s, at batch", *map(str, batches)), _ratio_rows(result)),
         *_remarks(result),
     ]
@@ -142,7 +143,7 @@ def _remarks(result: Throughput) -> list[str]:
     return [
         f"- OpenVINO float32 gives {min(ratios):.2f} to {max(ratios):.2f} × the images/s of eager torch float32.",
         "- Best batch: "
-        + "; ".join(f"{r.contender} {r.images_per_s:.3g} images/s at {r.batch}" for r in best)
+        + "; ".join(f"{r.contender} {short(r.images_per_s)} images/s at {r.batch}" for r in best)
         + ".",
         f"- At their best batches bfloat16 is {bf16:.2f} × float32 in OpenVINO, {autocast:.2f} × in eager torch; "
         "the machine's line above names its bfloat16 units, where it has any.",
@@ -171,12 +172,17 @@ def _overhead_table(overheads: dict[str, Overhead]) -> str:
     return _table(("bundle", *overheads), rows)
 
 
-def _quiet_note(origins: Iterable[Provenance]) -> str:
-    busiest = max(origin.busy_before for origin in origins)
+def _verdict(target: Target, busiest: float) -> str:
+    if busiest > QUIET:
+        return "not judged"
+    return "met" if target.met else "**missed**"
+
+
+def _quiet_note(busiest: float) -> str:
     if busiest <= QUIET:
         return ""
     share = f"{100 * busiest:.0f} %"
-    return f"> **Not a quiet machine**: others took {share} of the CPU before a run. Do not trust these figures.\n"
+    return f"> **Not a quiet machine**: others took {share} of the CPU during a run. Do not trust these figures.\n"
 
 
 def _origin(origin: Provenance, command: str, name: str = "") -> str:
@@ -184,7 +190,7 @@ def _origin(origin: Provenance, command: str, name: str = "") -> str:
     lines = [
         f"- {name + ': ' if name else ''}`{command}`",
         f"- {origin.machine}; {versions}; seed {origin.seed}; {origin.date}; "
-        f"CPU taken by others just before: {100 * origin.busy_before:.0f} %\n",
+        f"CPU taken by others meanwhile: {100 * origin.others_cpu:.0f} %\n",
     ]
     return "\n".join(lines)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -16,14 +18,18 @@ LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "numpy")
 
 
 class Provenance(Frozen):
-    """All that a figure depends on besides the code. busy_before: CPU share others took just before, 0 … 1."""
+    """All that a figure depends on besides the code.
+
+    others_cpu: share of all cores that other processes (or, on a virtual machine, other machines) took while it
+    ran, 0 … 1.
+    """
 
     machine: str
     versions: dict[str, str]
     seed: int
     command: str
     date: str
-    busy_before: float
+    others_cpu: float
 
 
 class Row(Frozen):
@@ -101,14 +107,38 @@ class Overhead(Frozen, extra="ignore"):
         return self.http_p50_ms / self.bare_p50_ms
 
 
-def provenance(module: str, seed: int) -> Provenance:
-    """This process, machine and moment. Listens to the machine for a second before anything is measured."""
-    busy = psutil.cpu_percent(interval=1.0) / 100
-    return Provenance(
-        machine=machine_name(),
-        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        seed=seed,
-        command=" ".join(("python -m", module, *sys.argv[1:])),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        busy_before=round(busy, 3),
-    )
+class Watch:
+    """Started before a measurement: tells afterwards how much of the machine was not ours."""
+
+    def __init__(self) -> None:
+        self._begun, self._all, self._ours = time.monotonic(), _busy_s(), _own_s()
+
+    def others_cpu(self) -> float:
+        """Share of all cores since the start; children count as ours once they were waited for."""
+        others = (_busy_s() - self._all) - (_own_s() - self._ours)
+        return max(0.0, others / (psutil.cpu_count() or 1) / (time.monotonic() - self._begun))
+
+    def provenance(self, module: str, seed: int) -> Provenance:
+        """This process, machine and moment."""
+        return Provenance(
+            machine=machine_name(),
+            versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            seed=seed,
+            command=" ".join(("python -m", module, *sys.argv[1:])),
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            others_cpu=round(self.others_cpu(), 3),
+        )
+
+
+def short(figure: float) -> str:
+    """Three digits, and never an exponent for a large one."""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _own_s() -> float:
+    return sum(os.times()[:4])

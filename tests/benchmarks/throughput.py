@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from distill_jobs.data.digits import WIDTH
+from engines.bundle import Bundle
 from engines.sampler import Step
 from tests.benchmarks.contenders import (
     EAGER,
@@ -42,7 +43,7 @@ from tests.benchmarks.random_bundle import (
     plan,
     random_student,
 )
-from tests.benchmarks.results import Ratio, Row, Throughput, provenance
+from tests.benchmarks.results import Ratio, Row, Throughput, Watch, short
 
 MODULE = "tests.benchmarks.throughput"
 STEPS = 4
@@ -53,25 +54,27 @@ Times = Mapping[str, Sequence[float]]
 
 
 def measure(
-    options: RandomOptions, batches: Sequence[int], rounds: int, advance: Callable[[], None] = lambda: None
+    bundle: Bundle,
+    options: RandomOptions,
+    batches: Sequence[int],
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> Throughput:
-    """Time every contender at every batch size. advance: told after each batch size."""
-    origin = provenance(MODULE, options.seed)
+    """Time every contender at every batch size. options: those of the bundle; advance: told after each size."""
+    watch = Watch()
     unet, steps = random_student(options, STEPS), plan(STEPS).steps
     rows: list[Row] = []
     ratios: list[Ratio] = []
-    with tempfile.TemporaryDirectory(prefix="bench-throughput-") as folder:
-        bundle = make_random_bundle(Path(folder) / "random", options)
-        everyone = contenders(unet, bundle, graph_name(STEPS))
-        for size in batches:
-            batch = draw_batch(size, options.latent, WIDTH, options.seed)
-            latents = {name: run(batch, steps) for name, run in everyone.items()}
-            times = _alternate(everyone, batch, steps, rounds)
-            rows += _rows(size, times, latents)
-            ratios += _ratios(size, times)
-            advance()
+    everyone = contenders(unet, bundle, graph_name(STEPS))
+    for size in batches:
+        batch = draw_batch(size, options.latent, WIDTH, options.seed)
+        latents = {name: run(batch, steps) for name, run in everyone.items()}
+        times = _alternate(everyone, batch, steps, rounds)
+        rows += _rows(size, times, latents)
+        ratios += _ratios(size, times)
+        advance()
     return Throughput(
-        provenance=origin,
+        provenance=watch.provenance(MODULE, options.seed),
         parameters=sum(p.numel() for p in unet.parameters()),
         latent=options.latent,
         steps=STEPS,
@@ -130,12 +133,18 @@ def table(result: Throughput) -> Table:
         made.add_column(str(size), justify="right")
     for name in result.contenders():
         cells = [result.row(name, size) for size in result.batches()]
-        made.add_row(name, *(f"{row.ms_per_step:.3g} | {row.images_per_s:.3g}" for row in cells))
+        made.add_row(name, *(f"{short(row.ms_per_step)} | {short(row.images_per_s)}" for row in cells))
     made.add_section()
     for name, over in dict.fromkeys((ratio.contender, ratio.over) for ratio in result.ratios):
-        cells = [r.ratio for r in result.ratios if (r.contender, r.over) == (name, over)]
-        made.add_row(f"{name} / {over}", *(f"{ratio:.2f} ×" for ratio in cells))
+        ratios = [r.ratio for r in result.ratios if (r.contender, r.over) == (name, over)]
+        made.add_row(f"{name} / {over}", *(f"{ratio:.2f} ×" for ratio in ratios))
     return made
+
+
+def report(result: Throughput) -> None:
+    """The table, and one JSON line last."""
+    Console(width=160).print(table(result))
+    typer.echo(result.model_dump_json())
 
 
 def main(
@@ -147,11 +156,13 @@ def main(
     """Time one student on every backend. The last line is one JSON object."""
     sizes = [int(part) for part in batches.split(",")]
     options = RandomOptions(seed=seed, steps=(STEPS,), unet=TINY_UNET if tiny else UNET)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-throughput-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
         task = progress.add_task("batch sizes", total=len(sizes))
-        result = measure(options, sizes, rounds, lambda: progress.advance(task))
-    Console(width=160).print(table(result))
-    typer.echo(result.model_dump_json())
+        bundle = make_random_bundle(Path(folder) / "random", options)
+        report(measure(bundle, options, sizes, rounds, lambda: progress.advance(task)))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,20 @@ def test_a_full_queue_says_when_to_come_back(slow_bundle: Path, tmp_path: Path) 
         assert server.wait() == 0
 
 
+def test_a_second_signal_ends_a_real_process_at_once(slow_bundle: Path, tmp_path: Path) -> None:
+    server = ServerProcess([slow_bundle], log=tmp_path / "log")
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=server.url, timeout=60) as probe:
+        for _ in range(8):
+            pool.submit(httpx.post, server.url + URL, json={"prompt": "one", "n": 10}, timeout=60)
+        until(lambda: metric(probe, "halfstep_requests_accepted_total") == 8, "all were accepted")
+        server.terminate()
+        until(lambda: probe.get("/readyz").status_code == 503, "readyz turns false")
+        server.terminate()
+        assert server.process.wait(2) == 1
+    server.wait()
+    assert "ended_by_second_signal" in (tmp_path / "log").read_text()
+
+
 def run_serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "server", "serve", *flags]
     env = {"PATH": "/usr/bin:/bin", "COLUMNS": "200", **environment}
