@@ -19,7 +19,7 @@ from tests.benchmarks.results import Overhead, Throughput
 ROOT = Path(__file__).parents[2]
 RANDOM = Path("runs/benchmarks/random")
 DIGITS = Path("server/bundles/default")
-RANDOM_ROUNDS, DIGITS_ROUNDS = 5, 7
+RANDOM_ROUNDS, DIGITS_ROUNDS = 5, 5
 
 _err = Console(stderr=True)
 

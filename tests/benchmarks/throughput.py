@@ -1,7 +1,7 @@
 """One student on every backend: milliseconds a step and images a second at N = 4, by batch size.
 
 The same weights everywhere, one run, contenders alternating; the last line is JSON.
-Run: python -m tests.benchmarks.throughput [--batches 1,2,4,8,16,32] [--rounds 7] [--seed 0] [--tiny]
+Run: python -m tests.benchmarks.throughput [--batches 1,2,4,8,16,32] [--rounds 5] [--seed 0] [--tiny]
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def report(result: Throughput) -> None:
 
 def main(
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,2,4,8,16,32",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed trajectories each; the median counts.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed trajectories each; the median counts.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and the rows.")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy size, to try the harness.")] = False,
 ) -> None:
