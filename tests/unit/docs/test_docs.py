@@ -40,8 +40,6 @@ ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 APPS = {"server": server_app, "engines": engines_app, "distill_jobs": distill_app}
 
-"""Written by a benchmark and an evaluation, not by hand."""
-
 
 def page(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
