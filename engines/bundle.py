@@ -13,7 +13,7 @@ import onnx
 from pydantic import ValidationError
 
 from engines.errors import BundleError
-from engines.manifest import MANIFEST_NAME, SEAL_NAME, BundleManifest, FileRecord
+from engines.manifest import FORMAT_VERSION, MANIFEST_NAME, SEAL_NAME, BundleManifest, FileRecord
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md", ".png"})
@@ -105,8 +105,10 @@ def _read_manifest(path: Path) -> BundleManifest:
     try:
         data = json.loads(file.read_bytes())
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != 1:
-            raise BundleError(f"{file} has format version {version!r}; this halfstep reads version 1")
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{file} has format version {version!r}; this halfstep reads version {FORMAT_VERSION}"
+            )
         return BundleManifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]

@@ -17,11 +17,6 @@ def weight_from_scale(guidance_scale: float) -> float:
     return guidance_scale - 1.0
 
 
-def scale_from_weight(w: float) -> float:
-    """Public guidance_scale for a weight w."""
-    return w + 1.0
-
-
 def combine(conditional: Array, unconditional: Array, w: Array) -> Array:
     """Guided prediction (1 + w)·conditional - w·unconditional.
 

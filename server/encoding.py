@@ -23,8 +23,6 @@ _SOFTWARE = "halfstep"
 _DEFAULT_QUALITY = {"jpeg": 95, "webp": 90}
 _PNG_LEVEL = 1
 
-MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
 
 @dataclass(frozen=True)
 class Encoding:

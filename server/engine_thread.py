@@ -165,7 +165,7 @@ class EngineThread:
     def _settle(self, work: Work, previews: tuple[tuple[int, int, Pixels], ...]) -> None:
         if work.token not in self._works:  # failed in this very step
             return
-        if len(work.pixels) == len(work.tickets):
+        if work.complete:
             del self._works[work.token]
             self._events.append(work.made())
         else:
