@@ -1,53 +1,15 @@
-"""A small random UNet2DConditionModel as a real step graph, exported by torch: what exporters emit.
-
-The sinusoids, the update and the blend are those of shipped bundles; the weights are random.
-"""
+"""A small random UNet2DConditionModel as a step graph, through the project's own exporter: what bundles hold."""
 
 from __future__ import annotations
 
-import logging
-import math
 from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
 
-from tests.support.step_rows import INPUTS, LATENT_PX, OUTPUTS, WIDTH, random_rows
-
-
-def guidance_embedding(w: Tensor, width: int = 256) -> Tensor:
-    """(B,) → (B, width): LatentConsistencyModelPipeline.get_guidance_scale_embedding, float32."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    angles = (w * 1000.0)[:, None] * frequencies[None]
-    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
-
-
-class StepModule(torch.nn.Module):
-    """w-embedding, UNet, update and blend: one step of rows."""
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        guidance: Tensor,
-        condition: Tensor,
-        coefficients: Tensor,
-        noise: Tensor,
-        known: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        embedding = guidance_embedding(guidance)
-        out = self.unet(latent, timestep, condition, timestep_cond=embedding, return_dict=False)[0]
-        p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
-        clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
-        y = a * latent + b * clean + d * out + c * noise
-        return mask * y + (1 - mask) * (e * known + f * noise), clean
+from distill_jobs.graphs import StepGraph
+from distill_jobs.onnx_export import write_graph
+from tests.support.step_rows import LATENT_PX, WIDTH, random_rows
 
 
 def small_unet(channels: tuple[int, ...] = (32, 64), seed: int = 0) -> UNet2DConditionModel:
@@ -71,22 +33,9 @@ def small_unet(channels: tuple[int, ...] = (32, 64), seed: int = 0) -> UNet2DCon
     return unet
 
 
-def export_step(unet: UNet2DConditionModel, file: Path) -> StepModule:
-    """Write the step graph of a UNet; returns the torch module it came from."""
-    module = StepModule(unet).eval()
-    batch = torch.export.Dim("batch", min=1, max=63)
-    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # else pytest keeps megabytes of it
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            tuple(torch.from_numpy(array) for array in random_rows(2, seed=0).values()),
-            dynamo=True,
-            opset_version=21,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_shapes=tuple({0: batch} for _ in INPUTS),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(str(file), external_data=False)
-    return module
+def export_step(unet: UNet2DConditionModel, file: Path) -> None:
+    """Write the step graph of a UNet."""
+    graph = StepGraph(unet)
+    example = [torch.from_numpy(array) for array in random_rows(2, seed=0).values()]
+    specs = graph.inputs(LATENT_PX, LATENT_PX, tokens=1), graph.outputs(LATENT_PX, LATENT_PX)
+    write_graph(graph, example, *specs, file)
