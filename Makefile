@@ -36,7 +36,7 @@ serve: $(SERVE_VENV)/.ready
 
 ## make test       what CI runs: linters, types, import rules, every test
 test: setup lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,7 @@ from distill_jobs.cells import METRICS, Cell, CellResult, Judge
 from distill_jobs.classifier import accuracy, classifier_of, split_digits
 from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.digits import Digits
+from distill_jobs.job import RunFolder, training_seconds
 from distill_jobs.metrics import FRECHET_NAME
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
@@ -48,6 +49,7 @@ def evaluate_run(
         classifier_accuracy=accuracy(classifier, split_digits(digits)[1]),
         seconds=time.monotonic() - started,
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
+        training_seconds=training_seconds(RunFolder(run_dir)),
         evaluation=Evaluation(metric=FRECHET_NAME, samples=settings.samples, seeds=settings.seeds, rows=rows),
         gates=gates(rows, settings.teacher_steps),
     )

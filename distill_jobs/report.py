@@ -56,7 +56,8 @@ class Report(_Frozen):
     """Everything an evaluation found, and how it was made.
 
     seconds: of this call, with results kept from earlier ones costing nothing; timings: of each cell when it
-    was measured. classifier_accuracy: on held-out real digits. weights: sha256 of every contender's weights.
+    was measured. training_seconds: by phase, wall clock. classifier_accuracy: on held-out real digits.
+    weights: sha256 of every contender's weights.
     """
 
     recipe: str
@@ -68,6 +69,7 @@ class Report(_Frozen):
     classifier_accuracy: float
     seconds: float
     timings: tuple[Timing, ...]
+    training_seconds: dict[str, float]
     evaluation: Evaluation
     gates: tuple[Gate, ...]
 
@@ -126,7 +128,8 @@ def markdown(report: Report) -> str:
         "",
         f"Machine: {report.machine.processor}, {report.machine.cores} cores, {report.machine.memory_gib:g} GiB; "
         f"{report.machine.system}. {', '.join(f'{n} {v}' for n, v in report.versions.items())}. "
-        f"Measured in {sum(timing.seconds for timing in report.timings):.0f} s.",
+        f"Trained in {sum(report.training_seconds.values()):.0f} s, "
+        f"measured in {sum(timing.seconds for timing in report.timings):.0f} s.",
     ]
     if report.command:
         lines += ["", f"Command: `{report.command}`"]

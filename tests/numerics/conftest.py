@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from distill_jobs.classifier import save_classifier, split_digits, train_classifier
 from distill_jobs.data.digits import Digits
@@ -14,8 +13,6 @@ from distill_jobs.evaluate import evaluate_run
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
-
-torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
 @dataclass(frozen=True)
