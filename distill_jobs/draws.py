@@ -1,11 +1,13 @@
-"""All randomness of training, addressed by (seed, phase, update, purpose): a resumed job draws the same bytes.
+"""All randomness of training, addressed by (seed, phase, update, purpose, row): a resumed job draws the same bytes.
 
-There is no generator state to save: the update number is the whole cursor, of the data too.
+There is no generator state to save: the update number is the whole cursor, of the data too. Rows are those of the
+whole batch, so several processes, or several micro-batches, each with its share, draw what one would draw alone.
 """
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -24,31 +26,58 @@ class Draw(IntEnum):
     ORDER = 4
 
 
-class Draws:
-    """Random numbers of one training phase."""
+@dataclass(frozen=True)
+class Share:
+    """Share ``index`` of ``of`` equal ones: rows [index·n, (index + 1)·n) of a batch of of·n rows."""
 
-    def __init__(self, seed: int, phase: str) -> None:
+    index: int = 0
+    of: int = 1
+
+    def slice(self, rows: int) -> slice:
+        """Where this share's ``rows`` stand in the whole batch."""
+        return slice(self.index * rows, (self.index + 1) * rows)
+
+
+class Draws:
+    """Random numbers of one training phase, for one share of every batch. Row counts are the share's own."""
+
+    def __init__(self, seed: int, phase: str, share: Share | None = None) -> None:
+        self._seed, self._phase, self._share = seed, phase, share or Share()
         self._key = np.array([seed, zlib.crc32(phase.encode())], np.uint64)
         self._order = lru_cache(maxsize=2)(self._permutation)
 
+    def share(self, index: int, of: int) -> Draws:
+        """The same numbers, of one of ``of`` equal shares of each of this share's batches."""
+        whole = self._share
+        return Draws(self._seed, self._phase, Share(whole.index * of + index, whole.of * of))
+
     def indices(self, update: int, batch: int, rows: int) -> Tensor:
         """(batch,) int64 data rows of this update: every epoch is a fresh permutation of all ``rows``."""
-        positions = np.arange(update * batch, (update + 1) * batch)
+        first = (update * self._share.of + self._share.index) * batch
+        positions = np.arange(first, first + batch)
         picked = [self._order(int(p) // rows, rows)[int(p) % rows] for p in positions]
         return torch.tensor(np.array(picked, np.int64))
 
     def normal(self, update: int, shape: tuple[int, ...], purpose: Draw = Draw.NOISE) -> Tensor:
-        """Standard normal float32."""
-        return torch.from_numpy(self._generator(update, purpose).standard_normal(shape, dtype=np.float32))
+        """Standard normal float32; shape[0] counts rows."""
+        rows, *rest = shape
+        whole = self._generator(update, purpose).standard_normal((rows * self._share.of, *rest), dtype=np.float32)
+        return torch.from_numpy(whole[self._share.slice(rows)])
 
     def uniform(self, update: int, rows: int, purpose: Draw) -> Tensor:
         """(rows,) float64 in [0, 1), independent."""
-        return torch.from_numpy(self._generator(update, purpose).random(rows))
+        return torch.from_numpy(
+            self._generator(update, purpose).random(rows * self._share.of)[self._share.slice(rows)]
+        )
 
     def stratified(self, update: int, rows: int, purpose: Draw) -> Tensor:
-        """(rows,) float64 in [0, 1): one in each of ``rows`` equal cells, shuffled. Uniform, with less variance."""
-        generator = self._generator(update, purpose)
-        return torch.from_numpy((generator.permutation(rows) + generator.random(rows)) / rows)
+        """(rows,) float64 in [0, 1): over the whole batch one in each of as many equal cells, shuffled.
+
+        Uniform, with less variance.
+        """
+        generator, whole = self._generator(update, purpose), rows * self._share.of
+        values = (generator.permutation(whole) + generator.random(whole)) / whole
+        return torch.from_numpy(values[self._share.slice(rows)])
 
     def _permutation(self, epoch: int, rows: int) -> np.ndarray:
         return self._generator(epoch, Draw.ORDER).permutation(rows)

@@ -1,5 +1,8 @@
 """Training randomness: addressed, so a resumed job draws the same."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from distill_jobs.draws import Draw, Draws
@@ -38,3 +41,21 @@ def test_stratified_times_fall_one_in_each_cell() -> None:
     values = Draws(0, "p").stratified(0, 64, Draw.TIME)
     assert sorted((values * 64).long().tolist()) == list(range(64))
     assert values.tolist() != sorted(values.tolist())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda draws, rows: draws.indices(3, rows, 10),
+        lambda draws, rows: draws.normal(3, (rows, 2, 3)),
+        lambda draws, rows: draws.uniform(3, rows, Draw.DROPOUT),
+        lambda draws, rows: draws.stratified(3, rows, Draw.TIME),
+    ],
+    ids=["indices", "normal", "uniform", "stratified"],
+)
+def test_the_shares_of_a_batch_are_the_batch(draw: Callable[[Draws, int], torch.Tensor]) -> None:
+    draws = Draws(5, "teacher")
+    halves = [draw(draws.share(k, 2), 12) for k in range(2)]
+    sixths = [draw(draws.share(k, 2).share(m, 3), 4) for k in range(2) for m in range(3)]
+    assert torch.equal(torch.cat(halves), draw(draws, 24))
+    assert torch.equal(torch.cat(sixths), draw(draws, 24))
