@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from server.api.access import AccessLog
 from server.api.guard import Guard, internal_error
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
@@ -49,7 +50,7 @@ def create_app(service: Service) -> ASGIApp:
     async def unexpected(_: Request, __: Exception) -> Response:
         return _response(internal_error())  # Starlette raises it again afterwards, for the guard to log
 
-    return Guard(app, service.metrics, service.settings.max_header_bytes)
+    return AccessLog(Guard(app, service.metrics, service.settings.max_header_bytes))
 
 
 def _response(error: ApiError) -> Response:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
 from engines.errors import HalfstepError
+from server.logs import configure_logs
 from server.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -86,7 +84,7 @@ def _serve(settings: Settings) -> str | None:
     from server.loading import build_service, load_pipelines  # noqa: PLC0415
     from server.process import Process, bind  # noqa: PLC0415
 
-    _configure_logs(settings.log_level)
+    configure_logs(settings.log_level)
     sock = bind(settings.host, settings.port)
     with _err.status("Loading and warming the models"):
         pipelines = load_pipelines(settings)
@@ -106,22 +104,6 @@ def _announce(url: str, names: str, prompt: str) -> None:
         " | python3 -c 'import base64, json, sys;"
         ' open("image.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\'',
         markup=False,
-    )
-
-
-def _configure_logs(level: str) -> None:
-    """JSON lines on stderr, ours and uvicorn's warnings."""
-    number = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(level=max(number, logging.WARNING), format="%(levelname)s %(name)s: %(message)s")
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
     )
 
 

@@ -16,9 +16,8 @@ from engines.pipeline import Floats, Pipeline
 from server.batching import Batch, Batcher
 from server.costs import best_rung
 from server.jobs import Lease
-from server.metrics import Metrics
 from server.stages import Conditions, decode_latents, failure_of, step_rows
-from server.work import Crashed, Event, Failed, Image, Pixels, Progress, Work
+from server.work import Crashed, Dropped, Event, Failed, Image, Pixels, Progress, Started, Stepped, Work
 
 _CLOSE = object()
 
@@ -26,12 +25,9 @@ _CLOSE = object()
 class EngineThread:
     """pipelines: by model name. report: called on this thread with the events of one step."""
 
-    def __init__(
-        self, pipelines: Mapping[str, Pipeline], report: Callable[[list[Event]], None], metrics: Metrics
-    ) -> None:
+    def __init__(self, pipelines: Mapping[str, Pipeline], report: Callable[[list[Event]], None]) -> None:
         self._pipelines = pipelines
         self._report = report
-        self._metrics = metrics
         self._conditions = {name: Conditions(pipeline) for name, pipeline in pipelines.items()}
         self._batcher: Batcher[Image] = Batcher(self._choose_rung)
         self._inbox: SimpleQueue[Work | str | object] = SimpleQueue()
@@ -99,15 +95,17 @@ class EngineThread:
             return
         self._batcher.remove(work.tickets)
         left = sum(ticket.steps_left for ticket in work.tickets)
-        self._metrics.cancelled_steps.labels(work.request.model).inc(left)
+        self._events.append(Dropped(work.request.model, left))
 
     def _start(self, model: str, works: list[Work]) -> None:
         begun = time.perf_counter()
         conditions = self._conditions[model].get([work.request.prompt for work in works])
-        condition_ms = (time.perf_counter() - begun) * 1000
+        ended = time.perf_counter()
         for work in works:
             self._works[work.token] = work
-            work.started_s, work.condition_ms = begun, condition_ms
+            work.started_s, work.condition_ms = begun, (ended - begun) * 1000
+            work.ran("condition", begun, ended)
+            self._events.append(Started(work.token, work.queue_ms))
             condition = conditions[work.request.prompt]
             if isinstance(condition, Exception):
                 self._fail(work, condition, "condition")
@@ -130,11 +128,12 @@ class EngineThread:
         pipeline = self._pipelines[model]
         begun = time.perf_counter()
         outcomes = step_rows(pipeline, [image.row for image in images])
-        seconds = time.perf_counter() - begun
+        ended = time.perf_counter()
         done = self._batcher.stepped(batch)
-        self._observe(model, batch, seconds)
+        self._events.append(Stepped(model, batch.rung, len(batch.tickets), ended - begun))
         for work in dict.fromkeys(image.work for image in images):
-            work.steps_ms += seconds * 1000
+            work.steps_ms += (ended - begun) * 1000
+            work.ran("steps", begun, ended)
         for image, error in zip(images, outcomes, strict=True):
             if error is not None:
                 self._fail(image.work, error, "steps")
@@ -148,9 +147,10 @@ class EngineThread:
         begun = time.perf_counter()
         latents = [image.row.latent if id(image) in done else image.row.clean for image in wanted]
         decoded = decode_latents(pipeline, latents) if wanted else []
-        decode_ms = (time.perf_counter() - begun) * 1000
+        ended = time.perf_counter()
         for work in dict.fromkeys(image.work for image in wanted):
-            work.decode_ms += decode_ms
+            work.decode_ms += (ended - begun) * 1000
+            work.ran("decode", begun, ended)
         for image, pixels in zip(wanted, decoded, strict=True):
             if isinstance(pixels, Exception):
                 self._fail(image.work, pixels, "decode")
@@ -173,18 +173,10 @@ class EngineThread:
 
     def _fail(self, work: Work, error: Exception, stage: str) -> None:
         """Fail a job once, however many of its rows are bad."""
-        self._metrics.poison.labels(work.request.model, stage).inc()
         if self._works.pop(work.token, None) is None:
             return
         self._batcher.remove(work.tickets)
-        self._events.append(Failed(work.token, failure_of(error)))
+        self._events.append(Failed(work.token, failure_of(error), stage, work.spans))
 
     def _choose_rung(self, image: Image, waiting: int) -> int:
         return best_rung(self._pipelines[image.work.request.model], image.row.student.graph, waiting)
-
-    def _observe(self, model: str, batch: Batch[Image], seconds: float) -> None:
-        rows = len(batch.tickets)
-        self._metrics.steps.labels(model).inc(rows)
-        self._metrics.step_s.labels(model, str(batch.rung)).observe(seconds)
-        self._metrics.occupancy.labels(model).observe(rows / batch.rung)
-        self._metrics.padding.labels(model).inc(batch.padding)

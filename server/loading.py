@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -61,8 +62,9 @@ def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
 def build_service(settings: Settings, pipelines: Mapping[str, Pipeline]) -> Service:
     """The API's side of a process whose worker runs these pipelines."""
     metrics = Metrics()
-    for name, pipeline in pipelines.items():
-        metrics.engine.labels(name, pipeline.engine_name).set(1)
+    metrics.watch_memory(os.getpid())
+    for pipeline in pipelines.values():
+        metrics.serves(pipeline.manifest, pipeline.engine_name)
     catalogue = Catalogue(
         Model.of(pipeline.bundle, partial(predicted_s, pipeline)) for pipeline in pipelines.values()
     )

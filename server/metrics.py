@@ -1,53 +1,108 @@
-"""Every metric and its name. Labels never hold a prompt or a user."""
+"""Every metric and its name, in Prometheus' units and suffixes. Labels never hold a prompt or a user."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+from engines.manifest import BundleManifest
+from server.jobs import Timing
+from server.work import Dropped, Stepped
+
+_REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)
 
-STAGES = ("queue", "condition", "steps", "decode", "encode")
+STAGES = ("condition", "steps", "decode", "encode")
 
 
 class Metrics:
-    """The metrics of one process, on a registry of their own so that tests may hold several."""
+    """The metrics of one process, on a registry of their own so that tests may hold several.
+
+    The engine reports what it did as events, so the figures are the same whether it is a thread or a process.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._make_request_metrics()
+        self._make_work_metrics()
         self._make_engine_metrics()
+        ProcessCollector(registry=self.registry)
 
     def _make_request_metrics(self) -> None:
-        count, times = self._counter, self._histogram
-        of_request = ["model", "task"]
-        self.accepted = count("halfstep_requests_accepted_total", "Accepted requests", of_request)
-        ended = [*of_request, "size", "status"]
+        count, times, gauge = self._counter, self._histogram, self._gauge
+        request = ["model", "task"]
+        self.accepted = count("halfstep_requests_accepted_total", "Accepted requests", request)
+        ended = [*request, "size", "status"]
         self.requests = count("halfstep_requests_total", "Accepted requests by terminal status", ended)
         self.rejected = count("halfstep_requests_rejected_total", "Refused requests by reason", ["reason"])
-        self.retries = count("halfstep_retries_total", "Jobs taken back from a silent worker", [])
-        self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", of_request, _SECONDS)
-        stage = ["model", "stage"]
-        self.stage_s = times("halfstep_stage_seconds", "Time of a request in each stage", stage, _SECONDS)
+        self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", request, _REQUEST_S)
+        misses = "Accepted requests whose deadline passed before they were made"
+        self.deadline_misses = count("halfstep_deadline_misses_total", misses, request)
         queued = "Predicted engine seconds of accepted, unfinished work"
-        self.queued_s = Gauge("halfstep_queued_seconds", queued, registry=self.registry)
+        self.queued_s = gauge("halfstep_queued_seconds", queued, [])
+
+    def _make_work_metrics(self) -> None:
+        count, times, gauge = self._counter, self._histogram, self._gauge
+        waited = "Acceptance to the start of the condition stage"
+        self.queue_wait_s = times("halfstep_queue_wait_seconds", waited, ["model", "task"], _REQUEST_S)
+        stage = ["model", "stage"]
+        self.stage_s = times("halfstep_stage_seconds", "Time of a request in each stage", stage, _STAGE_S)
+        self.rows = gauge("halfstep_rows_in_flight", "Images in the making", [])
+        self.retries = count("halfstep_retries_total", "Jobs taken back from a silent worker", [])
+        self.poison = count("halfstep_poison_jobs_total", "Jobs that failed by themselves", stage)
 
     def _make_engine_metrics(self) -> None:
-        count, times = self._counter, self._histogram
+        count, times, gauge = self._counter, self._histogram, self._gauge
         self.steps = count("halfstep_denoise_steps_total", "Denoising steps of rows", ["model"])
-        self.step_s = times("halfstep_step_seconds", "One batched denoising step", ["model", "rung"], _SECONDS)
+        self.step_s = times("halfstep_step_seconds", "One batched denoising step", ["model", "rung"], _STAGE_S)
         occupancy = "Rows in a step by rows it ran"
         self.occupancy = times("halfstep_batch_occupancy_ratio", occupancy, ["model"], _FRACTIONS)
         self.padding = count("halfstep_padding_rows_total", "Rows stepped only to fill a rung", ["model"])
-        cancelled = "Steps that cancelled rows did not run"
+        cancelled = "Steps that rows which left early did not run"
         self.cancelled_steps = count("halfstep_cancelled_steps_total", cancelled, ["model"])
-        self.poison = count("halfstep_poison_rows_total", "Rows that failed alone", ["model", "stage"])
-        self.rows = Gauge("halfstep_rows_in_flight", "Images in the making", registry=self.registry)
-        labels = ["model", "engine"]
-        self.engine = Gauge("halfstep_engine_info", "Engine in use (always 1)", labels, registry=self.registry)
+        self.engine = gauge("halfstep_engine_info", "Engine in use (always 1)", ["model", "engine"])
+        parity = "Largest difference of an exported graph from torch, measured at its export"
+        self.parity = gauge("halfstep_parity_error", parity, ["model", "graph"])
+        memory = "Memory of the engine: of its device, or of its process on a CPU"
+        self.memory = gauge("halfstep_device_memory_bytes", memory, ["device"])
+
+    def serves(self, manifest: BundleManifest, engine: str) -> None:
+        """Note a model on offer and the engine that runs it."""
+        self.engine.labels(manifest.name, engine).set(1)
+        for graph, spec in manifest.graphs.items():
+            self.parity.labels(manifest.name, graph).set(spec.parity.max_abs_error)
+
+    def watch_memory(self, pid: int) -> None:
+        """Report the resident memory of the process the engine runs in, looked up at each scrape."""
+        self.memory.labels("cpu").set_function(lambda: _resident_bytes(pid))
+
+    def engine_did(self, event: Stepped | Dropped) -> None:
+        if isinstance(event, Dropped):
+            self.cancelled_steps.labels(event.model).inc(event.steps)
+            return
+        self.steps.labels(event.model).inc(event.rows)
+        self.step_s.labels(event.model, str(event.rung)).observe(event.seconds)
+        self.occupancy.labels(event.model).observe(event.rows / event.rung)
+        self.padding.labels(event.model).inc(event.rung - event.rows)
+
+    def made(self, model: str, timing: Timing) -> None:
+        """Note where the time of a finished job went."""
+        for stage in STAGES:
+            self.stage_s.labels(model, stage).observe(getattr(timing, stage) / 1000)
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
 
+    def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
     def _histogram(self, name: str, text: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _resident_bytes(pid: int) -> float:
+    try:
+        return float(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:  # it is being replaced
+        return 0.0

@@ -1,4 +1,8 @@
-"""A job while the engine thread has it, and the events it reports."""
+"""A job while the engine thread has it, and the events it reports.
+
+Events are plain values: they may cross a process border. Times are seconds of ``time.perf_counter``, which the
+processes of one machine share.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from server.request import DenoiseRequest
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
+
+Spans = dict[str, tuple[float, float]]
+"""When a job was first and last in each stage, what ran beside it included: stage → (begin, end)."""
 
 Snapshot = tuple[int, int, Pixels]
 """A clean estimate on the way: (image, index, pixels)."""
@@ -40,14 +47,17 @@ class Made:
     condition_ms: float
     steps_ms: float
     decode_ms: float
+    spans: Spans = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A job that cannot be made."""
+    """A job that cannot be made. stage: where it failed."""
 
     token: str
     failure: JobFailure
+    stage: str
+    spans: Spans = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,33 @@ class Crashed:
     error: Exception
 
 
-Event = Progress | Made | Failed | Crashed
+@dataclass(frozen=True)
+class Stepped:
+    """One batched step of ``rows`` rows, padded to ``rung``; how long it took."""
+
+    model: str
+    rung: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job whose rows are about to step; how long it waited since its acceptance."""
+
+    token: str
+    queue_ms: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Rows that left with ``steps`` steps not run: cancelled, expired or given to another worker."""
+
+    model: str
+    steps: int
+
+
+Event = Progress | Made | Failed | Crashed | Started | Stepped | Dropped
 
 
 @dataclass(eq=False)
@@ -85,6 +121,7 @@ class Work:
     decode_ms: float = 0.0
     tickets: list[Ticket[Image]] = field(default_factory=list)
     pixels: dict[int, Pixels] = field(default_factory=dict)
+    spans: Spans = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.token = self.lease.token
@@ -112,15 +149,25 @@ class Work:
             key = (self.request.model, *row.batch_key)
             self.tickets.append(Ticket(Image(self, index, row), key, row.steps_left, self.arrived_s))
 
+    def ran(self, stage: str, begin_s: float, end_s: float) -> None:
+        """Note that the job was in a stage."""
+        first, _ = self.spans.get(stage, (begin_s, end_s))
+        self.spans[stage] = (first, end_s)
+
+    @property
+    def queue_ms(self) -> float:
+        """From acceptance to the start of the condition stage."""
+        return self.lease.queued_ms + (self.started_s - self.arrived_s) * 1000
+
     def made(self) -> Made:
-        waited_ms = (self.started_s - self.arrived_s) * 1000
         return Made(
             token=self.token,
             pixels=tuple(self.pixels[k] for k in range(len(self.tickets))),
-            queue_ms=self.lease.queued_ms + waited_ms,
+            queue_ms=self.queue_ms,
             condition_ms=self.condition_ms,
             steps_ms=self.steps_ms,
             decode_ms=self.decode_ms,
+            spans=self.spans,
         )
 
 

@@ -13,10 +13,10 @@ from engines.pipeline import Pipeline
 from server.encoding import encode, encoding_of
 from server.engine_thread import EngineThread
 from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, JobStore, Lease, Preview, Timing
-from server.metrics import STAGES, Metrics
+from server.metrics import Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
-from server.work import Crashed, Event, Failed, Made, Pixels, Progress
+from server.work import Crashed, Dropped, Event, Failed, Made, Pixels, Progress, Started, Stepped
 
 IDLE_CLAIM_S = 1.0
 CLOSE_S = 2.0
@@ -69,7 +69,7 @@ class Worker:
             with suppress(RuntimeError):  # a step that outlived the loop has nobody left to tell
                 loop.call_soon_threadsafe(self._events.put_nowait, events)
 
-        engine = EngineThread(self._pipelines, report, self._metrics)
+        engine = EngineThread(self._pipelines, report)
         engine.start()
         try:
             async with asyncio.TaskGroup() as group:
@@ -106,13 +106,22 @@ class Worker:
                 if isinstance(event, Crashed):
                     await self._fail_all(event.error)
                     raise event.error
+                if isinstance(event, Stepped | Dropped):
+                    self._metrics.engine_did(event)
+                    continue
                 held = self._held.get(event.token)
                 if held is not None:
                     await self._handle(held, event, group)
             await self._stop_lost(engine)
 
-    async def _handle(self, held: _Held, event: Progress | Made | Failed, group: asyncio.TaskGroup) -> None:
-        if isinstance(event, Failed):
+    async def _handle(
+        self, held: _Held, event: Progress | Made | Failed | Started, group: asyncio.TaskGroup
+    ) -> None:
+        request = held.lease.job.request
+        if isinstance(event, Started):
+            self._metrics.queue_wait_s.labels(request.model, TASK).observe(event.queue_ms / 1000)
+        elif isinstance(event, Failed):
+            self._metrics.poison.labels(request.model, event.stage).inc()
             await self._store.fail(held.lease, event.failure)
             self._release(held)
         elif isinstance(event, Made):
@@ -169,7 +178,7 @@ class Worker:
         )
         engine = self._pipelines[request.model].engine_name
         await self._store.finish(held.lease, JobResult(engine=engine, timing=timing, images=images))
-        self._observe(request.model, timing)
+        self._metrics.made(request.model, timing)
         self._release(held)
 
     async def _encode(self, held: _Held, pixels: Pixels, seed: int) -> bytes:
@@ -202,7 +211,3 @@ class Worker:
     def _count(self, rows: int) -> None:
         self._rows += rows
         self._metrics.rows.set(self._rows)
-
-    def _observe(self, model: str, timing: Timing) -> None:
-        for stage in STAGES:
-            self._metrics.stage_s.labels(model, stage).observe(getattr(timing, stage) / 1000)

@@ -1,9 +1,7 @@
-"""The outermost ASGI layer: request ids, header limits, and an answer for what nobody caught."""
+"""The ASGI layer around all routes: header limits, and an answer for what nobody caught."""
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Mapping
 
 import structlog
@@ -13,12 +11,11 @@ from server.errors import ApiError
 from server.metrics import Metrics
 
 MAX_HEADERS = 100
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _log = structlog.get_logger()
 
 
 class Guard:
-    """Puts ``x-request-id`` on every response: the client's own where it sent a plain one."""
+    """max_header_bytes: largest sum of header names and values; max 100 headers."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_header_bytes: int) -> None:
         self._app = app
@@ -30,28 +27,24 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = _request_id(headers)
         started = False
 
-        async def tagged(message: Message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                message = {**message, "headers": [*message.get("headers", []), *extra]}
+            started |= message["type"] == "http.response.start"
             await send(message)
 
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             self._metrics.rejected.labels(refusal.code).inc()
-            await respond(refusal, tagged)
+            await respond(refusal, send)
             return
         try:
-            await self._app(scope, receive, tagged)
+            await self._app(scope, receive, noted)
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
-            _log.exception("request_failed", request_id=request_id, error=type(error).__name__)
+            _log.exception("request_failed", error=type(error).__name__)
             if not started:
-                await respond(internal_error(), tagged)
+                await respond(internal_error(), send)
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ApiError | None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -75,8 +68,3 @@ async def respond(error: ApiError, send: Send) -> None:
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": payload})
-
-
-def _request_id(headers: Mapping[bytes, bytes]) -> str:
-    sent = headers.get(b"x-request-id", b"").decode("latin-1")
-    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"
