@@ -17,7 +17,6 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 
-TASK = "text_to_image"
 DRAINING = JobFailure(
     code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0
 )
@@ -74,7 +73,7 @@ class Service:
         self.admission.check(await self.store.backlog(), request)
         job = Job(id=secrets.token_hex(12), request=request, cost_s=self.admission.cost_s(request))
         await self.store.submit(job)
-        self.metrics.accepted.labels(request.model, TASK).inc()
+        self.metrics.accepted.labels(request.model, request.task).inc()
         return job
 
     async def _count(self, job: Job, seconds: float) -> None:
@@ -82,9 +81,9 @@ class Service:
         state = await self.store.get(job.id)
         status = JobStatus.CANCELLED if state is None else state.status
         size = f"{job.request.width}x{job.request.height}"
-        self.metrics.requests.labels(job.request.model, TASK, size, status.value).inc()
+        self.metrics.requests.labels(job.request.model, job.request.task, size, status.value).inc()
         if status is JobStatus.SUCCEEDED:
-            self.metrics.request_s.labels(job.request.model, TASK).observe(seconds)
+            self.metrics.request_s.labels(job.request.model, job.request.task).observe(seconds)
 
 
 def _refusal(failure: JobFailure) -> OverloadedError:

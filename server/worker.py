@@ -119,7 +119,7 @@ class Worker:
     ) -> None:
         request = held.lease.job.request
         if isinstance(event, Started):
-            self._metrics.queue_wait_s.labels(request.model, TASK).observe(event.queue_ms / 1000)
+            self._metrics.queue_wait_s.labels(request.model, request.task).observe(event.queue_ms / 1000)
         elif isinstance(event, Failed):
             self._metrics.poison.labels(request.model, event.stage).inc()
             await self._store.fail(held.lease, event.failure)

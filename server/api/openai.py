@@ -29,7 +29,7 @@ from server.schemas import (
     ModelsResponse,
     StepsBody,
 )
-from server.service import TASK, Service
+from server.service import Service
 
 _log = structlog.get_logger()
 
@@ -144,6 +144,6 @@ def _model_body(model: Model) -> ModelBody:
         steps=StepsBody(trained=trained, default=manifest.default_steps),
         samplers={n: sorted(s.sampler for s in students if s.steps == n) for n in trained},
         sizes=[str(size) for size in manifest.sizes],
-        tasks=[TASK],
+        tasks=["text_to_image"],
         prompts=list(model.tokenizer.known()),
     )

@@ -132,7 +132,7 @@ def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
     until(lambda: lab.bench.batches, "the first is in the making")
     queued = lab.post()
     lab.accepted(2)
-    monkeypatch.setattr("server.engine_thread.EngineThread._observe", None)
+    monkeypatch.setattr("server.engine_thread.EngineThread._decode", None)
     lab.bench.allow()
     assert (held.result(timeout=10).status_code, held.result().json()["error"]["code"]) == (500, "engine_error")
     response = queued.result(timeout=10)
