@@ -92,4 +92,4 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
     """(C, h, w) of what the recipe's networks denoise."""
     side = int(recipe.unet["sample_size"])
-    return int(recipe.unet["in_channels"]), side, side
+    return int(recipe.unet["out_channels"]), side, side

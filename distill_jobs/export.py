@@ -108,7 +108,7 @@ def parity_rows(plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, in
         normal(),
         torch.tensor([float(step.timestep) for step in steps]),
         torch.linspace(low, high, rows)[torch.randperm(rows, generator=generator)],
-        class_condition(torch.arange(rows) % CLASSES),
+        class_condition(torch.arange(rows) % CLASSES).tokens,
         torch.stack([torch.tensor(step.row) for step in steps]),
         normal(),
         normal(),

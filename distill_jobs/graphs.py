@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill_jobs.data.source import Condition
 from distill_jobs.student import predict
 from engines.manifest import (
     CLEAN_ESTIMATE,
@@ -56,7 +57,7 @@ class StepGraph(nn.Module):
         latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
         condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated.
         """
-        out = predict(self.unet, latent, timestep, condition, guidance)
+        out = predict(self.unet, latent, timestep, Condition(condition), guidance)
         p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
         clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
         update = a * latent + b * clean + d * out + c * noise

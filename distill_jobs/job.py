@@ -19,7 +19,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs.checkpoint import write_folder
-from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
+from distill_jobs.data.open import open_source
+from distill_jobs.data.source import Source
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError, LockedError, RecipeError
 from distill_jobs.loop import Phase, RowLoss, StopSignal, Trainer
@@ -87,7 +88,7 @@ def run_job(recipe: Recipe, out: Path, *, resume: bool, progress: Progress) -> R
         accelerator = Accelerator(log_with="tensorboard", project_dir=str(out))
         accelerator.init_trackers("tensorboard")
         trainer = Trainer(accelerator, out / "checkpoints", recipe.checkpoint_every, stop, progress)
-        _Job(recipe, folder, trainer, Digits.load()).run()
+        _Job(recipe, folder, trainer, open_source(recipe)).run()
         accelerator.end_training()
     return folder
 
@@ -119,10 +120,10 @@ def _take_up(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
 
 
 class _Job:
-    """The phases of one recipe on one data set."""
+    """The phases of one recipe on one source of data."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, data: Digits) -> None:
-        self._recipe, self._folder, self._trainer, self._data = recipe, folder, trainer, data
+    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, source: Source) -> None:
+        self._recipe, self._folder, self._trainer, self._source = recipe, folder, trainer, source
         self._schedule = NoiseSchedule(recipe.schedule)
         self._tables = Tables.of(self._schedule)
         self._device = trainer.accelerator.device
@@ -211,20 +212,17 @@ class _Job:
         for scale in torch.linspace(self._recipe.guidance.min, self._recipe.guidance.max, GATE_SCALES).tolist():
             w = torch.full((GATE_ROWS,), weight_from_scale(scale), device=self._device)
             target = guided_v(teacher, z_t, rows, w)
-            error = predict(student, z_t, rows.t, rows.condition, w) - target
+            error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
             errors[scale] = float(error.square().sum() / target.square().sum())
         return errors
 
     def _noisy(self, draws: Draws, update: int, batch: int, t: Tensor | None = None) -> Noisy:
         """The rows of an update; t: table indices, or uniform ones."""
-        picked = draws.indices(update, batch, len(self._data))
-        x = self._data.images[picked]
+        data = self._source.batch(draws, update, batch)
         if t is None:
             t = (draws.stratified(update, batch, Draw.TIME) * self._schedule.timesteps).long()
-        null = class_condition(torch.full_like(picked, NULL_CLASS))
-        noise = draws.normal(update, tuple(x.shape))
-        parts = (x, class_condition(self._data.labels[picked]), null, noise, t)
-        return Noisy(*(part.to(self._device) for part in parts))
+        noise = draws.normal(update, tuple(data.x.shape))
+        return Noisy(data.x, data.condition, self._source.null(batch), noise, t, data.extra).to(self._device)
 
     def _weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
         """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill_jobs.data.source import Condition
 from distill_jobs.student import predict
 from engines.guidance import combine
 from engines.sampler import compose, deterministic_step
@@ -23,14 +24,25 @@ from engines.schedule import NoiseSchedule
 class Noisy:
     """What an objective sees.
 
-    x, noise: (B, C, h, w); condition, null: (B, T, D); t: (B,) table indices.
+    x, noise: (B, C, h, w); t: (B,) table indices; extra: (B, K, h, w) further input channels, or None.
     """
 
     x: Tensor
-    condition: Tensor
-    null: Tensor
+    condition: Condition
+    null: Condition
     noise: Tensor
     t: Tensor
+    extra: Tensor | None = None
+
+    def to(self, device: torch.device) -> Noisy:
+        return Noisy(
+            self.x.to(device),
+            self.condition.to(device),
+            self.null.to(device),
+            self.noise.to(device),
+            self.t.to(device),
+            None if self.extra is None else self.extra.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -57,14 +69,18 @@ class Tables:
 def teacher_loss(teacher: nn.Module, tables: Tables, rows: Noisy, dropped: Tensor) -> Tensor:
     """(B,) v-MSE with the condition dropped on the rows marked in ``dropped``: (B,) bool."""
     z_t, v = tables.noisy(rows)
-    condition = torch.where(dropped[:, None, None], rows.null, rows.condition)
-    return _row_mse(predict(teacher, z_t, rows.t, condition), v)
+    condition = rows.null.where(dropped, rows.condition)
+    return _row_mse(predict(teacher, z_t, rows.t, condition, extra=rows.extra), v)
 
 
 def guided_v(teacher: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
     """True guidance: the teacher's v at weights w: (B,), from one doubled batch."""
     both = predict(
-        teacher, torch.cat([z_t, z_t]), torch.cat([rows.t, rows.t]), torch.cat([rows.condition, rows.null])
+        teacher,
+        torch.cat([z_t, z_t]),
+        torch.cat([rows.t, rows.t]),
+        Condition.cat([rows.condition, rows.null]),
+        extra=None if rows.extra is None else torch.cat([rows.extra, rows.extra]),
     )
     conditional, unconditional = both.chunk(2)
     return torch.as_tensor(combine(conditional, unconditional, _wide(w, z_t)))
@@ -75,7 +91,8 @@ def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows:
     z_t, _ = tables.noisy(rows)
     with torch.no_grad():
         target = guided_v(teacher, z_t, rows, w)
-    return tables.truncated_snr(rows.t) * _row_mse(predict(student, z_t, rows.t, rows.condition, w), target)
+    prediction = predict(student, z_t, rows.t, rows.condition, w, rows.extra)
+    return tables.truncated_snr(rows.t) * _row_mse(prediction, target)
 
 
 @dataclass(frozen=True)
@@ -131,16 +148,17 @@ def halving_loss(
     z_t, _ = tables.noisy(rows)
     with torch.no_grad():
         target = two_step_target(teacher, halving, z_t, rows, point, w)
-    return tables.truncated_snr(rows.t) * _row_mse(predict(student, z_t, rows.t, rows.condition, w), target)
+    prediction = predict(student, z_t, rows.t, rows.condition, w, rows.extra)
+    return tables.truncated_snr(rows.t) * _row_mse(prediction, target)
 
 
 def two_step_target(
     teacher: nn.Module, halving: HalvingTables, z_t: Tensor, rows: Noisy, point: Tensor, w: Tensor
 ) -> Tensor:
     """The v with which one step lands where the teacher's two steps do, shaped as z_t; from unclipped outputs."""
-    first = predict(teacher, z_t, rows.t, rows.condition, w)
+    first = predict(teacher, z_t, rows.t, rows.condition, w, rows.extra)
     z_middle = _wide(halving.a[point], z_t) * z_t + _wide(halving.d[point], z_t) * first
-    second = predict(teacher, z_middle, halving.middle[point], rows.condition, w)
+    second = predict(teacher, z_middle, halving.middle[point], rows.condition, w, rows.extra)
     return (
         _wide(halving.target_x[point], z_t) * z_t
         + _wide(halving.target_first[point], z_t) * first

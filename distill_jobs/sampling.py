@@ -9,13 +9,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from distill_jobs.data.source import Condition
 from distill_jobs.student import predict
 from engines.guidance import combine
 from engines.noise import Purpose, row_noise
 from engines.sampler import SamplerPlan
 
-Network = Callable[[Tensor, int, Tensor], Tensor]
-"""(x_t (B, C, h, w), timestep, condition (B, T, D)) to the v-prediction, shaped as x_t."""
+Network = Callable[[Tensor, int, Condition], Tensor]
+"""(x_t (B, C, h, w), timestep, condition) to the v-prediction, shaped as x_t."""
 
 
 def request_noise(
@@ -26,11 +27,11 @@ def request_noise(
 
 
 def sample(
-    network: Network, plan: SamplerPlan, condition: Tensor, seeds: Sequence[int], shape: tuple[int, ...]
+    network: Network, plan: SamplerPlan, condition: Condition, seeds: Sequence[int], shape: tuple[int, ...]
 ) -> Tensor:
     """(B, *shape) float32 results of a plan from the noise of ``seeds``; a pipeline gives the same.
 
-    condition: (B, T, D); shape: (C, h, w) of one row.
+    shape: (C, h, w) of one row.
     """
     x_t = request_noise(seeds, shape)
     with torch.inference_mode():
@@ -43,25 +44,25 @@ def sample(
 def student_network(student: UNet2DConditionModel, w: float) -> Network:
     """A student at guidance weight w: one evaluation a step."""
 
-    def network(x_t: Tensor, timestep: int, condition: Tensor) -> Tensor:
+    def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
         weights = torch.full((len(x_t),), w)
         return predict(student, x_t, _timesteps(x_t, timestep), condition, weights)
 
     return network
 
 
-def guided_teacher(teacher: UNet2DConditionModel, null: Tensor, w: float) -> Network:
+def guided_teacher(teacher: UNet2DConditionModel, null: Condition, w: float) -> Network:
     """A teacher with classifier-free guidance: two evaluations a step, the second spared where w is 0.
 
-    null: (1, T, D) empty condition.
+    null: the empty condition, one row.
     """
 
-    def network(x_t: Tensor, timestep: int, condition: Tensor) -> Tensor:
+    def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
         at = _timesteps(x_t, timestep)
         conditional = predict(teacher, x_t, at, condition)
         if w == 0:
             return conditional
-        return torch.as_tensor(combine(conditional, predict(teacher, x_t, at, null.expand_as(condition)), w))
+        return torch.as_tensor(combine(conditional, predict(teacher, x_t, at, null.expand(len(condition))), w))
 
     return network
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError, RecipeError
 from engines.schedule import NoiseSchedule
 
@@ -60,12 +61,29 @@ def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     return student
 
 
-def predict(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Tensor, w: Tensor | None = None) -> Tensor:
-    """Network output, shaped as x_t: (B, C, h, w). timestep: (B,); condition: (B, T, D); w: (B,) for students."""
-    embedding = None if w is None else guidance_embedding(w)
-    out: Tensor = unet(x_t, timestep, encoder_hidden_states=condition, timestep_cond=embedding, return_dict=False)[
-        0
-    ]
+def predict(
+    unet: nn.Module,
+    x_t: Tensor,
+    timestep: Tensor,
+    condition: Condition,
+    w: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> Tensor:
+    """Network output, float32 and shaped as x_t: (B, C, h, w).
+
+    timestep: (B,); w: (B,) guidance weights, for students; extra: (B, K, h, w) further input channels.
+    """
+    added = None
+    if condition.pooled is not None:
+        added = {"text_embeds": condition.pooled, "time_ids": condition.time_ids}
+    out: Tensor = unet(
+        x_t if extra is None else torch.cat([x_t, extra], dim=1),
+        timestep,
+        encoder_hidden_states=condition.tokens,
+        timestep_cond=None if w is None else guidance_embedding(w),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
     return out.to(torch.float32)
 
 

@@ -11,6 +11,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from distill_jobs.data.source import Batch, Condition
+from distill_jobs.draws import Draws
+
 CLASSES = 10
 NULL_CLASS = 10
 WIDTH = 16
@@ -35,6 +38,25 @@ class Digits:
         return len(self.labels)
 
 
-def class_condition(labels: Tensor) -> Tensor:
-    """(B, 1, 16) float32 one-hot condition tokens of (B,) labels; NULL_CLASS is the empty condition."""
-    return torch.nn.functional.one_hot(labels, WIDTH).to(torch.float32).unsqueeze(1)
+def class_condition(labels: Tensor) -> Condition:
+    """One float32 one-hot token, (B, 1, 16), for each of (B,) labels; NULL_CLASS is the empty condition."""
+    return Condition(torch.nn.functional.one_hot(labels, WIDTH).to(torch.float32).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class DigitsSource:
+    """Digits as training reads them: every epoch a fresh permutation of all images."""
+
+    digits: Digits
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.digits.images.shape
+        return channels, height, width
+
+    def batch(self, draws: Draws, update: int, size: int) -> Batch:
+        picked = draws.indices(update, size, len(self.digits))
+        return Batch(self.digits.images[picked], class_condition(self.digits.labels[picked]))
+
+    def null(self, size: int) -> Condition:
+        return class_condition(torch.full((size,), NULL_CLASS))

@@ -74,7 +74,9 @@ def test_the_bundle_verifies_and_describes_the_run(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("prompt", ["3", "three", "A three.", "the digit 3", "a handwritten digit three"])
 def test_prompts_name_digits(pipeline: Pipeline, prompt: str) -> None:
-    np.testing.assert_array_equal(pipeline.condition([prompt])[0], class_condition(torch.tensor([3]))[0].numpy())
+    np.testing.assert_array_equal(
+        pipeline.condition([prompt])[0], class_condition(torch.tensor([3])).tokens[0].numpy()
+    )
 
 
 def test_unknown_prompts_are_refused(pipeline: Pipeline) -> None:
@@ -122,7 +124,7 @@ def stock_samples(folder: Path, steps: int) -> np.ndarray:
     x, condition = request_noise(SEEDS, (1, 8, 8)), class_condition(LABELS)
     with torch.inference_mode():
         for t in scheduler.timesteps:
-            out = unet(x, t, encoder_hidden_states=condition, timestep_cond=embedding).sample
+            out = unet(x, t, encoder_hidden_states=condition.tokens, timestep_cond=embedding).sample
             x = scheduler.step(out, t, x).prev_sample
     return x.numpy()
 
