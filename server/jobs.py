@@ -1,18 +1,18 @@
-"""Jobs, their states, and the protocol of the store between APIs and workers.
+"""Jobs, their states and results: what passes between APIs, the store and workers.
 
 queued ──claim──▶ running ──finish──▶ succeeded
    │                 ├─────fail─────▶ failed
-   └────cancel───────┴───cancel─────▶ cancelled
+   ├────cancel───────┼───cancel─────▶ cancelled
+   └───deadline──────┴──deadline────▶ expired
 Its API may also abandon a job that is queued or running: that fails it.
-A lease that falls silent goes back to queued with the next attempt number; the older attempt can then no
-longer finish the job (the fence).
+A lease that falls silent goes back to queued; the next claim has the next attempt number, and the older attempt
+can then no longer finish the job (the fence). A job that took its worker down once runs alone from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,6 +21,19 @@ from server.request import DenoiseRequest, Frozen, OutputFormat
 HEARTBEAT_S = 1.0
 """How often a worker extends its leases."""
 
+DEFAULT_TENANT = "default"
+
+MAX_PRIORITY = 9
+
+PRIORITY_S = 60.0
+"""What a level of priority is worth: a job goes ahead of those of its tenant that came up to so much earlier."""
+
+MAX_ATTEMPTS = 20
+"""A job whose lease is lost so often is not queued again."""
+
+MAX_CRASHES = 2
+"""A job that took the engine process down so often while it ran alone is not queued again."""
+
 
 class JobStatus(StrEnum):
     QUEUED = "queued"
@@ -28,13 +41,11 @@ class JobStatus(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    EXPIRED = "expired"
 
     @property
     def terminal(self) -> bool:
-        return self in _TERMINAL
-
-
-_TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
+        return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
 class Timing(Frozen):
@@ -48,11 +59,18 @@ class Timing(Frozen):
 
 
 class EncodedImage(Frozen):
-    """A finished file. data: the bytes of a PNG, JPEG or WebP."""
+    """A finished file. data: its bytes; key: where it lies in the object store instead."""
 
     seed: int
-    data: bytes
+    data: bytes | None = None
+    key: str | None = None
     format: OutputFormat
+
+    def inline(self) -> bytes:
+        """Raises: ValueError when the file lies in the object store."""
+        if self.data is None:
+            raise ValueError("this file lies in the object store")
+        return self.data
 
 
 class Preview(Frozen):
@@ -82,44 +100,118 @@ class JobFailure(Frozen):
     retry_after_s: float | None = None
 
 
-MAX_ATTEMPTS = 20
-"""A job whose lease is lost so often is not queued again."""
-
 POISON = JobFailure(code="poison", message="Every attempt at this request ended with its worker; it was given up.")
 
 
 class Job(Frozen):
-    """A request as the store keeps it. cost_s: predicted engine seconds."""
+    """A request as the store keeps it. cost_s: predicted engine seconds.
+
+    priority: 0 … 9, higher first within a tenant; deadline_ms: from acceptance, after which no step is run;
+    trace: the W3C trace context of the request; created_s: seconds since 1970, set by the store that accepts it.
+    """
 
     id: str
     request: DenoiseRequest
     cost_s: float = Field(ge=0)
+    tenant: str = DEFAULT_TENANT
+    priority: int = Field(0, ge=0, le=MAX_PRIORITY)
+    deadline_ms: int | None = Field(None, ge=1)
+    webhook_url: str | None = None
+    trace: dict[str, str] = Field(default_factory=dict)
+    created_s: float = 0.0
 
 
 class JobState(Frozen):
-    """A job as of now. step: denoising steps done by its slowest image."""
+    """A job as of now. step: denoising steps done by its slowest image.
+
+    queue_position: how many jobs are expected to be claimed before it while it is queued: those of its tenant, and
+    as many of every other tenant.
+    """
 
     job: Job
     status: JobStatus
     attempt: int = 0
     step: int = 0
-    previews: tuple[Preview, ...] = ()
+    queue_position: int | None = None
     result: JobResult | None = None
     failure: JobFailure | None = None
 
 
 class Lease(Frozen):
-    """A worker's hold on a job. queued_ms: how long it waited; attempt: the fence of every later call."""
+    """A worker's hold on a job. queued_ms: how long it waited; attempt: the fence of every later call.
+
+    alone: run nothing else beside it; left_ms: until its deadline, as of the claim.
+    """
 
     job: Job
     worker: str
     attempt: int
     queued_ms: float = Field(ge=0)
+    alone: bool = False
+    left_ms: float | None = None
 
     @property
     def token(self) -> str:
         """Names this hold: one job's attempts have different tokens."""
         return f"{self.job.id}/{self.attempt}"
+
+
+class Report(Frozen):
+    """Progress of a leased job: the steps its slowest image has done, and new previews."""
+
+    lease: Lease
+    step: int
+    previews: tuple[Preview, ...] = ()
+
+
+EventType = Literal["queued", "running", "step", "succeeded", "failed", "cancelled", "expired"]
+"""``step``, or the status a job has from then on."""
+
+
+class JobEvent(Frozen):
+    """One entry of a job's history. id: its place there, for replaying what came after it.
+
+    step: done by the slowest image; preview: at most one an event, ahead of the event of the step itself.
+    """
+
+    id: str
+    type: EventType
+    step: int = 0
+    preview: Preview | None = None
+
+    @property
+    def terminal(self) -> bool:
+        return self.type not in ("queued", "running", "step")
+
+
+class IdempotencyKey(Frozen):
+    """The client's own name of a request, per tenant. fingerprint: of the body, so that reuse is noticed."""
+
+    tenant: str
+    key: str = Field(min_length=1, max_length=255)
+    fingerprint: str
+
+
+class IdempotencyConflictError(Exception):
+    """The key was used for another body."""
+
+
+class Submission(Frozen):
+    """replayed: the key was known and the job is the earlier one."""
+
+    job_id: str
+    replayed: bool = False
+
+
+class Delivery(Frozen):
+    """A webhook to send. attempt: counts from 1; ended_s: when the job ended, seconds since 1970."""
+
+    job_id: str
+    tenant: str
+    url: str
+    status: JobStatus
+    ended_s: float
+    attempt: int
 
 
 class Backlog(Frozen):
@@ -130,66 +222,10 @@ class Backlog(Frozen):
     seconds: float
 
 
-class JobStore(Protocol):
-    """Every call may raise OSError when the store cannot be reached; none is lost half-way."""
+class Total(Frozen):
+    """Jobs of a model and task counted since the store began; status None: accepted, else ended so."""
 
-    async def submit(self, job: Job) -> None:
-        """Accept a job. Raises: ValueError when the id exists."""
-        ...
-
-    async def claim(self, worker: str, rows: int, wait_s: float = 0.0) -> list[Lease]:
-        """Oldest queued jobs whose images fit in ``rows``, in order; waits up to wait_s for the first one.
-
-        A job that does not fit is not overtaken by younger ones.
-        """
-        ...
-
-    async def heartbeat(self, leases: Collection[Lease]) -> frozenset[str]:
-        """Extend leases; returns the tokens of those to stop: cancelled, or no longer the worker's."""
-        ...
-
-    async def progress(self, lease: Lease, step: int, previews: Sequence[Preview] = ()) -> None:
-        """Report the steps done, and new previews. Ignored when the lease is no longer held."""
-        ...
-
-    async def finish(self, lease: Lease, result: JobResult) -> bool:
-        """Commit a result; False, and no change, when the lease is no longer held."""
-        ...
-
-    async def fail(self, lease: Lease, failure: JobFailure) -> bool:
-        """Commit a failure; False, and no change, when the lease is no longer held."""
-        ...
-
-    async def cancel(self, job_id: str) -> bool:
-        """Cancel a job that is not terminal; False when it is, or is unknown."""
-        ...
-
-    async def abandon(self, job_id: str, failure: JobFailure) -> bool:
-        """Fail a job that is not terminal, whoever holds it; False when it is, or is unknown."""
-        ...
-
-    async def get(self, job_id: str) -> JobState | None: ...
-
-    async def wait(self, job_id: str) -> JobState:
-        """The state once terminal. Raises: KeyError when the job is unknown or forgotten."""
-        ...
-
-    def watch(self, job_id: str) -> AsyncIterator[JobState]:
-        """States as they change, the last one terminal; fast changes may be seen as one.
-
-        Raises: KeyError when the job is unknown or forgotten.
-        """
-        ...
-
-    async def forget(self, job_id: str) -> None:
-        """Drop a terminal job whose result was delivered; others are left alone."""
-        ...
-
-    async def backlog(self) -> Backlog: ...
-
-    async def reap(self) -> int:
-        """Requeue silent leases and drop old results; returns how many were requeued.
-
-        A job at its ``MAX_ATTEMPTS``-th lost lease fails with ``POISON`` instead.
-        """
-        ...
+    model: str
+    task: str
+    status: JobStatus | None
+    count: int

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from server.admission import Admission
 from server.catalogue import Catalogue
 from server.errors import ApiError, OverloadedError
-from server.jobs import Job, JobFailure, JobState, JobStatus, JobStore
+from server.jobs import Job, JobFailure, JobState, JobStatus
 from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
+from server.stores.base import JobStore
 
 DRAINING = JobFailure(
     code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0

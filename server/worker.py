@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from engines.pipeline import Pipeline
 from server.encoding import encode, encoding_of
 from server.engine_thread import EngineThread
-from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, JobStore, Lease, Preview, Timing
+from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, Lease, Preview, Report, Timing
 from server.metrics import Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
+from server.stores.base import JobStore
 from server.work import Crashed, Dropped, Event, Failed, Made, Pixels, Progress, Started, Stepped
 
 IDLE_CLAIM_S = 1.0
@@ -87,10 +88,24 @@ class Worker:
                 self._freed.clear()
                 await self._freed.wait()
                 continue
-            for lease in await self._store.claim(self._name, free, wait_s=IDLE_CLAIM_S):
+            for lease in await self._store.claim(self._name, self._pipelines.keys(), free, wait_s=IDLE_CLAIM_S):
                 self._held[lease.token] = _Held(lease, time.perf_counter())
                 self._count(lease.job.request.n)
-                engine.join_job(lease)
+                if lease.alone:
+                    await self._run_alone(engine, lease)
+                else:
+                    engine.join_job(lease)
+
+    async def _run_alone(self, engine: EngineThread, lease: Lease) -> None:
+        """Let everything else leave the engine first, and nothing join until this job has ended."""
+        while len(self._held) > 1:
+            self._freed.clear()
+            await self._freed.wait()
+        if lease.token in self._held:
+            engine.join_job(lease)
+        while self._held:
+            self._freed.clear()
+            await self._freed.wait()
 
     async def _heartbeats(self, engine: EngineThread) -> None:
         """Keeps leases alive even while one step takes long, and takes back those of dead workers."""
@@ -129,7 +144,7 @@ class Worker:
         elif event.previews:
             self._follow(held, group, self._preview(held, event))
         else:
-            await self._store.progress(held.lease, event.step)
+            await self._store.progress([Report(lease=held.lease, step=event.step)])
 
     def _follow(self, held: _Held, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
         """Run encoding beside the steps, in order within a job."""
@@ -149,11 +164,11 @@ class Worker:
         except (OSError, ValueError) as error:  # what Pillow raises
             await self._store.fail(held.lease, failure_of(error))
             return  # the lease is lost now, so its rows leave with ``_stop_lost``
-        previews = [
+        previews = tuple(
             Preview(image=image, index=index, data=data)
             for (image, index, _), data in zip(event.previews, files, strict=True)
-        ]
-        await self._store.progress(held.lease, event.step, previews)
+        )
+        await self._store.progress([Report(lease=held.lease, step=event.step, previews=previews)])
 
     async def _finish(self, held: _Held, made: Made) -> None:
         request = held.lease.job.request

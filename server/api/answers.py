@@ -40,7 +40,7 @@ def images_response(state: JobState, catalogue: Catalogue) -> ImagesResponse:
     result, request = result_of(state), state.job.request
     return ImagesResponse(
         created=int(time.time()),
-        data=[ImageBody(b64_json=_base64(image.data), seed=image.seed) for image in result.images],
+        data=[ImageBody(b64_json=_base64(image.inline()), seed=image.seed) for image in result.images],
         output_format=request.output_format,
         size=_size(request),
         usage=_usage(request, catalogue, request.n),
@@ -70,7 +70,7 @@ def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[Complete
     result, request = result_of(state), state.job.request
     for index, image in enumerate(result.images):
         yield CompletedEvent(
-            b64_json=_base64(image.data),
+            b64_json=_base64(image.inline()),
             created_at=int(time.time()),
             output_format=request.output_format,
             size=_size(request),

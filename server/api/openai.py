@@ -86,22 +86,22 @@ async def _stream(service: Service, request: Request, wanted: DenoiseRequest) ->
 
     async def events() -> AsyncIterator[str]:
         async with _cancelled_when_gone(service, request, job_id):
-            async for event in _events(service, job_id):
+            async for event in _events(service, job_id, wanted):
                 yield event
 
     return _AcceptedStream(accepted, events())
 
 
-async def _events(service: Service, job_id: str) -> AsyncIterator[str]:
-    sent = 0
-    async for state in service.store.watch(job_id):
-        for preview in state.previews[sent:]:
-            event = partial_event(preview, state.job.request)
+async def _events(service: Service, job_id: str, wanted: DenoiseRequest) -> AsyncIterator[str]:
+    sent: set[tuple[int, int]] = set()
+    async for told in service.store.events(job_id):
+        preview = told.preview
+        if preview is not None and (preview.image, preview.index) not in sent:  # an attempt after the first repeats
+            sent.add((preview.image, preview.index))
+            event = partial_event(preview, wanted)
             yield _event(event.type, event)
-        sent = len(state.previews)
-        if state.status.terminal:
-            for line in _last_events(service, state):
-                yield line
+    for line in _last_events(service, await service.store.wait(job_id)):
+        yield line
 
 
 def _last_events(service: Service, state: JobState) -> list[str]:

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
-from server.jobs import MAX_ATTEMPTS, EncodedImage, Job, JobFailure, JobResult, JobStatus, Preview, Timing
-from server.request import DenoiseRequest
-from tests.contract.job_store_labs import LABS, LEASE_S, RESULT_TTL_S, Lab
+from server.jobs import MAX_ATTEMPTS, JobStatus, Report
+from tests.contract.job_store_labs import FAILURE, LEASE_S, MODELS, RESULT, RESULT_TTL_S, Lab, job, status
 
 pytestmark = pytest.mark.anyio
-
-RESULT = JobResult(engine="fake", timing=Timing(), images=(EncodedImage(seed=1, data=b"png", format="png"),))
-FAILURE = JobFailure(code="engine_error", message="It failed.")
-
-
-@pytest.fixture(params=sorted(LABS))
-async def lab(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
-    async with LABS[request.param]() as made:
-        yield made
-
-
-def job(name: str, n: int = 1, cost_s: float = 1.0) -> Job:
-    request = DenoiseRequest(
-        model="m", prompt="p", n=n, seed=1, guidance_scale=2.0, steps=4, width=8, height=8, partial_images=2
-    )
-    return Job(id=name, request=request, cost_s=cost_s)
-
-
-async def status(lab: Lab, name: str) -> JobStatus:
-    state = await lab.store.get(name)
-    assert state is not None
-    return state.status
 
 
 async def test_a_job_is_queued_then_running_then_succeeded(lab: Lab) -> None:
     await lab.store.submit(job("a"))
     assert await status(lab, "a") is JobStatus.QUEUED
-    (lease,) = await lab.store.claim("w", 10)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     assert await status(lab, "a") is JobStatus.RUNNING
     assert await lab.store.finish(lease, RESULT)
     state = await lab.store.wait("a")
@@ -49,32 +25,32 @@ async def test_a_job_is_queued_then_running_then_succeeded(lab: Lab) -> None:
 async def test_claims_come_in_order_and_only_as_many_as_fit(lab: Lab) -> None:
     for name, n in (("a", 2), ("b", 3), ("c", 1)):
         await lab.store.submit(job(name, n))
-    assert [lease.job.id for lease in await lab.store.claim("w", 4)] == ["a"]
-    assert await lab.store.claim("w", 2) == [], "c must not overtake b"
-    assert [lease.job.id for lease in await lab.store.claim("w", 4)] == ["b", "c"]
+    assert [lease.job.id for lease in await lab.store.claim("w", MODELS, 4)] == ["a"]
+    assert await lab.store.claim("w", MODELS, 2) == [], "c must not overtake b"
+    assert [lease.job.id for lease in await lab.store.claim("w", MODELS, 4)] == ["b", "c"]
 
 
 async def test_a_job_is_claimed_once(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    claims = await asyncio.gather(*(lab.store.claim(f"w{i}", 10) for i in range(5)))
+    claims = await asyncio.gather(*(lab.store.claim(f"w{i}", MODELS, 10) for i in range(5)))
     assert sum(map(len, claims)) == 1
 
 
 async def test_a_waiting_claim_gets_what_arrives(lab: Lab) -> None:
-    waiting = asyncio.create_task(lab.store.claim("w", 10, wait_s=30))
+    waiting = asyncio.create_task(lab.store.claim("w", MODELS, 10, wait_s=30))
     await asyncio.sleep(0)
     await lab.store.submit(job("a"))
     assert [lease.job.id for lease in await waiting] == ["a"]
 
 
 async def test_a_waiting_claim_returns_empty_in_the_end(lab: Lab) -> None:
-    assert await lab.store.claim("w", 10, wait_s=0.01) == []
+    assert await lab.store.claim("w", MODELS, 10, wait_s=0.01) == []
 
 
 async def test_the_time_in_the_queue_is_reported(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    lab.pass_time(2.0)
-    (lease,) = await lab.store.claim("w", 10)
+    await lab.pass_time(2.0)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     assert lease.queued_ms == pytest.approx(2000)
 
 
@@ -87,13 +63,13 @@ async def test_the_same_id_twice_is_refused(lab: Lab) -> None:
 async def test_a_silent_lease_is_given_to_another_and_fenced(lab: Lab) -> None:
     await lab.store.submit(job("a"))
     await lab.store.submit(job("b"))
-    (old, _) = await lab.store.claim("dead", 10)
-    lab.pass_time(LEASE_S + 1)
+    (old, _) = await lab.store.claim("dead", MODELS, 10)
+    await lab.pass_time(LEASE_S + 1)
     assert await lab.store.reap() == 2
-    (new, _) = await lab.store.claim("alive", 10)
-    assert (new.job.id, new.attempt) == ("a", 2), "taken-back jobs keep their order"
+    (new,) = await lab.store.claim("alive", MODELS, 10)
+    assert (new.job.id, new.attempt) == ("a", 2), "jobs taken back keep their order and run alone"
     assert await lab.store.heartbeat([old]) == {old.token}
-    await lab.store.progress(old, 3)
+    assert await lab.store.progress([Report(lease=old, step=3)]) == {old.token}
     assert not await lab.store.finish(old, RESULT)
     assert not await lab.store.fail(old, FAILURE)
     assert await lab.store.finish(new, RESULT)
@@ -102,16 +78,16 @@ async def test_a_silent_lease_is_given_to_another_and_fenced(lab: Lab) -> None:
 
 async def test_a_heartbeat_keeps_a_lease(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    leases = await lab.store.claim("w", 10)
+    leases = await lab.store.claim("w", MODELS, 10)
     for _ in range(3):
-        lab.pass_time(LEASE_S - 1)
+        await lab.pass_time(LEASE_S - 1)
         assert await lab.store.heartbeat(leases) == frozenset()
         assert await lab.store.reap() == 0
 
 
 async def test_only_the_first_end_counts(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    (lease,) = await lab.store.claim("w", 10)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     assert await lab.store.fail(lease, FAILURE)
     assert not await lab.store.finish(lease, RESULT)
     assert not await lab.store.cancel("a")
@@ -123,34 +99,16 @@ async def test_cancelling_a_queued_job_takes_it_out(lab: Lab) -> None:
     await lab.store.submit(job("a"))
     assert await lab.store.cancel("a")
     assert not await lab.store.cancel("a")
-    assert await lab.store.claim("w", 10) == []
+    assert await lab.store.claim("w", MODELS, 10) == []
     assert await status(lab, "a") is JobStatus.CANCELLED
 
 
 async def test_cancelling_a_running_job_stops_its_worker(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    (lease,) = await lab.store.claim("w", 10)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     assert await lab.store.cancel("a")
     assert await lab.store.heartbeat([lease]) == {lease.token}
     assert not await lab.store.finish(lease, RESULT)
-
-
-async def test_a_watcher_sees_previews_and_the_end(lab: Lab) -> None:
-    await lab.store.submit(job("a"))
-    states = []
-
-    async def watch() -> None:
-        states.extend([state async for state in lab.store.watch("a")])
-
-    watching = asyncio.create_task(watch())
-    (lease,) = await lab.store.claim("w", 10)
-    previews = [Preview(image=0, index=k, data=bytes([k])) for k in range(2)]
-    await lab.store.progress(lease, 1, previews[:1])
-    await lab.store.progress(lease, 2, previews[1:])
-    await lab.store.finish(lease, RESULT)
-    await watching
-    assert states[-1].status is JobStatus.SUCCEEDED
-    assert states[-1].previews == tuple(previews)
 
 
 async def test_waiting_for_nothing_is_an_error(lab: Lab) -> None:
@@ -158,6 +116,8 @@ async def test_waiting_for_nothing_is_an_error(lab: Lab) -> None:
     with pytest.raises(KeyError):
         await lab.store.wait("nothing")
     assert not await lab.store.cancel("nothing")
+    with pytest.raises(KeyError):
+        [event async for event in lab.store.events("nothing")]
 
 
 async def test_the_backlog_is_what_is_not_finished(lab: Lab) -> None:
@@ -165,7 +125,7 @@ async def test_the_backlog_is_what_is_not_finished(lab: Lab) -> None:
     await lab.store.submit(job("b", n=1, cost_s=0.5))
     before = await lab.store.backlog()
     assert (before.jobs, before.rows, before.seconds) == (2, 3, pytest.approx(3.5))
-    (lease, _) = await lab.store.claim("w", 10)
+    (lease, _) = await lab.store.claim("w", MODELS, 10)
     await lab.store.finish(lease, RESULT)
     await lab.store.cancel("b")
     after = await lab.store.backlog()
@@ -174,12 +134,12 @@ async def test_the_backlog_is_what_is_not_finished(lab: Lab) -> None:
 
 async def test_a_finished_job_is_kept_for_a_while(lab: Lab) -> None:
     await lab.store.submit(job("a"))
-    (lease,) = await lab.store.claim("w", 10)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     await lab.store.finish(lease, RESULT)
-    lab.pass_time(RESULT_TTL_S - 1)
+    await lab.pass_time(RESULT_TTL_S - 1)
     await lab.store.reap()
     assert await lab.store.get("a") is not None
-    lab.pass_time(2)
+    await lab.pass_time(2)
     await lab.store.reap()
     assert await lab.store.get("a") is None
 
@@ -195,7 +155,7 @@ async def test_forgetting_drops_only_what_is_over(lab: Lab) -> None:
 
 async def test_an_abandoned_job_has_failed_wherever_it_was(lab: Lab) -> None:
     await lab.store.submit(job("held"))
-    (lease,) = await lab.store.claim("w", 10)
+    (lease,) = await lab.store.claim("w", MODELS, 10)
     await lab.store.submit(job("queued"))
     for name in ("held", "queued"):
         assert await lab.store.abandon(name, FAILURE)
@@ -203,7 +163,7 @@ async def test_an_abandoned_job_has_failed_wherever_it_was(lab: Lab) -> None:
         assert (await lab.store.wait(name)).failure == FAILURE
     assert await lab.store.heartbeat([lease]) == {lease.token}
     assert not await lab.store.finish(lease, RESULT)
-    assert await lab.store.claim("w", 10) == []
+    assert await lab.store.claim("w", MODELS, 10) == []
     assert not await lab.store.abandon("nothing", FAILURE)
     assert (await lab.store.backlog()).jobs == 0
 
@@ -211,13 +171,13 @@ async def test_an_abandoned_job_has_failed_wherever_it_was(lab: Lab) -> None:
 async def test_a_job_that_loses_its_lease_over_and_over_fails(lab: Lab) -> None:
     await lab.store.submit(job("a"))
     for attempt in range(MAX_ATTEMPTS):
-        (lease,) = await lab.store.claim("w", 10)
+        (lease,) = await lab.store.claim("w", MODELS, 10)
         assert lease.attempt == attempt + 1
-        lab.pass_time(LEASE_S + 1)
+        await lab.pass_time(LEASE_S + 1)
         assert await lab.store.reap() == int(attempt + 1 < MAX_ATTEMPTS)
     state = await lab.store.wait("a")
     assert state.status is JobStatus.FAILED
     assert state.failure is not None
     assert state.failure.code == "poison"
-    assert await lab.store.claim("w", 10) == []
+    assert await lab.store.claim("w", MODELS, 10) == []
     assert (await lab.store.backlog()).jobs == 0

@@ -1,0 +1,127 @@
+"""The protocol of the store between APIs and workers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Protocol
+
+from server.jobs import (
+    Backlog,
+    Delivery,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobResult,
+    JobState,
+    Lease,
+    Report,
+    Submission,
+    Total,
+)
+
+
+class JobStore(Protocol):
+    """Every call may raise OSError when the store cannot be reached; none is done by half.
+
+    Jobs, keys and events live until ``result_ttl_s`` after the job's end.
+    """
+
+    async def submit(self, job: Job, key: IdempotencyKey | None = None) -> Submission:
+        """Accept a job, or find the one accepted under the same key before.
+
+        Raises: ValueError when the id exists; IdempotencyConflictError when the key was used for another body.
+        """
+        ...
+
+    async def claim(self, worker: str, models: Collection[str], rows: int, wait_s: float = 0.0) -> list[Lease]:
+        """Queued jobs of these models whose images fit in ``rows``; waits up to wait_s for the first one.
+
+        Tenants take turns by the predicted seconds they were served; within a tenant, priority and age decide.
+        A job that is next but does not fit is not overtaken. A job that must run alone comes first, by itself.
+        """
+        ...
+
+    async def heartbeat(self, leases: Collection[Lease]) -> frozenset[str]:
+        """Extend leases; returns the tokens of those to stop: ended, or no longer the worker's."""
+        ...
+
+    async def progress(self, reports: Sequence[Report]) -> frozenset[str]:
+        """Write down the progress of leases still held; returns the tokens of those to stop."""
+        ...
+
+    async def finish(self, lease: Lease, result: JobResult) -> bool:
+        """Commit a result; False, and no change, when the lease is no longer held."""
+        ...
+
+    async def fail(self, lease: Lease, failure: JobFailure) -> bool:
+        """Commit a failure; False, and no change, when the lease is no longer held."""
+        ...
+
+    async def expire(self, lease: Lease) -> bool:
+        """End a job whose deadline passed while it ran; False when it did not pass or the lease is not held."""
+        ...
+
+    async def give_back(self, lease: Lease, *, crashed: bool = False) -> bool:
+        """Queue a leased job again, ahead of others; False when the lease is no longer held.
+
+        crashed: the engine process died with it; it then runs alone, and where it did already, counts towards
+        ``MAX_CRASHES``, at which it fails with ``POISON``.
+        """
+        ...
+
+    async def cancel(self, job_id: str) -> bool:
+        """Cancel a job that is not terminal; False when it is, or is unknown."""
+        ...
+
+    async def abandon(self, job_id: str, failure: JobFailure) -> bool:
+        """Fail a job that is not terminal, whoever holds it; False when it is, or is unknown."""
+        ...
+
+    async def get(self, job_id: str) -> JobState | None: ...
+
+    async def wait(self, job_id: str) -> JobState:
+        """The state once terminal. Raises: KeyError when the job is unknown or forgotten."""
+        ...
+
+    def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+        """The job's history, from the event after that id, as it happens; the last one is terminal.
+
+        Raises: KeyError when the job is unknown or forgotten; ValueError when ``after`` is no event id.
+        """
+        ...
+
+    async def forget(self, job_id: str) -> None:
+        """Drop a terminal job whose result was delivered; others, and those with a key, are left alone."""
+        ...
+
+    async def backlog(self) -> Backlog: ...
+
+    async def totals(self) -> list[Total]:
+        """Jobs accepted and ended since the store began; a job that ended was counted as accepted."""
+        ...
+
+    async def reap(self) -> int:
+        """Queue silent leases again, end what is past its deadline, drop old results; returns how many were queued.
+
+        A job at its ``MAX_ATTEMPTS``-th lost lease fails with ``POISON`` instead.
+        """
+        ...
+
+    async def claim_deliveries(self, n: int) -> list[Delivery]:
+        """Up to n webhooks that are due, held for a lease's time; then they are due again."""
+        ...
+
+    async def delivered(self, delivery: Delivery) -> bool:
+        """Drop a webhook; False when it was claimed again meanwhile."""
+        ...
+
+    async def retry_delivery(self, delivery: Delivery, delay_s: float) -> bool:
+        """Make a webhook due again in delay_s; False when it was claimed again meanwhile."""
+        ...
+
+    async def ping(self) -> None:
+        """Raises: OSError when the store cannot be reached or takes no work."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,54 @@
+"""Webhooks to send, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.jobs import Delivery, Job, JobStatus
+
+
+@dataclass
+class _Waiting:
+    delivery: Delivery
+    due: float
+
+
+class MemoryOutbox:
+    """lease_s: how long a claimed webhook is held; clock: monotonic seconds."""
+
+    def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
+        self._lease_s = lease_s
+        self._clock = clock
+        self._waiting: dict[str, _Waiting] = {}
+
+    def add(self, job: Job, status: JobStatus, ended_s: float) -> None:
+        delivery = Delivery(
+            job_id=job.id, tenant=job.tenant, url=job.webhook_url or "", status=status, ended_s=ended_s, attempt=0
+        )
+        self._waiting[job.id] = _Waiting(delivery, self._clock())
+
+    def claim(self, n: int) -> list[Delivery]:
+        now = self._clock()
+        due = sorted((w for w in self._waiting.values() if w.due <= now), key=lambda w: w.due)[:n]
+        for waiting in due:
+            attempt = waiting.delivery.attempt + 1
+            waiting.delivery = waiting.delivery.model_copy(update={"attempt": attempt})
+            waiting.due = now + self._lease_s
+        return [waiting.delivery for waiting in due]
+
+    def delivered(self, delivery: Delivery) -> bool:
+        if not self._holds(delivery):
+            return False
+        del self._waiting[delivery.job_id]
+        return True
+
+    def retry(self, delivery: Delivery, delay_s: float) -> bool:
+        if not self._holds(delivery):
+            return False
+        self._waiting[delivery.job_id].due = self._clock() + delay_s
+        return True
+
+    def _holds(self, delivery: Delivery) -> bool:
+        waiting = self._waiting.get(delivery.job_id)
+        return waiting is not None and waiting.delivery == delivery
