@@ -22,8 +22,9 @@ from rich.progress import (
 from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
-from distill_jobs.job import RunFolder, run_job, stored_recipe
+from distill_jobs.job import run_job
 from distill_jobs.recipe import read_recipe
+from distill_jobs.run_folder import RunFolder, stored_recipe
 from engines.errors import HalfstepError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,7 +51,7 @@ def run(
     """Train teacher, stage one and every halving, resumably, into a run folder.
 
     Exit codes: 1 error, 2 wrong or changed recipe, 3 folder in use, 4 stopped by a signal after a checkpoint,
-    5 training diverged or missed a gate.
+    5 training diverged or missed a gate, 6 the disk refused a write.
     """
     with _one_sentence_errors(), _progress() as progress:
         read = read_recipe(recipe, overrides)

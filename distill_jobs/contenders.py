@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from distill_jobs.data.digits import NULL_CLASS, class_condition
 from distill_jobs.errors import JobError
-from distill_jobs.job import RunFolder
 from distill_jobs.recipe import Recipe
+from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_teacher, student_network
 from distill_jobs.student import load_stock
 from engines.guidance import weight_from_scale

@@ -4,7 +4,8 @@ JobError (1)
 ├── RecipeError (2)   the recipe is wrong, or differs from the one the run folder was started with
 ├── LockedError (3)   another job works in this run folder
 ├── Interrupted (4)   stopped by a signal after writing a checkpoint; resume with --resume
-└── DivergedError (5) the loss or gradient stayed non-finite, or a gate refused the result
+├── DivergedError (5) the loss or gradient stayed non-finite, or a gate refused the result
+└── StorageError (6)  the disk refused a write; what was written before is intact
 """
 
 from engines.errors import HalfstepError
@@ -30,3 +31,7 @@ class Interrupted(JobError):  # noqa: N818 - not an error of the job
 
 class DivergedError(JobError):
     exit_code = 5
+
+
+class StorageError(JobError):
+    exit_code = 6

@@ -13,10 +13,10 @@ from distill_jobs.cells import METRICS, Cell, CellResult, Judge
 from distill_jobs.classifier import accuracy, classifier_of, split_digits
 from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.digits import Digits
-from distill_jobs.job import RunFolder, training_seconds
 from distill_jobs.metrics import FRECHET_NAME
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
+from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.sheets import write_sheets
 from engines.manifest import Evaluation, EvaluationRow, Measured
 

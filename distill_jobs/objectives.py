@@ -53,8 +53,8 @@ class Tables:
     sigma: Tensor
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule) -> Tables:
-        return cls(_float32(schedule.alpha), _float32(schedule.sigma))
+    def of(cls, schedule: NoiseSchedule, device: torch.device | None = None) -> Tables:
+        return cls(_float32(schedule.alpha).to(device), _float32(schedule.sigma).to(device))
 
     def noisy(self, rows: Noisy) -> tuple[Tensor, Tensor]:
         """(z_t, v) of a batch, both shaped as x."""
@@ -112,7 +112,7 @@ class HalvingTables:
     target_second: Tensor
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, n: int) -> HalvingTables:
+    def of(cls, schedule: NoiseSchedule, n: int, device: torch.device | None = None) -> HalvingTables:
         """Tables for halving 2n teacher steps to n student steps."""
         grid = schedule.grid(2 * n)
         points = [(grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]) for i in range(1, n + 1)]
@@ -122,13 +122,13 @@ class HalvingTables:
             for first, (t, middle, s) in zip(firsts, points, strict=True)
         ]
         return cls(
-            t=torch.tensor([t for t, _, _ in points]),
-            middle=torch.tensor([middle for _, middle, _ in points]),
-            a=_float32([f.coefficients.a for f in firsts]),
-            d=_float32([f.coefficients.d for f in firsts]),
-            target_x=_float32([c.x for c in composed]),
-            target_first=_float32([c.first for c in composed]),
-            target_second=_float32([c.second for c in composed]),
+            t=torch.tensor([t for t, _, _ in points], device=device),
+            middle=torch.tensor([middle for _, middle, _ in points], device=device),
+            a=_float32([f.coefficients.a for f in firsts]).to(device),
+            d=_float32([f.coefficients.d for f in firsts]).to(device),
+            target_x=_float32([c.x for c in composed]).to(device),
+            target_first=_float32([c.first for c in composed]).to(device),
+            target_second=_float32([c.second for c in composed]).to(device),
         )
 
 

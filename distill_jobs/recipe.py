@@ -25,7 +25,8 @@ class Training(Section):
     """One optimisation phase. ema: decay, or null for none; lr falls linearly to 0 when ``anneal``."""
 
     updates: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="rows of an update, over all processes and micro-batches")
+    accumulate: int = Field(1, ge=1, description="micro-batches an update, in each process")
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(50, ge=0, description="updates of linear warm-up")
     anneal: bool = True
@@ -63,6 +64,7 @@ class StageTwoSection(Section):
     halvings: tuple[Halving, ...] = Field(min_length=1)
     sampler: Sampler = "deterministic"
     batch_size: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
     lr: float = Field(5e-4, gt=0)
     warmup: int = Field(20, ge=0)
     ema: float | None = Field(None, gt=0, lt=1)
@@ -83,12 +85,26 @@ class StageTwoSection(Section):
         return Training(
             updates=halving.updates,
             batch_size=self.batch_size,
+            accumulate=self.accumulate,
             lr=self.lr,
             warmup=self.warmup,
             anneal=True,
             ema=self.ema,
             clip_norm=self.clip_norm,
         )
+
+
+class ComputeSection(Section):
+    """How the networks run; targets, losses, optimiser and weight average are float32 whatever stands here.
+
+    precision: bf16 runs the networks under autocast. shard: split weights, gradients and optimiser over the
+    processes (FSDP2), for networks that one device cannot hold. gradient_checkpointing: less memory, about a
+    third more time.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shard: bool = False
+    gradient_checkpointing: bool = False
 
 
 class EvaluationSection(Section):
@@ -129,7 +145,9 @@ class Recipe(Section):
     stage_two: StageTwoSection
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection
+    compute: ComputeSection = ComputeSection()
     checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
+    log_every: int = Field(20, ge=1, description="updates between TensorBoard points")
 
     @model_validator(mode="after")
     def _exports_what_it_trains(self) -> Recipe:

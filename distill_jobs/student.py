@@ -61,6 +61,14 @@ def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     return student
 
 
+def with_weights(network: UNet2DConditionModel, weights: dict[str, Tensor]) -> UNet2DConditionModel:
+    """A network built as ``network`` is, holding these weights."""
+    with torch.device("meta"):
+        twin = UNet2DConditionModel.from_config(network.config)
+    twin.load_state_dict(weights, assign=True)
+    return twin
+
+
 def predict(
     unet: nn.Module,
     x_t: Tensor,

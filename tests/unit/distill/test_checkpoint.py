@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_jobs.checkpoint import STATE, Checkpoint, read_checkpoint, write_checkpoint, write_folder
+from distill_jobs.checkpoint import (
+    DIGEST,
+    STATE,
+    Checkpoint,
+    intact_checkpoint,
+    load_checkpoint,
+    write_checkpoint,
+    write_folder,
+)
 
 
 def write(folder: Path, *updates: int) -> None:
@@ -13,20 +21,25 @@ def write(folder: Path, *updates: int) -> None:
         write_checkpoint(folder, Checkpoint(update, 1.5, {"network.w": torch.full((4,), float(update))}))
 
 
+def newest(folder: Path) -> Checkpoint:
+    path = intact_checkpoint(folder)
+    assert path is not None
+    return load_checkpoint(path)
+
+
 def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 10, 20, 30)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000020", "00000030"]
-    checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint is not None
+    checkpoint = newest(tmp_path)
     assert (checkpoint.update, checkpoint.seconds) == (30, 1.5)
     assert torch.equal(checkpoint.tensors["network.w"], torch.full((4,), 30.0))
 
 
 def test_no_folder_means_no_checkpoint(tmp_path: Path) -> None:
-    assert read_checkpoint(tmp_path / "missing") is None
+    assert intact_checkpoint(tmp_path / "missing") is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no_meta"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no_digest"])
 def test_a_damaged_one_is_passed_over_loudly(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, 10, 20)
     state = tmp_path / "00000020" / STATE
@@ -37,9 +50,8 @@ def test_a_damaged_one_is_passed_over_loudly(tmp_path: Path, damage: str, caplog
     elif damage == "truncate":
         state.write_bytes(bytes(data[:10]))
     else:
-        (tmp_path / "00000020" / "meta.json").unlink()
-    checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint is not None
+        (tmp_path / "00000020" / DIGEST).unlink()
+    checkpoint = newest(tmp_path)
     assert checkpoint.update == 10
     assert "damaged" in caplog.text
 

@@ -12,9 +12,11 @@ import torch
 from rich.progress import Progress
 
 from distill_jobs.errors import DivergedError, LockedError, RecipeError
-from distill_jobs.job import RunFolder, run_job, training_seconds
-from distill_jobs.loop import RowLoss, loss_by_w
+from distill_jobs.job import run_job
+from distill_jobs.loop import loss_by_w
 from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.run_folder import RunFolder, training_seconds
+from distill_jobs.state import RowLoss
 from tests.support.tiny_recipe import OVERRIDES
 
 PHASES = ("teacher", "stage_one", "students/d4", "students/d2", "students/d1")

@@ -1,0 +1,104 @@
+"""The processes that train one job together: one alone, or those that torchrun or accelerate started.
+
+The first one alone reads the run folder's state, writes and logs; what it finds, and what goes wrong there, all
+of them hear, so that they go on or end together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from distill_jobs.errors import JobError, RecipeError
+from distill_jobs.recipe import ComputeSection
+from distill_jobs.sharding import shard
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among those of its job.
+
+    compute: how to run the networks; out: the run folder, for TensorBoard.
+    """
+
+    def __init__(self, compute: ComputeSection, out: Path) -> None:
+        self.compute = compute
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if compute.precision == "bf16" else "no",
+            log_with="tensorboard",
+            project_dir=str(out),
+        )
+        if compute.shard and self.count == 1:
+            raise RecipeError("compute.shard needs several processes; start the job with torchrun")
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def index(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns in the first process, in all of them. A JobError there is raised in all."""
+        if self.count == 1:
+            return work()
+        said: list[T | JobError | None] = [None]
+        if self.is_first:
+            try:
+                said = [work()]
+            except JobError as error:
+                said = [error]
+        outcome = broadcast_object_list(said)[0]
+        if isinstance(outcome, JobError):
+            raise outcome
+        return outcome  # type: ignore[no-any-return]
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set in any process."""
+        if self.count == 1:
+            return list(flags)
+        counts = self.accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=self.device), "sum")
+        return [bool(count) for count in counts]
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """(B·count, …) the rows of all processes, in the order of the whole batch."""
+        whole: Tensor = self.accelerator.gather(rows) if self.count > 1 else rows
+        return whole
+
+    def trained(self, network: UNet2DConditionModel) -> nn.Module:
+        """The network on its device, its gradients averaged over the processes, or itself sharded over them."""
+        if self.compute.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if not self.compute.shard:
+            return self._prepared(network)
+        return self._prepared(shard(network, self.device), evaluation_mode=True)
+
+    def frozen(self, network: nn.Module) -> nn.Module:
+        """A network that is only evaluated: on its device, in eval mode, sharded where the trained one is."""
+        network = network.eval().requires_grad_(False)
+        if self.compute.shard:
+            network = shard(network, self.device)
+        return self._prepared(network, evaluation_mode=True)
+
+    def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
+        prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)
+        return prepared

@@ -1,0 +1,108 @@
+"""A run's folder: what stands where, who may work in it, and what it was made with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from distill_jobs.checkpoint import write_text
+from distill_jobs.errors import LockedError, RecipeError
+from distill_jobs.recipe import Recipe, changed_fields, read_recipe
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the last bits of a run depend on besides its recipe. threads: of torch, in each process."""
+
+    threads: int
+    processes: int
+    device: str
+    cpu: str
+    torch_version: str
+
+    @classmethod
+    def here(cls, processes: int, device: torch.device) -> Machine:
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return cls(torch.get_num_threads(), processes, device.type, cpu, str(torch.__version__))
+
+    def differences(self, other: Machine) -> list[str]:
+        """What of this differs elsewhere, as "name: here, there"."""
+        there = asdict(other)
+        here = asdict(self).items()
+        return [f"{name}: {value}, now {there[name]}" for name, value in here if value != there[name]]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it makes."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def machine(self) -> Path:
+        return self.path / "machine.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher"
+
+    @property
+    def stage_one(self) -> Path:
+        return self.path / "stage_one"
+
+    def student(self, steps: int) -> Path:
+        return self.path / "students" / f"d{steps}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder alone. Raises: LockedError when another job has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LockedError(
+                    f"another job works in {self.path}; wait for it or choose another --out"
+                ) from None
+            yield
+
+    def take_up(self, recipe: Recipe, resume: bool) -> None:
+        """Start the recipe's run here, or go on with it. Raises: RecipeError when the folder holds another's."""
+        if not self.recipe.is_file():
+            write_text(self.recipe, recipe.to_yaml())
+            return
+        if not resume:
+            raise RecipeError(f"{self.path} already holds a run; go on with --resume or choose another --out")
+        if changed := changed_fields(stored_recipe(self), recipe):
+            raise RecipeError(f"the recipe differs from the one {self.path} was started with: {', '.join(changed)}")
+
+    def started_on(self, here: Machine) -> Machine:
+        """The machine the run was started on, recorded now if it is this one."""
+        if not self.machine.is_file():
+            write_text(self.machine, json.dumps(asdict(here), indent=2) + "\n")
+        return Machine(**json.loads(self.machine.read_text(encoding="utf-8")))
+
+
+def stored_recipe(folder: RunFolder) -> Recipe:
+    """The recipe a run folder was made with. Raises: RecipeError when there is none."""
+    if not folder.recipe.is_file():
+        raise RecipeError(f"{folder.path} is not a run folder: it has no recipe.yaml")
+    return read_recipe(folder.recipe)
+
+
+def training_seconds(folder: RunFolder) -> dict[str, float]:
+    """Seconds of training by finished phase."""
+    files = sorted(folder.path.glob("**/phase.json"))
+    phases = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return {phase["name"]: phase["seconds"] for phase in phases}

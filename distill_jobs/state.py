@@ -1,0 +1,162 @@
+"""A phase under way: network, optimiser, weight average, and how many updates they have had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from distill_jobs.checkpoint import Checkpoint
+from distill_jobs.draws import Draws
+from distill_jobs.errors import RecipeError
+from distill_jobs.processes import Processes
+from distill_jobs.recipe import Training
+from distill_jobs.sharding import local, part, synchronise, whole, whole_of_local
+
+REWIND_LR = 0.5
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """loss: (B,) weighted, what is minimised; w: (B,) guidance weights for the per-bin log, or None."""
+
+    loss: Tensor
+    w: Tensor | None = None
+
+
+Loss = Callable[[nn.Module, Draws, int, int], RowLoss]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimisation.
+
+    network: trained in place; draws: its randomness; loss: of (network, draws, update, rows), where the draws are
+    the share that these ``rows`` rows have in the update's batch.
+    """
+
+    name: str
+    training: Training
+    network: UNet2DConditionModel
+    draws: Draws
+    loss: Loss
+
+
+class TrainingState:
+    """One phase's updates. The same in every process; each computes its share of every batch."""
+
+    def __init__(self, phase: Phase, processes: Processes) -> None:
+        self._phase, self._processes = phase, processes
+        self.update = 0
+        self.streak = 0
+        self.rewinds = 0
+        training = phase.training
+        shares = processes.count * training.accumulate
+        if training.batch_size % shares:
+            raise RecipeError(
+                f"{phase.name}: batch_size {training.batch_size} cannot be shared equally by {processes.count} "
+                f"processes × {training.accumulate} micro-batches"
+            )
+        self._rows = training.batch_size // shares
+        mine = phase.draws.share(processes.index, processes.count)
+        self._draws = [mine.share(k, training.accumulate) for k in range(training.accumulate)]
+        phase.network.train()
+        self._network = processes.trained(phase.network)
+        self._parameters = list(phase.network.parameters())
+        optimizer = torch.optim.AdamW(self._parameters, lr=training.lr, weight_decay=0.0, fused=True)
+        self._optimizer = processes.accelerator.prepare_optimizer(optimizer)
+        self._ema = EMAModel(self._held(), decay=training.ema, foreach=True) if training.ema else None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update: linear warm-up, linear to zero when annealing, halved by a rewind."""
+        training = self._phase.training
+        rise = min(1.0, (self.update + 1) / max(1, training.warmup))
+        fall = 1.0 - self.update / training.updates if training.anneal else 1.0
+        return training.lr * rise * fall * REWIND_LR**self.rewinds
+
+    def advance(self) -> RowLoss | None:
+        """One update; None when it was skipped because a loss or the gradient was not finite in some process.
+
+        Returns this process's rows.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr
+        parts = [self._backward(k) for k in range(len(self._draws))]
+        accelerator = self._processes.accelerator
+        norm = whole(accelerator.clip_grad_norm_(self._parameters, self._phase.training.clip_norm))
+        loss = torch.cat([rows.loss.detach() for rows in parts])
+        [bad] = self._processes.any(not (bool(torch.isfinite(loss).all()) and bool(torch.isfinite(norm))))
+        if not bad:
+            self._optimizer.step()
+            if self._ema is not None:
+                self._ema.step(self._held())
+        self._optimizer.zero_grad(set_to_none=True)
+        self.streak = self.streak + 1 if bad else 0
+        self.update += 1
+        return None if bad else RowLoss(loss, _joined([rows.w for rows in parts]))
+
+    def finite(self) -> bool:
+        """Whether the weights and their average are, in every process."""
+        held = [*self._held(), *(self._ema.shadow_params if self._ema else ())]
+        return not self._processes.any(not all(bool(torch.isfinite(tensor).all()) for tensor in held))[0]
+
+    def finish(self) -> dict[str, Tensor]:
+        """The finished weights by name, on the CPU: the average's where there is one."""
+        if self._ema is not None:
+            self._ema.copy_to(self._held())
+        self._processes.accelerator.free_memory()
+        return {name: whole(tensor).cpu() for name, tensor in self._phase.network.state_dict().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resume needs, flat; sharded tensors whole."""
+        state = {f"network.{k}": whole(v) for k, v in self._phase.network.state_dict().items()}
+        inner = self._optimizer.optimizer.state_dict()["state"]
+        state |= {f"optimizer.{i}.{k}": whole(v) for i, values in inner.items() for k, v in values.items()}
+        if self._ema is not None:
+            averages = zip(self._ema.shadow_params, self._parameters, strict=True)
+            state |= {f"ema.{i}": whole_of_local(p, like) for i, (p, like) in enumerate(averages)}
+            state["ema_step"] = torch.tensor(self._ema.optimization_step)
+        return state
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up a checkpoint's state."""
+        tensors = checkpoint.tensors
+        own = self._phase.network.state_dict()
+        self._phase.network.load_state_dict({k: part(tensors[f"network.{k}"], like) for k, like in own.items()})
+        inner: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                like = value if key == "step" else self._parameters[int(index)]
+                inner.setdefault(int(index), {})[key] = part(value, like)
+        groups = self._optimizer.optimizer.state_dict()["param_groups"]
+        self._optimizer.optimizer.load_state_dict({"state": inner, "param_groups": groups})
+        if self._ema is not None:
+            averages = [part(tensors[f"ema.{i}"], like) for i, like in enumerate(self._parameters)]
+            self._ema.shadow_params = [local(average).clone() for average in averages]
+            self._ema.optimization_step = int(tensors["ema_step"])
+        self.update, self.rewinds, self.streak = checkpoint.update, checkpoint.rewinds, 0
+
+    def _backward(self, k: int) -> RowLoss:
+        """Loss and gradient of one micro-batch; the last one sums the gradients over the processes."""
+        last = k == len(self._draws) - 1
+        accelerator = self._processes.accelerator
+        synchronise(self._phase.network, last)
+        with torch.enable_grad() if last else accelerator.no_sync(self._network):
+            rows = self._phase.loss(self._network, self._draws[k], self.update, self._rows)
+            accelerator.backward(rows.loss.mean() / len(self._draws))
+        return rows
+
+    def _held(self) -> list[Tensor]:
+        """What this process holds of each parameter."""
+        return [local(parameter) for parameter in self._parameters]
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
