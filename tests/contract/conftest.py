@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.contract.job_store_labs import LABS, Lab
+from tests.contract.job_store_labs import LABS
+from tests.contract.lab import Lab
 
 
 @pytest.fixture(params=sorted(LABS))

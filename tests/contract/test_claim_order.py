@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.jobs import MAX_CRASHES, PRIORITY_S, JobStatus
-from tests.contract.job_store_labs import LEASE_S, MODELS, RESULT, Lab, job, status
+from tests.contract.lab import LEASE_S, MODELS, RESULT, Lab, job, status
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from server.jobs import IdempotencyConflictError, IdempotencyKey, JobEvent, JobStatus, Preview, Report
-from tests.contract.job_store_labs import FAILURE, LEASE_S, MODELS, RESULT, RESULT_TTL_S, Lab, job, status
+from tests.contract.lab import FAILURE, LEASE_S, MODELS, RESULT, RESULT_TTL_S, Lab, job, status
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,1 @@
+"""The store of many processes: Redis or Valkey, one primary."""

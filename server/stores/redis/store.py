@@ -1,0 +1,207 @@
+"""A JobStore on Redis or Valkey: any number of APIs and workers, jobs that outlive all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from server.jobs import (
+    MAX_ATTEMPTS,
+    MAX_CRASHES,
+    POISON,
+    Backlog,
+    Delivery,
+    IdempotencyConflictError,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobResult,
+    JobState,
+    JobStatus,
+    Lease,
+    Report,
+    Submission,
+    Total,
+)
+from server.stores.redis import wire
+from server.stores.redis.errors import translated
+from server.stores.redis.scripts import Scripts
+from server.stores.redis.signals import ARRIVED, Signals, signalled
+
+ANSWER_S = 0.8
+"""How long a connection, and then an answer, may take before Redis counts as away."""
+
+LOOK_S = 1.0
+"""Those who wait look at the store at least so often; signals only make it sooner."""
+
+CONNECTIONS = 64
+EVENTS_AT_ONCE = 100
+
+_LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
+
+
+class RedisStore:
+    """url: ``redis://`` or ``rediss://``; lease_s and result_ttl_s: see Settings; prefix: of every key.
+
+    No call is sent twice: after a lost answer nobody knows whether it took effect, so the caller is told
+    (StoreUnavailableError) and decides.
+    """
+
+    def __init__(
+        self, url: str, lease_s: float = 30.0, result_ttl_s: float = 300.0, *, prefix: str = "halfstep:"
+    ) -> None:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=ANSWER_S,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._redis = Redis.from_pool(pool)
+        self._prefix = prefix
+        self._scripts = Scripts(self._redis, prefix, round(result_ttl_s * 1000), round(lease_s * 1000))
+        self._signals = Signals(self._redis, f"{prefix}told")
+
+    async def submit(self, job: Job, key: IdempotencyKey | None = None) -> Submission:
+        args = (*wire.job_args(job), *wire.key_args(key))
+        answer, job_id = await self._scripts.run("submit", *args)
+        if answer == b"conflict":
+            raise IdempotencyConflictError
+        if answer == b"exists":
+            raise ValueError("a job with this id exists")
+        return Submission(job_id=job_id.decode(), replayed=answer == b"replayed")
+
+    async def claim(self, worker: str, models: Collection[str], rows: int, wait_s: float = 0.0) -> list[Lease]:
+        until = time.monotonic() + wait_s
+        with self._signals.on(ARRIVED) as arrived:
+            while True:
+                replies = await self._scripts.run("claim", worker, rows, *sorted(models))
+                left_s = until - time.monotonic()
+                if replies or left_s <= 0:
+                    return [wire.lease_from(reply, worker) for reply in replies]
+                await signalled(arrived, min(left_s, LOOK_S))
+
+    async def heartbeat(self, leases: Collection[Lease]) -> frozenset[str]:
+        args = [part for lease in leases for part in wire.held_args(lease)]
+        return _tokens(await self._scripts.run("heartbeat", *args)) if args else frozenset()
+
+    async def progress(self, reports: Sequence[Report]) -> frozenset[str]:
+        args: list[str | int | bytes] = []
+        for report in reports:
+            args += [*wire.held_args(report.lease), report.step, len(report.previews)]
+            args += [part for p in report.previews for part in (p.image, p.index, p.data)]
+        return _tokens(await self._scripts.run("progress", *args)) if args else frozenset()
+
+    async def finish(self, lease: Lease, result: JobResult) -> bool:
+        return bool(await self._scripts.run("finish", *wire.held_args(lease), result.model_dump_json()))
+
+    async def fail(self, lease: Lease, failure: JobFailure) -> bool:
+        return bool(await self._scripts.run("fail", *wire.held_args(lease), failure.model_dump_json()))
+
+    async def expire(self, lease: Lease) -> bool:
+        return bool(await self._scripts.run("expire", *wire.held_args(lease)))
+
+    async def give_back(self, lease: Lease, *, crashed: bool = False) -> bool:
+        args = (*wire.held_args(lease), int(crashed), int(lease.alone), *_LIMITS)
+        return bool(await self._scripts.run("give_back", *args))
+
+    async def cancel(self, job_id: str) -> bool:
+        return bool(await self._scripts.run("cancel", job_id))
+
+    async def abandon(self, job_id: str, failure: JobFailure) -> bool:
+        return bool(await self._scripts.run("abandon", job_id, failure.model_dump_json()))
+
+    async def get(self, job_id: str) -> JobState | None:
+        fields = await _ask(self._redis.hgetall(self._key("job", job_id)))
+        if not fields:
+            return None
+        queued = fields[b"status"] == b"queued"
+        return wire.state_from(fields, await self._scripts.run("position", job_id) if queued else None)
+
+    async def wait(self, job_id: str) -> JobState:
+        with self._signals.on(f"!{job_id}") as ended:
+            while not (await self._status(job_id)).terminal:
+                await signalled(ended, LOOK_S)
+        state = await self.get(job_id)
+        if state is None:
+            raise KeyError(job_id)
+        return state
+
+    async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+        if after is not None:
+            wire.check_event_id(after)
+        start = "-" if after is None else f"({after}"
+        with self._signals.on(job_id) as told:
+            while True:
+                status = await self._status(job_id)
+                history = self._key("events", job_id)
+                found = await _ask(self._redis.xrange(history, start, "+", EVENTS_AT_ONCE))
+                for entry, fields in found:
+                    event = wire.event_from(entry, fields)
+                    start = f"({event.id}"
+                    yield event
+                    if event.terminal:
+                        return
+                if not found:
+                    if status.terminal:
+                        return
+                    await signalled(told, LOOK_S)
+
+    async def forget(self, job_id: str) -> None:
+        await self._scripts.run("forget", job_id)
+
+    async def backlog(self) -> Backlog:
+        values = await _ask(self._redis.hmget(self._key("backlog"), ["jobs", "rows", "cost_us"]))
+        jobs, rows, cost_us = (int(value or 0) for value in values)
+        return Backlog(jobs=jobs, rows=rows, seconds=cost_us / 1e6)
+
+    async def totals(self) -> list[Total]:
+        counted = await _ask(self._redis.hgetall(self._key("totals")))
+        return [wire.total_from(name, count) for name, count in counted.items()]
+
+    async def reap(self) -> int:
+        return int(await self._scripts.run("reap", *_LIMITS))
+
+    async def claim_deliveries(self, n: int) -> list[Delivery]:
+        return [wire.delivery_from(reply) for reply in await self._scripts.run("claim_deliveries", n)]
+
+    async def delivered(self, delivery: Delivery) -> bool:
+        return bool(await self._scripts.run("settle_delivery", delivery.job_id, delivery.attempt, ""))
+
+    async def retry_delivery(self, delivery: Delivery, delay_s: float) -> bool:
+        args = (delivery.job_id, delivery.attempt, round(delay_s * 1000))
+        return bool(await self._scripts.run("settle_delivery", *args))
+
+    async def ping(self) -> None:
+        await _ask(self._redis.set(self._key("ping"), 1, px=1000))  # a write: a full Redis would refuse it
+
+    async def close(self) -> None:
+        await self._signals.close()
+        await self._redis.aclose()
+
+    async def _status(self, job_id: str) -> JobStatus:
+        """Raises: KeyError."""
+        status = await _ask(self._redis.hget(self._key("job", job_id), "status"))
+        if status is None:
+            raise KeyError(job_id)
+        return JobStatus(status.decode())
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
+
+
+async def _ask(call: Awaitable[Any]) -> Any:
+    """Raises: StoreUnavailableError."""
+    with translated():
+        return await call
+
+
+def _tokens(reply: Sequence[bytes]) -> frozenset[str]:
+    return frozenset(token.decode() for token in reply)

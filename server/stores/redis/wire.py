@@ -1,0 +1,118 @@
+"""Jobs as Redis keeps them: from and to the fields of its hashes and streams. Every reply is bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.jobs import (
+    Delivery,
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobResult,
+    JobState,
+    JobStatus,
+    Lease,
+    Preview,
+    Total,
+)
+
+Reply = Sequence[Any]
+
+_EVENT_ID = re.compile(r"\d+-\d+", re.ASCII)
+
+
+def job_args(job: Job) -> tuple[str | int | bytes, ...]:
+    """What submit.lua takes, but for the key."""
+    request = job.request
+    return (
+        job.id,
+        request.model,
+        request.task,
+        job.tenant,
+        job.priority,
+        request.n,
+        round(job.cost_s * 1e6),
+        request.network_steps,
+        "" if job.deadline_ms is None else job.deadline_ms,
+        job.webhook_url or "",
+        job.model_dump_json(),
+    )
+
+
+def key_args(key: IdempotencyKey | None) -> tuple[str, str]:
+    """Name and fingerprint; the tenant's length keeps ``a:b`` and ``c`` apart from ``a`` and ``b:c``."""
+    return ("", "") if key is None else (f"{len(key.tenant)}:{key.tenant}:{key.key}", key.fingerprint)
+
+
+def held_args(lease: Lease) -> tuple[str, str, int]:
+    return lease.job.id, lease.worker, lease.attempt
+
+
+def job_from(data: bytes, created_ms: bytes) -> Job:
+    return Job.model_validate_json(data).model_copy(update={"created_s": int(created_ms) / 1000})
+
+
+def lease_from(reply: Reply, worker: str) -> Lease:
+    data, created_ms, attempt, queued_ms, alone, left_ms = reply
+    return Lease(
+        job=job_from(data, created_ms),
+        worker=worker,
+        attempt=attempt,
+        queued_ms=max(0, queued_ms),
+        alone=alone == 1,
+        left_ms=None if left_ms == b"" else left_ms,
+    )
+
+
+def state_from(fields: Mapping[bytes, bytes], queue_position: int | None) -> JobState:
+    result, failure = fields.get(b"result"), fields.get(b"failure")
+    return JobState(
+        job=job_from(fields[b"data"], fields[b"created"]),
+        status=JobStatus(fields[b"status"].decode()),
+        attempt=int(fields[b"attempt"]),
+        step=int(fields[b"step"]),
+        queue_position=queue_position,
+        result=None if result is None else JobResult.model_validate_json(result),
+        failure=None if failure is None else JobFailure.model_validate_json(failure),
+    )
+
+
+def event_from(entry: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
+    preview = None
+    if b"data" in fields:
+        preview = Preview(image=int(fields[b"image"]), index=int(fields[b"index"]), data=fields[b"data"])
+    return JobEvent.model_validate(
+        {
+            "id": entry.decode(),
+            "type": fields[b"type"].decode(),
+            "step": int(fields[b"step"]),
+            "preview": preview,
+        }
+    )
+
+
+def check_event_id(text: str) -> None:
+    """Raises: ValueError."""
+    if not _EVENT_ID.fullmatch(text):
+        raise ValueError("there is no such event")
+
+
+def delivery_from(reply: Reply) -> Delivery:
+    job_id, attempt, tenant, url, status, ended_ms = reply
+    return Delivery(
+        job_id=job_id.decode(),
+        tenant=tenant.decode(),
+        url=url.decode(),
+        status=JobStatus(status.decode()),
+        ended_s=int(ended_ms) / 1000,
+        attempt=attempt,
+    )
+
+
+def total_from(name: bytes, count: bytes) -> Total:
+    model, task, what = name.decode().split(" ")
+    return Total(model=model, task=task, status=None if what == "accepted" else JobStatus(what), count=int(count))

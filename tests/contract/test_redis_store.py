@@ -1,0 +1,146 @@
+"""What only a store of many processes must do: outlive its server, say when it is away, leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.jobs import IdempotencyKey, JobStatus
+from server.stores.redis.store import RedisStore
+from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
+from tests.contract.redis_lab import PREFIX, make_older
+from tests.support.redis_server import BINARIES, RedisServer
+
+pytestmark = pytest.mark.anyio
+
+LEASE_S, TTL_S = 10.0, 60.0
+
+
+@pytest.fixture(params=sorted(BINARIES))
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    with RedisServer(request.param, "always") as made:
+        yield made
+
+
+@pytest.fixture
+async def store(server: RedisServer) -> Any:
+    made = RedisStore(server.url, LEASE_S, TTL_S, prefix=PREFIX)
+    yield made
+    await made.close()
+
+
+def undelivered(server: RedisServer) -> int:
+    streams = server.client.keys(f"{PREFIX}lane:*")
+    pending = sum(server.client.xpending(stream, "workers")["pending"] for stream in streams)
+    return sum(map(server.client.xlen, streams)) - pending
+
+
+async def test_everything_survives_the_server_being_killed(server: RedisServer, store: RedisStore) -> None:
+    key = IdempotencyKey(tenant="t", key="k", fingerprint="f")
+    await store.submit(job("queued"), key)
+    await store.submit(job("held", priority=1))
+    (lease,) = await store.claim("w", MODELS, 1)
+    server.kill()
+    with pytest.raises(OSError, match="does not answer"):
+        await store.backlog()
+    server.start()
+    assert (await store.submit(job("again"), key)).job_id == "queued"
+    assert await store.heartbeat([lease]) == frozenset()
+    assert await store.finish(lease, RESULT)
+    (other,) = await store.claim("w", MODELS, 10)
+    assert other.job.id == "queued"
+    assert (await store.backlog()).jobs == 1
+
+
+async def test_a_server_that_hangs_is_noticed_and_forgiven(server: RedisServer, store: RedisStore) -> None:
+    await store.submit(job("a"))
+    waiting = asyncio.create_task(store.wait("a"))
+    claiming = asyncio.create_task(store.claim("w", ["other"], 10, wait_s=60))
+    await asyncio.sleep(0)
+    server.freeze()
+    for call in (
+        store.ping(),
+        store.submit(job("b")),
+        store.get("a"),
+        store.claim("w", MODELS, 1),
+        waiting,
+        claiming,
+    ):
+        with pytest.raises(OSError, match="does not answer"):
+            await call
+    server.thaw()
+    await store.ping()
+    assert await status(Lab(store, None), "a") is not None  # type: ignore[arg-type]
+
+
+async def test_connections_cut_by_the_server_are_made_again(server: RedisServer, store: RedisStore) -> None:
+    for k in range(5):
+        await store.submit(job(f"j{k}"))
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(0.05)  # lets the loop read the end of the connection
+    assert (await store.backlog()).jobs == 5
+
+
+async def test_a_full_server_takes_no_work_but_ends_what_it_has(server: RedisServer, store: RedisStore) -> None:
+    await store.submit(job("a"))
+    (lease,) = await store.claim("w", MODELS, 1)
+    server.client.config_set("maxmemory", 1)
+    for call in (store.ping(), store.submit(job("b"))):
+        with pytest.raises(OSError, match="does not answer"):
+            await call
+    assert await store.heartbeat([lease]) == frozenset()
+    assert await store.finish(lease, RESULT)
+    server.client.config_set("maxmemory", 0)
+    await store.ping()
+    assert await store.get("b") is None, "nothing of a refused job is left"
+    assert (await store.backlog()).jobs == 0
+
+
+async def test_deleted_streams_lose_no_job(server: RedisServer, store: RedisStore) -> None:
+    for name in ("returned", "held", "queued"):
+        await store.submit(job(name))
+    first, held = await store.claim("w", MODELS, 2)
+    await store.give_back(first)
+    server.client.delete(*server.client.keys(f"{PREFIX}lane:*"), *server.client.keys(f"{PREFIX}returned:*"))
+    await store.reap()
+    assert await store.heartbeat([held]) == {held.token}, "its hold cannot be seen any more, so it is another's"
+    leases = await store.claim("w", MODELS, 10)
+    assert {lease.job.id for lease in leases} == {"returned", "held", "queued"}
+    for lease in leases:
+        assert await store.finish(lease, RESULT)
+
+
+async def test_an_entry_is_never_deleted_undelivered(server: RedisServer, store: RedisStore) -> None:
+    for k in range(6):
+        await store.submit(job(f"j{k}"))
+    await store.cancel("j1")
+    await store.cancel("j5")
+    assert undelivered(server) == 6, "that would blind whoever reads the group's lag"
+    leases = await store.claim("w", MODELS, 3)
+    assert [lease.job.id for lease in leases] == ["j0", "j2", "j3"]
+    assert undelivered(server) == 2
+
+
+async def test_ended_jobs_leave_only_the_counters(server: RedisServer, store: RedisStore) -> None:
+    for k in range(20):
+        key = IdempotencyKey(tenant=f"t{k % 3}", key=str(k), fingerprint="f") if k % 2 else None
+        await store.submit(job(f"j{k}", tenant=f"t{k % 3}", priority=k % 4, deadline_ms=90_000), key)
+    leases = await store.claim("w", MODELS, 12)
+    for lease in leases[:5]:
+        await store.finish(lease, RESULT)
+    await store.fail(leases[5], FAILURE)
+    await store.give_back(leases[6])
+    for k in range(20):
+        await store.cancel(f"j{k}")
+    assert await store.claim("w", MODELS, 10) == []
+    await store.reap()
+    make_older(server.client, round((TTL_S + 1) * 1000))
+    names = {key.decode().removeprefix(PREFIX) for key in server.client.scan_iter()}
+    assert names <= {"backlog", "totals", "served", "level", "ping"}
+    totals = await store.totals()
+    assert sum(t.count for t in totals if t.status is None) == 20
+    assert sum(t.count for t in totals if t.status) == 20
+    assert {t.status for t in totals} == {None, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
