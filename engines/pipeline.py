@@ -116,6 +116,10 @@ class Pipeline:
         """The engine of a graph."""
         return self._engines[graph]
 
+    def wrap_engines(self, wrap: Callable[[str, EngineBackend], EngineBackend]) -> None:
+        """Put something around the engine of every graph."""
+        self._engines = {graph: wrap(graph, engine) for graph, engine in self._engines.items()}
+
     def student(self, steps: int | None, sampler: Sampler | None = None) -> StudentSpec:
         """The student trained for these steps. Raises: RequestError naming the trained values."""
         return find_student(self.manifest, steps, sampler)

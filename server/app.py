@@ -13,8 +13,9 @@ from server.api.guard import Guard, internal_error
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
 from server.api.pages import page_routes
-from server.errors import ApiError
+from server.errors import ApiError, store_away
 from server.service import Service
+from server.stores.base import StoreUnavailableError
 
 _STATUS_ERRORS = {
     404: ("not_found", "There is nothing here; GET /docs lists what there is."),
@@ -31,7 +32,11 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
     )
-    for router in (openai_routes(service), operations_routes(service), page_routes()):
+    for router in (
+        openai_routes(service),
+        operations_routes(service.metrics, service.store, service.readiness),
+        page_routes(),
+    ):
         app.include_router(router)
 
     @app.exception_handler(ApiError)
@@ -39,6 +44,11 @@ def create_app(service: Service) -> ASGIApp:
         if not error.after_acceptance:
             service.metrics.rejected.labels(error.code).inc()
         return _response(error)
+
+    @app.exception_handler(StoreUnavailableError)
+    async def store_unavailable(_: Request, __: StoreUnavailableError) -> Response:
+        service.metrics.rejected.labels("store_unavailable").inc()
+        return _response(store_away())
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:

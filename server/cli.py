@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ from server.logs import configure_logs
 from server.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -33,35 +33,80 @@ def main() -> None:
     """Serve few-step diffusion models over HTTP."""
 
 
+Bundles = Annotated[list[Path] | None, _option("bundles", "--bundle")]
+Host = Annotated[str | None, _option("host", "--host")]
+Port = Annotated[int | None, _option("port", "--port")]
+Backend = Annotated[str | None, _option("backend", "--backend")]
+Precision = Annotated[str | None, _option("precision", "--precision")]
+Threads = Annotated[int | None, _option("threads", "--threads")]
+CacheDir = Annotated[Path | None, _option("cache_dir", "--cache-dir")]
+MaxQueue = Annotated[float | None, _option("max_queue_s", "--max-queue-s")]
+DrainTimeout = Annotated[float | None, _option("drain_timeout_s", "--drain-timeout-s")]
+LogLevel = Annotated[str | None, _option("log_level", "--log-level")]
+RedisUrl = Annotated[str | None, _option("redis", "--redis")]
+MetricsPort = Annotated[int | None, _option("metrics_port", "--metrics-port")]
+Isolate = Annotated[bool | None, _option("isolate_engine", "--isolate-engine/--no-isolate-engine")]
+
+
 @app.command()
 def serve(
-    bundle: Annotated[list[Path] | None, _option("bundles", "--bundle")] = None,
-    host: Annotated[str | None, _option("host", "--host")] = None,
-    port: Annotated[int | None, _option("port", "--port")] = None,
-    backend: Annotated[str | None, _option("backend", "--backend")] = None,
-    precision: Annotated[str | None, _option("precision", "--precision")] = None,
-    threads: Annotated[int | None, _option("threads", "--threads")] = None,
-    cache_dir: Annotated[Path | None, _option("cache_dir", "--cache-dir")] = None,
-    max_queue_s: Annotated[float | None, _option("max_queue_s", "--max-queue-s")] = None,
-    drain_timeout_s: Annotated[float | None, _option("drain_timeout_s", "--drain-timeout-s")] = None,
-    log_level: Annotated[str | None, _option("log_level", "--log-level")] = None,
+    bundle: Bundles = None,
+    host: Host = None,
+    port: Port = None,
+    backend: Backend = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    max_queue_s: MaxQueue = None,
+    isolate_engine: Isolate = None,
+    drain_timeout_s: DrainTimeout = None,
+    log_level: LogLevel = None,
 ) -> None:
     """API and worker in one process, jobs in memory; ends after accepted work on SIGTERM or Ctrl-C."""
-    flags: dict[str, Any] = {
-        "bundles": bundle or None,
-        "host": host,
-        "port": port,
-        "backend": backend,
-        "precision": precision,
-        "threads": threads,
-        "cache_dir": cache_dir,
-        "max_queue_s": max_queue_s,
-        "drain_timeout_s": drain_timeout_s,
-        "log_level": log_level,
-    }
+    _run("serve", bundles=bundle or None, **_given(locals()))
+
+
+@app.command()
+def api(
+    redis: RedisUrl = None,
+    bundle: Bundles = None,
+    host: Host = None,
+    port: Port = None,
+    max_queue_s: MaxQueue = None,
+    drain_timeout_s: DrainTimeout = None,
+    log_level: LogLevel = None,
+) -> None:
+    """The HTTP API alone: jobs go to workers through Redis. Any number of them share one Redis."""
+    _run("api", bundles=bundle or None, **_given(locals()))
+
+
+@app.command()
+def worker(
+    redis: RedisUrl = None,
+    bundle: Bundles = None,
+    host: Host = None,
+    metrics_port: MetricsPort = None,
+    backend: Backend = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    drain_timeout_s: DrainTimeout = None,
+    log_level: LogLevel = None,
+) -> None:
+    """A worker alone: takes jobs of its models from Redis; its engine runs in a process of its own."""
+    _run("worker", bundles=bundle or None, **_given(locals()))
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "bundle"}
+
+
+def _run(command: str, **flags: Any) -> None:
+    """Imports late, so that --help and wrong settings answer at once."""
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
-        fault = _serve(settings)
+        configure_logs(settings.log_level)
+        fault = getattr(import_module("server.start"), command)(settings)
     except ValidationError as error:
         _fail(_wrong_setting(error))
     except HalfstepError as error:
@@ -74,37 +119,6 @@ def _wrong_setting(error: ValidationError) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
     name, message = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
     return f"The setting {name} (HALFSTEP_{name.upper()}) is wrong: {message}."
-
-
-def _serve(settings: Settings) -> str | None:
-    """What went wrong after the start, if anything did.
-
-    Imports late, so that --help and wrong settings answer at once.
-    """
-    from server.loading import build_service, load_pipelines  # noqa: PLC0415
-    from server.process import Process, bind  # noqa: PLC0415
-
-    configure_logs(settings.log_level)
-    sock = bind(settings.host, settings.port)
-    with _err.status("Loading and warming the models"):
-        pipelines = load_pipelines(settings)
-    service = build_service(settings, pipelines)
-    names = ", ".join(f"{name} on {pipeline.engine_name}" for name, pipeline in pipelines.items())
-    prompt = service.catalogue.default.tokenizer.known()[0]
-    process = Process(service, pipelines, sock, lambda url: _announce(url, names, prompt))
-    return process.run_until_told()
-
-
-def _announce(url: str, names: str, prompt: str) -> None:
-    _out.print(f"Serving {names}", markup=False)
-    _out.print(f"Playground  {url}/\nReference   {url}/docs\nTry it:", markup=False)
-    body = f"-H 'Content-Type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
-    _out.print(
-        f"  curl -s {url}/v1/images/generations {body}"
-        " | python3 -c 'import base64, json, sys;"
-        ' open("image.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\'',
-        markup=False,
-    )
 
 
 def _fail(message: str) -> None:

@@ -6,28 +6,33 @@ It owns the batcher and all rows. The event loop speaks to it through an inbox a
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 
 from engines.errors import HalfstepError
 from engines.pipeline import Floats, Pipeline
 from server.batching import Batch, Batcher
-from server.costs import best_rung
+from server.costs import Offer, best_rung
+from server.engine import Report
 from server.jobs import Lease
 from server.stages import Conditions, decode_latents, failure_of, step_rows
-from server.work import Crashed, Dropped, Event, Failed, Image, Pixels, Progress, Started, Stepped, Work
+from server.work import Crashed, Dropped, Event, Failed, Image, Late, Pixels, Progress, Started, Stepped, Work
 
 _CLOSE = object()
+CLOSE_S = 2.0
 
 
 class EngineThread:
-    """pipelines: by model name. report: called on this thread with the events of one step."""
+    """pipelines: by model name."""
 
-    def __init__(self, pipelines: Mapping[str, Pipeline], report: Callable[[list[Event]], None]) -> None:
+    def __init__(self, pipelines: Mapping[str, Pipeline]) -> None:
         self._pipelines = pipelines
-        self._report = report
+        self._offers = {name: Offer.of(pipeline) for name, pipeline in pipelines.items()}
+        self._report: Report = lambda events: None
         self._conditions = {name: Conditions(pipeline) for name, pipeline in pipelines.items()}
         self._batcher: Batcher[Image] = Batcher(self._choose_rung)
         self._inbox: SimpleQueue[Work | str | object] = SimpleQueue()
@@ -36,8 +41,25 @@ class EngineThread:
         self._events: list[Event] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
+    @property
+    def offers(self) -> dict[str, Offer]:
+        return self._offers
+
+    def start(self, report: Report) -> None:
+        """report: called on this thread with the events of one step."""
+        self._report = report
         self._thread.start()
+
+    @property
+    def up(self) -> bool:
+        return True
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def ready(self) -> None:
+        """A thread takes jobs at once."""
 
     def join_job(self, lease: Lease) -> None:
         """Take a job in at the next step. From any thread."""
@@ -47,10 +69,10 @@ class EngineThread:
         """Drop a lease's rows at the next step; no event follows. From any thread."""
         self._inbox.put(token)
 
-    def close(self, timeout_s: float) -> bool:
+    async def close(self) -> bool:
         """End the thread after the step it is in; unfinished jobs are dropped. False: that step did not return."""
         self._inbox.put(_CLOSE)
-        self._thread.join(timeout_s)
+        await asyncio.to_thread(self._thread.join, CLOSE_S)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -62,6 +84,7 @@ class EngineThread:
 
     def _turn(self) -> None:
         """One step, whoever it is for, and what it brought about."""
+        self._drop_late()
         newcomers, self._newcomers = self._newcomers, []
         for model in dict.fromkeys(work.request.model for work in newcomers):
             self._start(model, [work for work in newcomers if work.request.model == model])
@@ -96,6 +119,14 @@ class EngineThread:
         self._batcher.remove(work.tickets)
         left = sum(ticket.steps_left for ticket in work.tickets)
         self._events.append(Dropped(work.request.model, left))
+
+    def _drop_late(self) -> None:
+        """No step is run for a job whose deadline has passed."""
+        now = time.perf_counter()
+        for work in [*self._newcomers, *self._works.values()]:
+            if work.deadline_s is not None and work.deadline_s <= now:
+                self._drop(work.token)
+                self._events.append(Late(work.token))
 
     def _start(self, model: str, works: list[Work]) -> None:
         begun = time.perf_counter()

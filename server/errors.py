@@ -14,6 +14,12 @@ import json
 import math
 from collections.abc import Mapping
 
+from engines.errors import HalfstepError
+
+
+class StartError(HalfstepError):
+    """The process cannot start; the message says what to do."""
+
 
 class ApiError(Exception):
     """Base of every refusal. param: the public field name, or None; code: stable and machine-readable.
@@ -74,3 +80,9 @@ class OverloadedError(ApiError):
             "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
         }
         super().__init__(503, code, message, headers=headers)
+
+
+def store_away() -> OverloadedError:
+    """What a request gets while the job store does not answer."""
+    message = "The job store does not answer; send the request again."
+    return OverloadedError("store_unavailable", message, retry_after_s=1.0)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import structlog
 
+from engines.bundle import verify_bundle
 from engines.errors import BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from server.admission import Admission
 from server.catalogue import Catalogue, Model
-from server.costs import predicted_s
+from server.costs import CostBook, Offer
+from server.errors import StartError
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
+from server.stores.base import JobStore
 from server.stores.memory import MemoryStore
 
 _log = structlog.get_logger()
@@ -38,40 +40,69 @@ def usable_cache(folder: Path | None) -> Path | None:
         return None
 
 
-def load_pipelines(settings: Settings) -> dict[str, Pipeline]:
-    """Verified, loaded and warm, by model name. Raises: BundleError, BackendError."""
+def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None) -> dict[str, Pipeline]:
+    """Verified and loaded, by model name; warmed and measured unless that is known already.
+
+    Raises: BundleError, BackendError.
+    """
     pipelines: dict[str, Pipeline] = {}
     cache_dir = usable_cache(settings.cache_dir)
     for path in settings.bundles:
-        if path == DEFAULT_BUNDLE and not path.exists():
-            raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
         pipeline = open_pipeline(
-            path,
+            _existing(path),
             settings.backend,
             precision=settings.precision,
             threads=settings.threads,
             cache_dir=cache_dir,
+            warm=not known,
         )
         name = pipeline.manifest.name
-        if name in pipelines:
-            raise BundleError(f"Two bundles are named {name}; serve one of them, or rename the other.")
+        if known:
+            pipeline.costs = known[name].costs
+        _check_names([*pipelines, name])
         pipelines[name] = pipeline
     return pipelines
 
 
-def build_service(settings: Settings, pipelines: Mapping[str, Pipeline]) -> Service:
-    """The API's side of a process whose worker runs these pipelines."""
-    metrics = Metrics()
-    metrics.watch_memory(os.getpid())
-    for pipeline in pipelines.values():
-        metrics.serves(pipeline.manifest, pipeline.engine_name)
-    catalogue = Catalogue(
-        Model.of(pipeline.bundle, partial(predicted_s, pipeline)) for pipeline in pipelines.values()
-    )
+def build_store(settings: Settings) -> JobStore:
+    """The store of this process alone, or the shared one where ``redis`` is set."""
+    if not settings.redis:
+        return MemoryStore(settings.lease_s, settings.result_ttl_s)
+    from server.stores.redis.store import RedisStore  # noqa: PLC0415 - a lone process needs no client of Redis
+
+    try:
+        return RedisStore(settings.redis, settings.lease_s, settings.result_ttl_s)
+    except ValueError as error:
+        raise StartError(f"The setting redis (HALFSTEP_REDIS) is no URL of a Redis: {error}") from None
+
+
+def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Service:
+    """The API's side: it knows the bundles, and from the workers what their work costs.
+
+    Raises: BundleError.
+    """
+    costs = CostBook()
+    bundles = [verify_bundle(_existing(path)) for path in settings.bundles]
+    names = [bundle.manifest.name for bundle in bundles]
+    _check_names(names)
+    catalogue = Catalogue(Model.of(bundle, partial(costs.predicted_s, bundle.manifest)) for bundle in bundles)
     return Service(
         settings=settings,
         catalogue=catalogue,
-        store=MemoryStore(settings.lease_s, settings.result_ttl_s),
+        store=store,
         admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows),
         metrics=metrics,
+        costs=costs,
     )
+
+
+def _existing(path: Path) -> Path:
+    if path == DEFAULT_BUNDLE and not path.exists():
+        raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
+    return path
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BundleError(f"Two bundles are named {twice}; serve one of them, or rename the other.")

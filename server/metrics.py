@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from engines.manifest import BundleManifest
-from server.jobs import Timing
+from server.jobs import Backlog, Timing, Total
 from server.work import Dropped, Stepped
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -14,6 +18,34 @@ _STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 STAGES = ("condition", "steps", "decode", "encode")
+
+
+class StoreTotals(Collector):
+    """Counts the store keeps itself, in the same step as the transitions they count.
+
+    They are exact whichever process is killed when, and every process reports the same: take the largest, no sum.
+    """
+
+    def __init__(self) -> None:
+        self._totals: Sequence[Total] = ()
+
+    def read(self, totals: Sequence[Total]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        accepted = CounterMetricFamily(
+            "halfstep_jobs_accepted", "Jobs the store accepted", labels=["model", "task"]
+        )
+        ended = CounterMetricFamily(
+            "halfstep_jobs", "Jobs that ended, by status", labels=["model", "task", "status"]
+        )
+        for total in self._totals:
+            if total.status is None:
+                accepted.add_metric([total.model, total.task], total.count)
+            else:
+                ended.add_metric([total.model, total.task, total.status.value], total.count)
+        yield accepted
+        yield ended
 
 
 class Metrics:
@@ -41,6 +73,9 @@ class Metrics:
         self.deadline_misses = count("halfstep_deadline_misses_total", misses, request)
         queued = "Predicted engine seconds of accepted, unfinished work"
         self.queued_s = gauge("halfstep_queued_seconds", queued, [])
+        self.store_up = gauge("halfstep_store_up", "Whether the job store answered (1) or not (0)", [])
+        self._totals = StoreTotals()
+        self.registry.register(self._totals)
 
     def _make_work_metrics(self) -> None:
         count, times, gauge = self._counter, self._histogram, self._gauge
@@ -73,9 +108,18 @@ class Metrics:
         for graph, spec in manifest.graphs.items():
             self.parity.labels(manifest.name, graph).set(spec.parity.max_abs_error)
 
-    def watch_memory(self, pid: int) -> None:
+    def watch_memory(self, pid: Callable[[], int]) -> None:
         """Report the resident memory of the process the engine runs in, looked up at each scrape."""
-        self.memory.labels("cpu").set_function(lambda: _resident_bytes(pid))
+        self.memory.labels("cpu").set_function(lambda: _resident_bytes(pid()))
+
+    def store_holds(self, backlog: Backlog, totals: Sequence[Total]) -> None:
+        """Note what the store says, which is the same for all processes and survives each of them."""
+        self.store_up.set(1)
+        self.queued_s.set(backlog.seconds)
+        self._totals.read(totals)
+
+    def store_away(self) -> None:
+        self.store_up.set(0)
 
     def engine_did(self, event: Stepped | Dropped) -> None:
         if isinstance(event, Dropped):

@@ -195,5 +195,8 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+Readiness = Literal["ok", "draining", "engine_down", "store_unavailable"]
+
+
 class Health(BaseModel):
-    status: Literal["ok", "draining", "engine_down"]
+    status: Readiness

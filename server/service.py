@@ -6,17 +6,19 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from server.admission import Admission
 from server.catalogue import Catalogue
+from server.costs import CostBook
 from server.errors import ApiError, OverloadedError
 from server.jobs import Job, JobFailure, JobState, JobStatus
 from server.metrics import Metrics
 from server.request import DenoiseRequest
+from server.schemas import Readiness
 from server.settings import Settings
-from server.stores.base import JobStore
+from server.stores.base import JobStore, StoreUnavailableError
 
 DRAINING = JobFailure(
     code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0
@@ -31,6 +33,7 @@ class Service:
     """draining: set once the process was told to end; it then finishes what it accepted.
 
     engine_down: set once no worker is left to make anything.
+    costs: what the workers have told of themselves.
     """
 
     settings: Settings
@@ -38,6 +41,7 @@ class Service:
     store: JobStore
     admission: Admission
     metrics: Metrics
+    costs: CostBook = field(default_factory=CostBook)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
@@ -58,13 +62,31 @@ class Service:
             raise
         finally:
             self._open.discard(job.id)
-            await self.store.cancel(job.id)
-            await self._count(job, time.monotonic() - started)
-            await self.store.forget(job.id)
+            with suppress(StoreUnavailableError):  # the job ends by itself, and is dropped after its time
+                await self.store.cancel(job.id)
+                await self._count(job, time.monotonic() - started)
+                await self.store.forget(job.id)
 
     async def abandon(self, failure: JobFailure) -> int:
         """Fail what was accepted here and is not finished; their callers get the failure. Returns how many."""
         return sum([await self.store.abandon(job_id, failure) for job_id in list(self._open)])
+
+    async def idle(self) -> bool:
+        """Nothing accepted here is still to be done by this process or to be answered by it."""
+        if self._open:
+            return False
+        return self.store.outlives_process or (await self.store.backlog()).jobs == 0
+
+    async def readiness(self) -> Readiness:
+        if self.engine_down:
+            return "engine_down"
+        if self.draining.is_set():
+            return "draining"
+        try:
+            await self.store.ping()
+        except StoreUnavailableError:
+            return "store_unavailable"
+        return "ok"
 
     async def _submit(self, request: DenoiseRequest) -> Job:
         if self.engine_down:

@@ -39,6 +39,12 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30.0, gt=0, description="time a client has to send its body")
     drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
+    redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
+    isolate_engine: bool = Field(False, description="run the engine in a process of its own; a worker always does")
+    hang_s: float = Field(30.0, gt=0, description="least time an engine call is given before its process is ended")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of its own for metrics, and for the probes of a worker"
+    )
     lease_s: float = Field(
         30.0, gt=3 * HEARTBEAT_S, description="silence after which a worker's job is given to another"
     )

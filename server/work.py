@@ -93,7 +93,22 @@ class Dropped:
     steps: int
 
 
-Event = Progress | Made | Failed | Crashed | Started | Stepped | Dropped
+@dataclass(frozen=True)
+class Late:
+    """A job whose deadline passed; its rows left before the next step."""
+
+    token: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """The engine process ended with these jobs in it; a new one is being started."""
+
+    tokens: frozenset[str]
+    reason: str
+
+
+Event = Progress | Made | Failed | Crashed | Started | Stepped | Dropped | Late | Died
 
 
 @dataclass(eq=False)
@@ -126,6 +141,8 @@ class Work:
     def __post_init__(self) -> None:
         self.token = self.lease.token
         self.preview_at = preview_steps(self.request.steps, self.request.partial_images)
+        left_ms = self.lease.left_ms
+        self.deadline_s = None if left_ms is None else self.arrived_s + left_ms / 1000
 
     @property
     def request(self) -> DenoiseRequest:

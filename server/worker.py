@@ -1,26 +1,31 @@
-"""A worker: claims jobs it has rows free for, has the engine thread make them, and commits the results."""
+"""A worker: claims jobs it has rows free for, has the engine make them, and commits the results.
+
+The store may be away for a while: nothing is claimed then, results wait to be committed, and leases that ran out
+meanwhile are found lost.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 
-from engines.pipeline import Pipeline
-from server.encoding import encode, encoding_of
-from server.engine_thread import EngineThread
-from server.jobs import HEARTBEAT_S, EncodedImage, JobResult, Lease, Preview, Report, Timing
+import structlog
+
+from server.engine import Engine
+from server.finishing import Finisher
+from server.jobs import HEARTBEAT_S, Lease, Report
 from server.metrics import Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
 from server.stores.base import JobStore
-from server.work import Crashed, Dropped, Event, Failed, Made, Pixels, Progress, Started, Stepped
+from server.work import Crashed, Died, Dropped, Event, Failed, Late, Made, Progress, Started, Stepped
 
 IDLE_CLAIM_S = 1.0
-CLOSE_S = 2.0
+STORE_RETRY_S = 0.5
+
+_log = structlog.get_logger()
 
 
 @dataclass(eq=False)
@@ -28,14 +33,13 @@ class _Held:
     """A lease this worker has. tail: the last of its encoding tasks; the next waits for it."""
 
     lease: Lease
-    claimed_s: float
     tail: asyncio.Task[None] | None = None
 
 
 class Worker:
-    """pipelines: by model name. max_rows: images in the making at once, encoding included.
+    """max_rows: images in the making at once, encoding included.
 
-    stuck: True once it ended while an engine call had not returned for ``CLOSE_S``.
+    stuck: True once it ended while an engine call did not return.
 
     Claims only while a request of any size would fit, so a large one at the head is never overtaken.
     """
@@ -43,7 +47,7 @@ class Worker:
     def __init__(
         self,
         name: str,
-        pipelines: Mapping[str, Pipeline],
+        engine: Engine,
         store: JobStore,
         metrics: Metrics,
         *,
@@ -52,99 +56,155 @@ class Worker:
     ) -> None:
         self.stuck = False
         self._name = name
-        self._pipelines = pipelines
+        self._engine = engine
         self._store = store
         self._metrics = metrics
         self._max_rows = max_rows
         self._rows = 0
         self._held: dict[str, _Held] = {}
         self._freed = asyncio.Event()
+        self._draining = asyncio.Event()
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._encoders = ThreadPoolExecutor(encode_threads, thread_name_prefix="encode")
+        self._finisher = Finisher(engine.offers, encode_threads)
+        self._models = frozenset(engine.offers)
+
+    @property
+    def idle(self) -> bool:
+        return not self._held
+
+    @property
+    def engine_up(self) -> bool:
+        return self._engine.up
 
     async def run(self) -> None:
-        """Work until cancelled. Raises: an ExceptionGroup with what ended the engine thread, if anything did."""
+        """Work until cancelled. Raises: an ExceptionGroup with what ended the engine for good, if anything did."""
         loop = asyncio.get_running_loop()
 
         def report(events: list[Event]) -> None:
             with suppress(RuntimeError):  # a step that outlived the loop has nobody left to tell
                 loop.call_soon_threadsafe(self._events.put_nowait, events)
 
-        engine = EngineThread(self._pipelines, report)
-        engine.start()
+        self._engine.start(report)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._claim(engine), name="claim")
-                group.create_task(self._settle(engine, group), name="settle")
-                group.create_task(self._heartbeats(engine), name="heartbeat")
+                group.create_task(self._claim(), name="claim")
+                group.create_task(self._settle(group), name="settle")
+                group.create_task(self._heartbeats(), name="heartbeat")
         finally:
-            self.stuck = not await asyncio.to_thread(engine.close, CLOSE_S)
-            self._encoders.shutdown(wait=False)
+            self.stuck = not await self._engine.close()
+            self._finisher.close()
 
-    async def _claim(self, engine: EngineThread) -> None:
-        while True:
+    def drain(self) -> None:
+        """Claim nothing any more; what is held is finished."""
+        self._draining.set()
+
+    async def give_back_all(self) -> int:
+        """Let other workers have what is held; returns how many jobs."""
+        leases = [held.lease for held in self._held.values()]
+        for lease in leases:
+            self._engine.stop_job(lease.token)
+            with suppress(OSError):
+                await self._store.give_back(lease)
+        self._held.clear()
+        return len(leases)
+
+    # ---- taking jobs in
+
+    async def _claim(self) -> None:
+        while not self._draining.is_set():
+            await self._engine.ready()
             free = self._max_rows - self._rows
             if free < MAX_IMAGES:
-                self._freed.clear()
-                await self._freed.wait()
+                await self._until_freed()
                 continue
-            for lease in await self._store.claim(self._name, self._pipelines.keys(), free, wait_s=IDLE_CLAIM_S):
-                self._held[lease.token] = _Held(lease, time.perf_counter())
+            try:
+                leases = await self._store.claim(self._name, self._models, free, wait_s=IDLE_CLAIM_S)
+            except OSError as error:
+                _log.warning("store_away", call="claim", error=str(error))
+                await asyncio.sleep(STORE_RETRY_S)
+                continue
+            for lease in leases:
+                self._held[lease.token] = _Held(lease)
                 self._count(lease.job.request.n)
+            for lease in leases:
                 if lease.alone:
-                    await self._run_alone(engine, lease)
+                    await self._run_alone(lease)
                 else:
-                    engine.join_job(lease)
+                    self._engine.join_job(lease)
 
-    async def _run_alone(self, engine: EngineThread, lease: Lease) -> None:
+    async def _run_alone(self, lease: Lease) -> None:
         """Let everything else leave the engine first, and nothing join until this job has ended."""
         while len(self._held) > 1:
-            self._freed.clear()
-            await self._freed.wait()
+            await self._until_freed()
         if lease.token in self._held:
-            engine.join_job(lease)
+            self._engine.join_job(lease)
         while self._held:
-            self._freed.clear()
-            await self._freed.wait()
+            await self._until_freed()
 
-    async def _heartbeats(self, engine: EngineThread) -> None:
+    async def _until_freed(self) -> None:
+        self._freed.clear()
+        await self._freed.wait()
+
+    # ---- what becomes of them
+
+    async def _heartbeats(self) -> None:
         """Keeps leases alive even while one step takes long, and takes back those of dead workers."""
         while True:
+            try:
+                await self._store.announce(self._name, self._engine.offers)
+                self._stop(await self._store.heartbeat([held.lease for held in self._held.values()]))
+                self._metrics.retries.inc(await self._store.reap())
+            except OSError as error:
+                _log.warning("store_away", call="heartbeat", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
-            await self._stop_lost(engine)
-            self._metrics.retries.inc(await self._store.reap())
 
-    async def _settle(self, engine: EngineThread, group: asyncio.TaskGroup) -> None:
-        """Handle what the engine thread reports, in its order."""
+    async def _settle(self, group: asyncio.TaskGroup) -> None:
+        """Handle what the engine reports, in its order; of the plain progress of a job, only the latest."""
         while True:
-            for event in await self._events.get():
-                if isinstance(event, Crashed):
-                    await self._fail_all(event.error)
-                    raise event.error
-                if isinstance(event, Stepped | Dropped):
-                    self._metrics.engine_did(event)
-                    continue
-                held = self._held.get(event.token)
-                if held is not None:
-                    await self._handle(held, event, group)
-            await self._stop_lost(engine)
+            events = await self._events.get()
+            while not self._events.empty():
+                events = [*events, *self._events.get_nowait()]
+            steps: dict[str, int] = {}
+            for event in events:
+                if isinstance(event, Progress) and not event.previews:
+                    steps[event.token] = event.step
+                else:
+                    await self._handle(event, group)
+            await self._tell_progress(steps)
 
-    async def _handle(
-        self, held: _Held, event: Progress | Made | Failed | Started, group: asyncio.TaskGroup
+    async def _tell_progress(self, steps: dict[str, int]) -> None:
+        held = [(self._held[token].lease, step) for token, step in steps.items() if token in self._held]
+        if held:
+            with suppress(OSError):  # the next heartbeat finds what is to stop
+                self._stop(await self._store.progress([Report(lease=lease, step=step) for lease, step in held]))
+
+    async def _handle(self, event: Event, group: asyncio.TaskGroup) -> None:
+        if isinstance(event, Crashed):
+            await self._fail_all(event.error)
+            raise event.error
+        if isinstance(event, Died):
+            await self._give_back_lost(event)
+        elif isinstance(event, Stepped | Dropped):
+            self._metrics.engine_did(event)
+        elif (held := self._held.get(event.token)) is not None:
+            await self._handle_of(held, event, group)
+
+    async def _handle_of(
+        self, held: _Held, event: Progress | Made | Failed | Started | Late, group: asyncio.TaskGroup
     ) -> None:
-        request = held.lease.job.request
+        request, lease = held.lease.job.request, held.lease
         if isinstance(event, Started):
             self._metrics.queue_wait_s.labels(request.model, request.task).observe(event.queue_ms / 1000)
+        elif isinstance(event, Late):
+            await self._end(held, lambda: self._store.expire(lease))
         elif isinstance(event, Failed):
+            failure = event.failure
             self._metrics.poison.labels(request.model, event.stage).inc()
-            await self._store.fail(held.lease, event.failure)
-            self._release(held)
+            await self._end(held, lambda: self._store.fail(lease, failure))
         elif isinstance(event, Made):
             self._follow(held, group, self._finish(held, event))
-        elif event.previews:
-            self._follow(held, group, self._preview(held, event))
         else:
-            await self._store.progress([Report(lease=held.lease, step=event.step)])
+            self._follow(held, group, self._preview(held, event))
 
     def _follow(self, held: _Held, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
         """Run encoding beside the steps, in order within a job."""
@@ -158,56 +218,51 @@ class Worker:
         held.tail = group.create_task(run())
 
     async def _preview(self, held: _Held, event: Progress) -> None:
-        request = held.lease.job.request
+        lease = held.lease
         try:
-            files = [await self._encode(held, pixels, request.seed + image) for image, _, pixels in event.previews]
+            previews = await self._finisher.previews(lease.job.request, event)
         except (OSError, ValueError) as error:  # what Pillow raises
-            await self._store.fail(held.lease, failure_of(error))
-            return  # the lease is lost now, so its rows leave with ``_stop_lost``
-        previews = tuple(
-            Preview(image=image, index=index, data=data)
-            for (image, index, _), data in zip(event.previews, files, strict=True)
-        )
-        await self._store.progress([Report(lease=held.lease, step=event.step, previews=previews)])
+            failure = failure_of(error)
+            await self._end(held, lambda: self._store.fail(lease, failure))
+            self._engine.stop_job(lease.token)
+            return
+        with suppress(OSError):
+            self._stop(await self._store.progress([Report(lease=lease, step=event.step, previews=previews)]))
 
     async def _finish(self, held: _Held, made: Made) -> None:
-        request = held.lease.job.request
-        begun = time.perf_counter()
+        lease = held.lease
         try:
-            pairs = zip(made.pixels, request.seeds, strict=True)
-            files = await asyncio.gather(*(self._encode(held, pixels, seed) for pixels, seed in pairs))
+            result = await self._finisher.result(lease.job.request, made)
         except (OSError, ValueError) as error:  # what Pillow raises
-            await self._store.fail(held.lease, failure_of(error))
-            self._release(held)
+            failure = failure_of(error)
+            await self._end(held, lambda: self._store.fail(lease, failure))
             return
-        timing = Timing(
-            queue=made.queue_ms,
-            condition=made.condition_ms,
-            steps=made.steps_ms,
-            decode=made.decode_ms,
-            encode=(time.perf_counter() - begun) * 1000,
-        )
-        images = tuple(
-            EncodedImage(seed=seed, data=data, format=request.output_format)
-            for seed, data in zip(request.seeds, files, strict=True)
-        )
-        engine = self._pipelines[request.model].engine_name
-        await self._store.finish(held.lease, JobResult(engine=engine, timing=timing, images=images))
-        self._metrics.made(request.model, timing)
+        await self._end(held, lambda: self._store.finish(lease, result))
+        self._metrics.made(lease.job.request.model, result.timing)
+
+    async def _give_back_lost(self, died: Died) -> None:
+        """The jobs that were in a dead engine process are tried again, each alone."""
+        for token in died.tokens:
+            held = self._held.get(token)
+            if held is not None:
+                lease = held.lease
+                await self._end(held, lambda lease=lease: self._store.give_back(lease, crashed=True))  # type: ignore[misc]
+
+    async def _end(self, held: _Held, transition: Callable[[], Awaitable[bool]]) -> None:
+        """Commit how a lease ended, however long the store is away, and have its rows free."""
+        while held.lease.token in self._held:
+            try:
+                await transition()
+                break
+            except OSError as error:
+                _log.warning("store_away", call="commit", job=held.lease.job.id, error=str(error))
+                await asyncio.sleep(STORE_RETRY_S)
         self._release(held)
 
-    async def _encode(self, held: _Held, pixels: Pixels, seed: int) -> bytes:
-        request = held.lease.job.request
-        encoding = encoding_of(request, seed, self._pipelines[request.model].engine_name)
-        return await asyncio.get_running_loop().run_in_executor(self._encoders, encode, pixels, encoding)
-
-    async def _stop_lost(self, engine: EngineThread) -> None:
-        """Drop the rows of jobs that were cancelled or given to another worker."""
-        if not self._held:
-            return
-        leases = [held.lease for held in self._held.values()]
-        for token in await self._store.heartbeat(leases):
-            engine.stop_job(token)
+    def _stop(self, tokens: frozenset[str]) -> None:
+        """Drop the rows of jobs that were cancelled, expired or given to another worker."""
+        for token in tokens:
+            self._engine.stop_job(token)
             held = self._held.get(token)
             if held is not None:
                 self._release(held)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from server.schemas import Health
-from server.service import Service
+from server.metrics import Metrics
+from server.schemas import Health, Readiness
+from server.stores.base import JobStore, StoreUnavailableError
 
 
-def operations_routes(service: Service) -> APIRouter:
+def operations_routes(
+    metrics: Metrics, store: JobStore, readiness: Callable[[], Awaitable[Readiness]]
+) -> APIRouter:
     """``/livez``, ``/readyz`` and ``/metrics``."""
     router = APIRouter(tags=["Operations"])
 
@@ -23,20 +28,19 @@ def operations_routes(service: Service) -> APIRouter:
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {"model": Health, "description": "Send no new work here"}})
     async def readyz(response: Response) -> Health:
-        """Models are loaded and warm, and new work is welcome."""
-        if service.engine_down:
+        """Work is welcome: models are warm, the store answers, and the process is not about to end."""
+        status = await readiness()
+        if status != "ok":
             response.status_code = 503
-            return Health(status="engine_down")
-        if service.draining.is_set():
-            response.status_code = 503
-            return Health(status="draining")
-        return Health(status="ok")
+        return Health(status=status)
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        """Prometheus metrics of this process."""
-        backlog = await service.store.backlog()
-        service.metrics.queued_s.set(backlog.seconds)
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def read_metrics() -> Response:
+        """Prometheus metrics: of this process, and of the store all processes share while it answers."""
+        try:
+            metrics.store_holds(await store.backlog(), await store.totals())
+        except StoreUnavailableError:
+            metrics.store_away()
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router

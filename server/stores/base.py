@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Protocol
 
+from server.costs import Offer
 from server.jobs import (
     Backlog,
     Delivery,
@@ -21,11 +22,18 @@ from server.jobs import (
 )
 
 
-class JobStore(Protocol):
-    """Every call may raise OSError when the store cannot be reached; none is done by half.
+class StoreUnavailableError(OSError):
+    """The store cannot be reached, does not answer in time, or refuses to take anything in."""
 
-    Jobs, keys and events live until ``result_ttl_s`` after the job's end.
+
+class JobStore(Protocol):
+    """Every call may raise StoreUnavailableError; none is done by half.
+
+    Jobs, keys and events live until ``result_ttl_s`` after the job's end. outlives_process: another process can
+    finish what this one accepted.
     """
+
+    outlives_process: bool
 
     async def submit(self, job: Job, key: IdempotencyKey | None = None) -> Submission:
         """Accept a job, or find the one accepted under the same key before.
@@ -106,6 +114,14 @@ class JobStore(Protocol):
 
         A job at its ``MAX_ATTEMPTS``-th lost lease fails with ``POISON`` instead.
         """
+        ...
+
+    async def announce(self, worker: str, offers: Mapping[str, Offer]) -> None:
+        """Tell what a worker has ready, by model. It counts as gone when it was silent for a lease's time."""
+        ...
+
+    async def offers(self) -> dict[str, dict[str, Offer]]:
+        """What the workers that are there have ready, by worker and model."""
         ...
 
     async def claim_deliveries(self, n: int) -> list[Delivery]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
+from server.costs import Offer
 from server.jobs import (
     MAX_ATTEMPTS,
     MAX_CRASHES,
@@ -34,6 +35,8 @@ from server.stores.memory_record import Record
 class MemoryStore:
     """A JobStore for one event loop. clock: monotonic seconds; lease_s and result_ttl_s: see Settings."""
 
+    outlives_process = False
+
     def __init__(
         self, lease_s: float = 30.0, result_ttl_s: float = 300.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
@@ -47,6 +50,7 @@ class MemoryStore:
         self._outbox = MemoryOutbox(lease_s, clock)
         self._totals: Counter[tuple[str, str, JobStatus | None]] = Counter()
         self._arrived = asyncio.Event()
+        self._offers: dict[str, tuple[float, dict[str, Offer]]] = {}
         self._open_jobs, self._open_rows, self._open_s = 0, 0, 0.0
 
     async def submit(self, job: Job, key: IdempotencyKey | None = None) -> Submission:
@@ -183,6 +187,13 @@ class MemoryStore:
             elif record.status.terminal and now - record.since > self._result_ttl_s:
                 self._drop(record)
         return queued
+
+    async def announce(self, worker: str, offers: Mapping[str, Offer]) -> None:
+        self._offers[worker] = (self._clock(), dict(offers))
+
+    async def offers(self) -> dict[str, dict[str, Offer]]:
+        oldest = self._clock() - self._lease_s
+        return {worker: offers for worker, (heard, offers) in self._offers.items() if heard >= oldest}
 
     async def claim_deliveries(self, n: int) -> list[Delivery]:
         return self._outbox.claim(n)

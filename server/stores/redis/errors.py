@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 from redis.exceptions import RedisError
 
-
-class StoreUnavailableError(OSError):
-    """Redis cannot be reached, does not answer in time, or refuses: loading, read-only, out of memory."""
+from server.stores.base import StoreUnavailableError
 
 
 @contextmanager

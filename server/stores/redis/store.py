@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from server.costs import Offer
 from server.jobs import (
     MAX_ATTEMPTS,
     MAX_CRASHES,
@@ -43,6 +45,7 @@ LOOK_S = 1.0
 CONNECTIONS = 64
 EVENTS_AT_ONCE = 100
 
+_OFFERS = TypeAdapter(dict[str, Offer])
 _LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
 
 
@@ -52,6 +55,8 @@ class RedisStore:
     No call is sent twice: after a lost answer nobody knows whether it took effect, so the caller is told
     (StoreUnavailableError) and decides.
     """
+
+    outlives_process = True
 
     def __init__(
         self, url: str, lease_s: float = 30.0, result_ttl_s: float = 300.0, *, prefix: str = "halfstep:"
@@ -66,7 +71,8 @@ class RedisStore:
         )
         self._redis = Redis.from_pool(pool)
         self._prefix = prefix
-        self._scripts = Scripts(self._redis, prefix, round(result_ttl_s * 1000), round(lease_s * 1000))
+        self._lease_ms = round(lease_s * 1000)
+        self._scripts = Scripts(self._redis, prefix, round(result_ttl_s * 1000), self._lease_ms)
         self._signals = Signals(self._redis, f"{prefix}told")
 
     async def submit(self, job: Job, key: IdempotencyKey | None = None) -> Submission:
@@ -168,6 +174,21 @@ class RedisStore:
 
     async def reap(self) -> int:
         return int(await self._scripts.run("reap", *_LIMITS))
+
+    async def announce(self, worker: str, offers: Mapping[str, Offer]) -> None:
+        told = _OFFERS.dump_json(dict(offers))
+        await _ask(self._redis.sadd(self._key("workers"), worker))
+        await _ask(self._redis.set(self._key("offer", worker), told, px=self._lease_ms))
+
+    async def offers(self) -> dict[str, dict[str, Offer]]:
+        workers = [name.decode() for name in await _ask(self._redis.smembers(self._key("workers")))]
+        if not workers:
+            return {}
+        told = await _ask(self._redis.mget([self._key("offer", worker) for worker in workers]))
+        gone = [worker for worker, offers in zip(workers, told, strict=True) if offers is None]
+        if gone:
+            await _ask(self._redis.srem(self._key("workers"), *gone))
+        return {w: _OFFERS.validate_json(offers) for w, offers in zip(workers, told, strict=True) if offers}
 
     async def claim_deliveries(self, n: int) -> list[Delivery]:
         return [wire.delivery_from(reply) for reply in await self._scripts.run("claim_deliveries", n)]

@@ -32,7 +32,7 @@ from engines.pipeline import RUNGS
 from engines.sampler import sampler_plan
 from engines.schedule import NoiseSchedule
 from server.cli import app as server_app
-from server.metrics import Metrics
+from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
 from server.settings import Settings
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
@@ -128,6 +128,7 @@ def test_every_metric_is_in_the_table_with_its_labels() -> None:
     names = {
         m.describe()[0].name + ("_total" if isinstance(m, Counter) else ""): set(m._labelnames) for m in metrics
     }
+    names |= {f"{family.name}_total": set(family._labelnames) for family in StoreTotals().collect()}
     assert documented == names
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from server.engine_thread import EngineThread
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
+from server.worker import Worker
 from tests.support.fake_engines import Bench
 from tests.support.offline import offline_client, offline_service
 from tests.support.serving import until
@@ -54,7 +56,9 @@ def start(toy_bundle: Path) -> Any:
     def make(**settings: Any) -> Lab:
         bench, ready = Bench(toy_bundle), Queue[str]()
         service = offline_service(toy_bundle, Settings(**settings))
-        process = Process(service, {"toy-digits": bench.pipeline}, bind("127.0.0.1", 0), ready.put)
+        engine = EngineThread({"toy-digits": bench.pipeline})
+        worker = Worker("w", engine, service.store, service.metrics, max_rows=service.settings.max_rows)
+        process = Process(service, worker, bind("127.0.0.1", 0), ready.put)
         pool = ThreadPoolExecutor(8)
         labs.append(Lab(bench, service, process, "", pool.submit(process.run_until_told), pool))
         labs[-1].url = ready.get(timeout=30)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engines.pipeline import Pipeline
+from server.engine_thread import EngineThread
 from server.jobs import Job, JobState, JobStatus
 from server.metrics import Metrics
 from server.request import DenoiseRequest
@@ -40,7 +41,7 @@ def job(name: str, digit: int = 1, **fields: Any) -> Job:
 async def working(
     pipeline: Pipeline, store: MemoryStore, max_rows: int = 64, metrics: Metrics | None = None
 ) -> AsyncIterator[asyncio.Task[None]]:
-    worker = Worker("w", {"toy-digits": pipeline}, store, metrics or Metrics(), max_rows=max_rows)
+    worker = Worker("w", EngineThread({"toy-digits": pipeline}), store, metrics or Metrics(), max_rows=max_rows)
     task = asyncio.create_task(worker.run())
     yield task
     task.cancel()
@@ -146,9 +147,11 @@ async def test_previews_arrive_in_order(bench: Bench) -> None:
     assert len({p.data for p in previews}) == 6
 
 
-async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(bench: Bench) -> None:
+async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = MemoryStore()
-    bench.pipeline.costs = None
+    monkeypatch.setattr("server.engine_thread.best_rung", None)
     async with working(bench.pipeline, store) as task:
         (state,) = await run(store, job("a"))
         assert state.status is JobStatus.FAILED
@@ -165,7 +168,7 @@ async def test_a_preview_that_cannot_be_encoded_fails_its_own_request(
     store, metrics = MemoryStore(), Metrics()
     async with working(bench.pipeline, store, metrics=metrics) as task:
         with monkeypatch.context() as patch:
-            patch.setattr("server.worker.encode", broken)
+            patch.setattr("server.finishing.encode", broken)
             (bad,) = await run(store, job("bad", steps=8, partial_images=1))
         assert bad.failure is not None
         assert bad.failure.code == "engine_error"

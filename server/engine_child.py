@@ -1,0 +1,125 @@
+"""The engine process: loads the models, runs them on its engine thread, and speaks to its worker over a socket.
+
+``python -m server.engine_child SOCKET PAGE`` (two inherited descriptors) is started by ``server.engine_process``.
+It ends when the other side of the socket does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+import structlog
+
+from engines.backends.base import EngineBackend
+from engines.errors import HalfstepError
+from engines.pipeline import Pipeline
+from server.call_watch import CallWatch, WatchedEngine
+from server.costs import Offer
+from server.engine_thread import EngineThread
+from server.engine_wire import HEAD, events_frame, frame, sizes
+from server.jobs import Lease
+from server.loading import load_pipelines
+from server.logs import configure_logs
+from server.settings import Settings
+from server.work import Crashed, Event
+
+Load = Callable[[Settings, Mapping[str, Offer]], Mapping[str, Pipeline]]
+"""Settings and what an earlier process measured → pipelines that know their costs."""
+
+_log = structlog.get_logger()
+
+
+def main(load: Load = load_pipelines) -> NoReturn:
+    """Serve one worker until it closes the socket."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the worker is told, and finishes what is in here first
+    link = socket.socket(fileno=int(sys.argv[1]))
+    watch = CallWatch(int(sys.argv[2]))
+    hello = _read(link)
+    if hello is None:
+        os._exit(0)
+    settings = Settings(**hello["settings"])
+    configure_logs(settings.log_level)
+    known = {name: Offer(**body) for name, body in hello["known"].items()}
+    try:
+        pipelines = load(settings, known)
+    except HalfstepError as error:
+        link.sendall(frame({"refused": str(error)}))
+        os._exit(1)
+    for pipeline in pipelines.values():
+        _watch_calls(pipeline, watch, settings.hang_s)
+    loaded = {name: Offer.of(pipeline).model_dump() for name, pipeline in pipelines.items()}
+    link.sendall(frame({"loaded": loaded}))
+    _serve(link, EngineThread(pipelines))
+    os._exit(0)  # without unwinding, which a call under way would hold up
+
+
+def _serve(link: socket.socket, engine: EngineThread) -> None:
+    outbox: SimpleQueue[list[Event]] = SimpleQueue()
+    threading.Thread(target=_send, args=(link, outbox), name="events", daemon=True).start()
+    engine.start(outbox.put)
+    while (message := _read(link)) is not None:
+        if "join" in message:
+            engine.join_job(Lease.model_validate(message["join"]))
+        else:
+            engine.stop_job(message["stop"])
+
+
+def _send(link: socket.socket, outbox: SimpleQueue[list[Event]]) -> None:
+    """Beside the steps, so that none waits for its pictures to be carried away."""
+    while True:
+        events = outbox.get()
+        for event in events:
+            if isinstance(event, Crashed):
+                _log.error("engine_thread_ended", error=repr(event.error))
+                os._exit(1)  # the worker starts another and retries what was in here, one by one
+        try:
+            link.sendall(events_frame(events))
+        except OSError:
+            os._exit(0)
+
+
+def _watch_calls(pipeline: Pipeline, watch: CallWatch, floor_s: float) -> None:
+    costs = pipeline.costs
+
+    def wrap(graph: str, engine: EngineBackend) -> EngineBackend:
+        return WatchedEngine(engine, {} if costs is None else costs.ms[graph], watch, floor_s)
+
+    pipeline.wrap_engines(wrap)
+
+
+def _read(link: socket.socket) -> dict[str, Any] | None:
+    """The next message without arrays, or None when the worker is gone."""
+    head = _exactly(link, HEAD.size)
+    if head is None:
+        return None
+    body = _exactly(link, sizes(head)[0])
+    if body is None:
+        return None
+    message: dict[str, Any] = json.loads(body)
+    return message
+
+
+def _exactly(link: socket.socket, count: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        try:
+            part = link.recv(count - len(data))
+        except OSError:
+            return None
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    main()

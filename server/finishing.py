@@ -1,0 +1,55 @@
+"""From pixels to files, in a pool of threads beside the steps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from server.costs import Offer
+from server.encoding import encode, encoding_of
+from server.jobs import EncodedImage, JobResult, Preview, Timing
+from server.request import DenoiseRequest
+from server.work import Made, Pixels, Progress
+
+
+class Finisher:
+    """offers: the models; files and results name the engine that made them."""
+
+    def __init__(self, offers: Mapping[str, Offer], threads: int) -> None:
+        self._engines = {name: offer.engine for name, offer in offers.items()}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+
+    async def previews(self, request: DenoiseRequest, event: Progress) -> tuple[Preview, ...]:
+        """Raises: OSError, ValueError when Pillow does."""
+        files = [await self._encode(request, pixels, request.seed + image) for image, _, pixels in event.previews]
+        return tuple(
+            Preview(image=image, index=index, data=data)
+            for (image, index, _), data in zip(event.previews, files, strict=True)
+        )
+
+    async def result(self, request: DenoiseRequest, made: Made) -> JobResult:
+        """Raises: OSError, ValueError when Pillow does."""
+        begun = time.perf_counter()
+        pairs = zip(made.pixels, request.seeds, strict=True)
+        files = await asyncio.gather(*(self._encode(request, pixels, seed) for pixels, seed in pairs))
+        timing = Timing(
+            queue=made.queue_ms,
+            condition=made.condition_ms,
+            steps=made.steps_ms,
+            decode=made.decode_ms,
+            encode=(time.perf_counter() - begun) * 1000,
+        )
+        images = tuple(
+            EncodedImage(seed=seed, data=data, format=request.output_format)
+            for seed, data in zip(request.seeds, files, strict=True)
+        )
+        return JobResult(engine=self._engines[request.model], timing=timing, images=images)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+    async def _encode(self, request: DenoiseRequest, pixels: Pixels, seed: int) -> bytes:
+        encoding = encoding_of(request, seed, self._engines[request.model])
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)

@@ -1,0 +1,106 @@
+"""The three ways to run: all in one process, the API alone, a worker alone. Each runs until it is told to end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from server.engine import Engine
+from server.engine_process import EngineProcess
+from server.engine_thread import EngineThread
+from server.errors import StartError
+from server.loading import build_service, build_store, load_pipelines
+from server.metrics import Metrics
+from server.process import Process, bind, own_name
+from server.settings import Settings
+from server.stores.base import JobStore
+from server.worker import Worker
+from server.worker_process import WorkerProcess
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def serve(settings: Settings) -> str | None:
+    """API and worker in one process; what went wrong after the start, if anything did."""
+    sock = bind(settings.host, settings.port)
+    store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
+    engine = _open_engine(settings, isolated=settings.isolate_engine)
+    service = build_service(settings, store, metrics)
+    service.costs.update({own_name(): engine.offers})
+    metrics.watch_memory(lambda: engine.pid)
+    for model in service.catalogue:
+        metrics.serves(model.manifest, engine.offers[model.name].engine)
+    worker = _worker(settings, engine, store, metrics)
+    prompt = service.catalogue.default.tokenizer.known()[0]
+    return Process(service, worker, sock, lambda url: _announce(url, _names(engine), prompt)).run_until_told()
+
+
+def api(settings: Settings) -> str | None:
+    """The API alone; what went wrong after the start, if anything did."""
+    _need_redis(settings)
+    sock = bind(settings.host, settings.port)
+    service = build_service(settings, build_store(settings), Metrics())
+    names = ", ".join(model.name for model in service.catalogue)
+    prompt = service.catalogue.default.tokenizer.known()[0]
+    return Process(service, None, sock, lambda url: _announce(url, names, prompt)).run_until_told()
+
+
+def worker(settings: Settings) -> str | None:
+    """A worker alone; what went wrong after the start, if anything did."""
+    _need_redis(settings)
+    sock = bind(settings.host, settings.metrics_port or 0, "--metrics-port")
+    store, metrics = build_store(settings), Metrics()
+    engine = _open_engine(settings, isolated=True)
+    metrics.watch_memory(lambda: engine.pid)
+    for name, offer in engine.offers.items():
+        metrics.engine.labels(name, offer.engine).set(1)
+    process = WorkerProcess(
+        settings,
+        _worker(settings, engine, store, metrics),
+        store,
+        metrics,
+        sock,
+        lambda url: _out.print(f"Working on {_names(engine)}\nMetrics     {url}/metrics", markup=False),
+    )
+    return process.run_until_told()
+
+
+def _open_engine(settings: Settings, *, isolated: bool) -> Engine:
+    with _err.status("Loading and warming the models"):
+        if not isolated:
+            return EngineThread(load_pipelines(settings))
+        engine = EngineProcess(settings)
+        engine.spawn()
+        return engine
+
+
+def _worker(settings: Settings, engine: Engine, store: JobStore, metrics: Metrics) -> Worker:
+    return Worker(
+        own_name(),
+        engine,
+        store,
+        metrics,
+        max_rows=settings.max_rows,
+        encode_threads=settings.encode_threads,
+    )
+
+
+def _need_redis(settings: Settings) -> None:
+    if not settings.redis:
+        raise StartError("Name the job store that API and workers share with --redis URL (HALFSTEP_REDIS).")
+
+
+def _names(engine: Engine) -> str:
+    return ", ".join(f"{name} on {offer.engine}" for name, offer in engine.offers.items())
+
+
+def _announce(url: str, names: str, prompt: str) -> None:
+    _out.print(f"Serving {names}", markup=False)
+    _out.print(f"Playground  {url}/\nReference   {url}/docs\nTry it:", markup=False)
+    body = f"-H 'Content-Type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
+    _out.print(
+        f"  curl -s {url}/v1/images/generations {body}"
+        " | python3 -c 'import base64, json, sys;"
+        ' open("image.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\'',
+        markup=False,
+    )

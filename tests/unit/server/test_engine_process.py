@@ -1,0 +1,161 @@
+"""A model that crashes, hangs or exits takes down its engine process, and no request but its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.errors import BackendError
+from server.engine_process import EngineProcess
+from server.engine_wire import HEAD, events_frame, events_from, sizes
+from server.jobs import Job, JobFailure, JobState, JobStatus
+from server.metrics import Metrics
+from server.request import DenoiseRequest
+from server.settings import Settings
+from server.stores.memory import MemoryStore
+from server.work import Dropped, Failed, Made, Progress, Started, Stepped
+from server.worker import Worker
+
+pytestmark = pytest.mark.anyio
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FAULTY = (sys.executable, "-m", "tests.support.faulty_engine")
+
+
+@pytest.fixture(scope="module")
+def settings(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """The first test measures the costs, the others find them in the cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    return Settings(bundles=(toy_bundle,), cache_dir=cache, hang_s=1.0, threads=1)
+
+
+def job(name: str, digit: int, **fields: Any) -> Job:
+    chosen = {"n": 1, "steps": 4, "seed": digit, **fields}
+    request = DenoiseRequest(
+        model="toy-digits", prompt=DIGITS[digit], guidance_scale=2.0, width=64, height=64, **chosen
+    )
+    return Job(id=name, request=request, cost_s=0.0)
+
+
+@asynccontextmanager
+async def working(engine: EngineProcess, store: MemoryStore) -> AsyncIterator[None]:
+    await asyncio.to_thread(engine.spawn)
+    task = asyncio.create_task(Worker("w", engine, store, Metrics()).run())
+    yield
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def ended(store: MemoryStore, *names: str) -> list[JobState]:
+    async with asyncio.timeout(120):
+        return [await store.wait(name) for name in names]
+
+
+def files(state: JobState) -> list[bytes | None]:
+    assert state.result is not None, state
+    return [image.data for image in state.result.images]
+
+
+@pytest.mark.parametrize(
+    ("digit", "code", "deaths"),
+    [
+        pytest.param(4, "non_finite", 0, id="nan"),
+        pytest.param(5, "poison", 3, id="exit"),
+        pytest.param(6, "engine_error", 0, id="exception"),
+        pytest.param(7, "poison", 3, id="segfault"),
+        pytest.param(8, "poison", 3, id="hang"),
+        pytest.param(9, "poison", 3, id="out-of-memory"),
+    ],
+)
+async def test_poison_fails_alone(settings: Settings, digit: int, code: str, deaths: int) -> None:
+    store, engine, pids = MemoryStore(), EngineProcess(settings, FAULTY), set[int]()
+    names = ["a", "b", "bad", "c"]
+    for name, of in zip(names, (1, 2, digit, 3), strict=True):
+        await store.submit(job(name, of))
+    async with working(engine, store):
+        waiting = asyncio.create_task(ended(store, *names))
+        while not waiting.done():
+            pids.add(engine.pid)
+            await asyncio.sleep(0.01)
+        a, b, bad, c = waiting.result()
+        await engine.ready()
+        for name, of in zip("xyz", (1, 2, 3), strict=True):
+            await store.submit(job(name, of))
+        again = await ended(store, *"xyz")
+    assert bad.failure is not None
+    assert bad.failure.code == code
+    assert bad.attempt == max(1, deaths)
+    assert [files(state) for state in (a, b, c)] == [files(state) for state in again]
+    assert len(pids) == deaths + 1
+
+
+async def test_a_killed_engine_is_replaced_and_its_jobs_made_again(settings: Settings) -> None:
+    store, engine = MemoryStore(), EngineProcess(settings)
+    async with working(engine, store):
+        await store.submit(job("before", 1, n=10, steps=8))
+        os.kill(engine.pid, signal.SIGKILL)
+        await store.submit(job("after", 1, n=10, steps=8))
+        before, after = await ended(store, "before", "after")
+    assert files(before) == files(after)
+
+
+async def test_a_cancelled_job_leaves_the_engine_process(settings: Settings) -> None:
+    store, engine = MemoryStore(), EngineProcess(settings, FAULTY)
+    async with working(engine, store):
+        await store.submit(job("stuck", 8))
+        async for event in store.events("stuck"):
+            if event.type == "running":
+                break
+        assert await store.cancel("stuck")
+        await store.submit(job("next", 1))
+        (state,) = await ended(store, "next")
+    assert state.status is JobStatus.SUCCEEDED
+
+
+async def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:
+    engine = EngineProcess(Settings(bundles=(tmp_path / "nothing",), cache_dir=None))
+    with pytest.raises(BackendError, match="nothing"):
+        await asyncio.to_thread(engine.spawn)
+
+
+async def test_an_engine_that_dies_while_loading_says_so(settings: Settings) -> None:
+    engine = EngineProcess(settings, (sys.executable, "-c", "raise SystemExit(1)"))
+    with pytest.raises(BackendError, match="ended while it loaded"):
+        await asyncio.to_thread(engine.spawn)
+
+
+def test_events_cross_the_border_unchanged() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    spans = {"steps": (1.0, 2.5)}
+    events = [
+        Started("t", 1.5),
+        Stepped("m", 4, 3, 0.25),
+        Dropped("m", 2),
+        Progress("t", 3, ((0, 1, pixels), (1, 1, pixels + 1))),
+        Failed("t", JobFailure(code="c", message="m"), "steps", spans),
+        Made("t", (pixels, pixels + 2), 1.0, 2.0, 3.0, 4.0, spans),
+    ]
+    data = events_frame(events)
+    text, arrays = sizes(data[: HEAD.size])
+    body = json.loads(data[HEAD.size : HEAD.size + text])
+    back = events_from(body["events"], memoryview(data[len(data) - arrays :]))
+    assert back[:3] == events[:3]
+    assert back[4] == events[4]
+    progress, made = back[3], back[5]
+    assert isinstance(progress, Progress)
+    assert isinstance(made, Made)
+    assert [(image, index) for image, index, _ in progress.previews] == [(0, 1), (1, 1)]
+    np.testing.assert_array_equal(progress.previews[1][2], pixels + 1)
+    np.testing.assert_array_equal(made.pixels[1], pixels + 2)
+    assert (made.queue_ms, made.decode_ms, made.spans) == (1.0, 4.0, spans)
