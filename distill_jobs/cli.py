@@ -10,19 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
+from distill_jobs.progress import job_progress
 from distill_jobs.recipe import read_recipe
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from engines.errors import HalfstepError
@@ -53,7 +46,7 @@ def run(
     Exit codes: 1 error, 2 wrong or changed recipe, 3 folder in use, 4 stopped by a signal after a checkpoint,
     5 training diverged or missed a gate, 6 the disk refused a write.
     """
-    with _one_sentence_errors(), _progress() as progress:
+    with _one_sentence_errors(), job_progress() as progress:
         read = read_recipe(recipe, overrides)
         folder = run_job(read, out or Path("runs") / read.name, resume=resume, progress=progress)
         progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
@@ -71,7 +64,7 @@ def evaluate(
 
     Writes report.json, report.md and sheets/*.png into the run folder. Interrupted, it goes on where it stopped.
     """
-    with _one_sentence_errors(), _progress() as progress:
+    with _one_sentence_errors(), job_progress() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         command = f"python -m distill_jobs evaluate {run_dir}"
         use = shutil.which("c++") is not None if compiled is None else compiled
@@ -89,7 +82,7 @@ def export(
     ] = False,
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
-    with _one_sentence_errors(), _progress() as progress:
+    with _one_sentence_errors(), job_progress() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
         progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
@@ -105,15 +98,3 @@ def _one_sentence_errors() -> Iterator[None]:
     except OSError as error:  # a full disk, a folder that is a file, a missing permission
         errors.print(f"Error: {error.strerror}: {error.filename}", style="red", soft_wrap=True, markup=False)
         raise typer.Exit(1) from None
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=Console(stderr=True),
-    )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from distill_jobs.checkpoint import write_folder
+from distill_jobs.checkpoint import write_folder, write_text
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Source
 from distill_jobs.draws import Draw, Draws
@@ -35,7 +35,7 @@ from distill_jobs.objectives import (
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Halving, Recipe, Training
 from distill_jobs.run_folder import Machine, RunFolder
-from distill_jobs.signals import StopSignal
+from distill_jobs.signals import StopSignal, stop_with_launcher
 from distill_jobs.state import Loss, Phase, RowLoss
 from distill_jobs.student import load_stock, new_teacher, predict, save_stock, student_of, with_weights
 from engines.guidance import weight_from_scale
@@ -54,6 +54,8 @@ def run_job(recipe: Recipe, out: Path, *, resume: bool, progress: Progress) -> R
     folder = RunFolder(out)
     processes = Processes(recipe.compute, out)
     with StopSignal().listening() as stop, ExitStack() as held:
+        if processes.count > 1:
+            stop_with_launcher()
         if not processes.is_first:
             progress = Progress(console=Console(quiet=True), disable=True)
 
@@ -105,6 +107,8 @@ class _Job:
 
     def _stage_one(self) -> None:
         section, folder = self._recipe.stage_one, self._folder
+        if self._processes.first(folder.gate.is_file):
+            return
         teacher = self._processes.frozen(load_stock(folder.teacher))
 
         def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
@@ -113,7 +117,7 @@ class _Job:
             return RowLoss(stage_one_loss(network, teacher, self._tables, rows, w) / (1 + w) ** section.w_power, w)
 
         self._phase("stage_one", section, lambda: student_of(load_stock(folder.teacher)), loss, folder.stage_one)
-        self._gate(self._processes.frozen(load_stock(folder.stage_one)), teacher)
+        self._gate(teacher)
 
     def _halve(self, source: Path, halving: Halving) -> None:
         """Train a copy of the network in ``source`` to do in one step what that network does in two."""
@@ -159,9 +163,9 @@ class _Job:
         """Whether a phase is finished."""
         return self._processes.first((folder / "phase.json").is_file)
 
-    def _gate(self, student: nn.Module, teacher: nn.Module) -> None:
+    def _gate(self, teacher: nn.Module) -> None:
         """Refuse a stage-one student that is not yet the guided teacher: every halving inherits its error."""
-        found = self.guidance_errors(student, teacher)
+        found = self.guidance_errors(self._processes.frozen(load_stock(self._folder.stage_one)), teacher)
         errors = self._processes.first(lambda: found)
         shown = ", ".join(f"{scale:g}: {error:.4f}" for scale, error in errors.items())
         self._trainer.progress.console.log(f"stage one, relative v-error by guidance_scale: {shown}")
@@ -172,6 +176,8 @@ class _Job:
                 f"allowed {self._recipe.stage_one.max_relative_error:g}; "
                 "train it longer (stage_one.updates) in a new run folder"
             )
+        passed = json.dumps({"relative_v_error": {f"{scale:g}": error for scale, error in errors.items()}})
+        self._processes.first(lambda: write_text(self._folder.gate, passed + "\n"))
 
     @torch.inference_mode()
     def guidance_errors(self, student: nn.Module, teacher: nn.Module) -> dict[float, float]:

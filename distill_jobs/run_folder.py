@@ -61,6 +61,11 @@ class RunFolder:
     def stage_one(self) -> Path:
         return self.path / "stage_one"
 
+    @property
+    def gate(self) -> Path:
+        """Stands when the stage-one student has passed its gate."""
+        return self.path / "gate.json"
+
     def student(self, steps: int) -> Path:
         return self.path / "students" / f"d{steps}"
 

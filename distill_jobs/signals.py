@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,3 +32,13 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = True
+
+
+def stop_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher that started this process dies; Linux only.
+
+    torchrun ends its workers when it is asked to stop, but not when it is killed.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,5 +1,7 @@
 """The digits recipe made so small that a whole job takes seconds: the same code, fewer and narrower updates."""
 
+from pathlib import Path
+
 OVERRIDES = [
     "unet.block_out_channels=[8, 16]",
     "teacher={updates: 12, batch_size: 8, ema: 0.9}",
@@ -10,3 +12,10 @@ OVERRIDES = [
     "evaluation={samples: 20, seeds: [1, 2], guidance_scales: [1.0, 4.0], teacher_steps: 8, batch_size: 20}",
     "checkpoint_every=5",
 ]
+
+PHASES = ("teacher", "stage_one", "students/d4", "students/d2", "students/d1")
+
+
+def weights_of(run: Path) -> dict[str, bytes]:
+    """The finished networks of a run folder, by phase."""
+    return {p: (run / p / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for p in PHASES}

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from distill_jobs.loop import loss_by_w
 from distill_jobs.recipe import Recipe, read_recipe
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.state import RowLoss
-from tests.support.tiny_recipe import OVERRIDES
-
-PHASES = ("teacher", "stage_one", "students/d4", "students/d2", "students/d1")
+from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -32,35 +29,8 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFol
     return run_job(recipe, tmp_path_factory.mktemp("run") / "whole", resume=False, progress=Progress(disable=True))
 
 
-def weights(folder: RunFolder) -> dict[str, bytes]:
-    return {p: (folder.path / p / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for p in PHASES}
-
-
-class DyingProgress(Progress):
-    """Raises at the n-th report: stands for a kill at an arbitrary update."""
-
-    def __init__(self, dies_at: int) -> None:
-        super().__init__(disable=True)
-        self._left = dies_at
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("dies_at", [1, 7, 13, 22, 38])
-def test_a_killed_job_resumes_to_the_same_bytes(
-    dies_at: int, recipe: Recipe, finished: RunFolder, tmp_path: Path
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_job(recipe, tmp_path / "run", resume=False, progress=DyingProgress(dies_at))
-    resumed = run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
-    assert weights(resumed) == weights(finished)
-
-
 def test_each_phase_changes_the_network_and_records_its_seconds(finished: RunFolder) -> None:
-    assert len(set(weights(finished).values())) == len(PHASES)
+    assert len(set(weights_of(finished.path).values())) == len(PHASES)
     assert set(training_seconds(finished)) == {"teacher", "stage_one", "d4", "d2", "d1"}
 
 
@@ -115,4 +85,6 @@ def test_sigterm_ends_with_a_checkpoint_and_its_own_exit_code(tmp_path: Path, fi
     assert "--resume" in stderr
     assert "Traceback" not in stderr
     recipe = read_recipe("digits", OVERRIDES)
-    assert weights(run_job(recipe, out, resume=True, progress=Progress(disable=True))) == weights(finished)
+    assert weights_of(run_job(recipe, out, resume=True, progress=Progress(disable=True)).path) == weights_of(
+        finished.path
+    )

@@ -1,0 +1,166 @@
+"""The training loop on a network of one layer: what is not finite is not applied, and rewinds make progress."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
+from distill_jobs.draws import Draws
+from distill_jobs.errors import DivergedError, Interrupted, RecipeError
+from distill_jobs.loop import Trainer
+from distill_jobs.processes import Processes
+from distill_jobs.recipe import ComputeSection, Training
+from distill_jobs.signals import StopSignal
+from distill_jobs.state import Phase, RowLoss
+
+WIDTH = 4
+BATCH = 8
+
+Row = Callable[[Tensor, int, Tensor], Tensor]
+
+
+def train(out: Path, row: Row, progress: Progress | None = None, **training: Any) -> dict[str, Tensor]:
+    """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every 5."""
+    settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: Any = nn.Linear(WIDTH, 1, bias=False)
+
+    def loss(layer: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
+        output = layer(draws.normal(update, (rows, WIDTH)))[:, 0]
+        return RowLoss(row(output, update, next(layer.parameters())))
+
+    trainer = Trainer(
+        Processes(ComputeSection(), out),
+        checkpoints=out / "checkpoints",
+        every=5,
+        log_every=1,
+        stop=StopSignal(),
+        progress=progress or Progress(disable=True),
+    )
+    return trainer.train(Phase("phase", settings, network, Draws(7, "phase"), loss))[0]
+
+
+def square(output: Tensor, *_: object) -> Tensor:
+    return (output - 1).square()
+
+
+def bad_at(*updates: int, value: float = float("nan")) -> Row:
+    return lambda output, update, _: square(output) * (value if update in updates else 1.0)
+
+
+def test_an_update_with_a_loss_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
+    display = Progress(disable=True, console=Console(record=True, quiet=True))
+    kept = train(tmp_path / "bad", bad_at(3, 9, 10), display)
+    assert torch.isfinite(kept["weight"]).all()
+    assert not torch.equal(kept["weight"], train(tmp_path / "good", square)["weight"])
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
+    """The square root has an infinite gradient at 0, where its value is 0."""
+
+    def row(output: Tensor, update: int, _: Tensor) -> Tensor:
+        return square(output) + ((output * 0).sqrt() if update == 3 else 0)
+
+    assert torch.isfinite(train(tmp_path, row)["weight"]).all()
+
+
+def test_skipped_updates_leave_weights_and_average_as_they_were(tmp_path: Path) -> None:
+    """With every update but the first two skipped, the result is that of two updates."""
+    two = train(tmp_path / "two", square, updates=2, anneal=False)
+    with_skips = train(tmp_path / "skips", bad_at(2, 3), updates=4, anneal=False)
+    assert torch.equal(two["weight"], with_skips["weight"])
+
+
+def cliff(output: Tensor, _: int, weight: Tensor) -> Tensor:
+    """Infinite where any weight is beyond 0.6: a step too far falls off it, and no update leads back."""
+    return square(output) * torch.where(weight.detach().abs().max() > 0.6, float("inf"), 1.0)
+
+
+TOO_FAST: dict[str, Any] = {"lr": 0.9, "anneal": False, "clip_norm": 1e9}
+
+
+def test_three_in_a_row_go_back_to_the_last_checkpoint_with_half_the_learning_rate(tmp_path: Path) -> None:
+    said: list[str] = []
+    display = Progress(disable=True)
+    display.console.log = said.append  # type: ignore[method-assign]
+    kept = train(tmp_path, cliff, display, **TOO_FAST)
+    assert torch.isfinite(kept["weight"]).all()
+    rewinds = [text for text in said if "half the learning rate" in text]
+    assert 1 <= len(rewinds) <= 3
+    newest = intact_checkpoint(tmp_path / "checkpoints" / "phase")
+    assert newest is not None
+    assert load_checkpoint(newest).rewinds == len(rewinds)
+
+
+def test_a_kill_after_a_rewind_changes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "killed" / "checkpoints" / "phase"
+
+    class Dying(Progress):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            newest = intact_checkpoint(folder)
+            assert newest is not None
+            if load_checkpoint(newest).rewinds and kwargs.get("completed", 0) % 5 == 2:
+                raise KeyboardInterrupt
+
+    whole = train(tmp_path / "whole", cliff, **TOO_FAST)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", cliff, Dying(disable=True), **TOO_FAST)
+    assert torch.equal(train(tmp_path / "killed", cliff, **TOO_FAST)["weight"], whole["weight"])
+
+
+def test_what_stays_infinite_stops_the_job_after_three_rewinds(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="after 3 rewinds"):
+        train(tmp_path, lambda output, *_: output * float("nan"))
+    newest = intact_checkpoint(tmp_path / "checkpoints" / "phase")
+    assert newest is not None
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in load_checkpoint(newest).tensors.values())
+
+
+def test_weights_that_overflow_are_not_checkpointed(tmp_path: Path) -> None:
+    """Loss and gradient stay finite, while the optimiser throws the weights to infinity just where one is due."""
+
+    def row(output: Tensor, _: int, weight: Tensor) -> Tensor:
+        return (output * 0).nan_to_num() + (weight * 1e-3).sum()
+
+    to_infinity_in_15 = 3.4e38 / 14.5
+    kept = train(tmp_path, row, lr=to_infinity_in_15, updates=16, anneal=False)
+    assert torch.isfinite(kept["weight"]).all()
+    newest = intact_checkpoint(tmp_path / "checkpoints" / "phase")
+    assert newest is not None
+    assert load_checkpoint(newest).update == 15
+    assert load_checkpoint(newest).rewinds == 1
+
+
+def test_a_signal_ends_with_a_checkpoint_at_that_update(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop = StopSignal(received=True)
+    trainer = Trainer(Processes(ComputeSection(), out), out, 5, 1, stop, Progress(disable=True))
+
+    def loss(layer: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
+        return RowLoss(square(layer(draws.normal(update, (rows, WIDTH)))[:, 0]))
+
+    network: Any = nn.Linear(WIDTH, 1)
+    with pytest.raises(Interrupted, match="update 1"):
+        trainer.train(Phase("phase", Training(updates=9, batch_size=BATCH), network, Draws(0, "phase"), loss))
+    newest = intact_checkpoint(out / "phase")
+    assert newest is not None
+    assert load_checkpoint(newest).update == 1
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_micro_batches_are_the_large_batch(accumulate: int, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", square)["weight"]
+    parts = train(tmp_path / "parts", square, accumulate=accumulate)["weight"]
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batch_size 8 cannot be shared equally"):
+        train(tmp_path, square, accumulate=3)
