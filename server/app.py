@@ -60,7 +60,7 @@ def create_app(service: Service) -> ASGIApp:
     async def unexpected(_: Request, __: Exception) -> Response:
         return _response(internal_error())  # Starlette raises it again afterwards, for the guard to log
 
-    return AccessLog(Guard(app, service.metrics, service.settings.max_header_bytes))
+    return AccessLog(Guard(app, service.metrics, service.settings))
 
 
 def _response(error: ApiError) -> Response:

@@ -19,8 +19,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.app import create_app
+from server.connection import ConnectionLimits, protocol
 from server.errors import StartError
+from server.metrics import Metrics
 from server.service import DRAINING, ENGINE_DOWN, Service
+from server.settings import Settings
 from server.worker import Worker
 
 _log = structlog.get_logger()
@@ -56,15 +59,23 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
 class DrainingServer(uvicorn.Server):
     """uvicorn with a drain before its shutdown, begun by the first signal; a second one ends the process at once.
 
-    drain_timeout_s: from the signal to the end, the last ``FLUSH_S`` of it to send answers; ready: called with the
-    URL when requests are welcome.
+    ready: called with the URL when requests are welcome.
     """
 
     def __init__(
-        self, app: ASGIApp, sock: socket.socket, drain_timeout_s: float, ready: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        sock: socket.socket,
+        ready: Callable[[str], None],
     ) -> None:
+        limits = ConnectionLimits(settings.header_timeout_s, settings.max_header_bytes, settings.body_timeout_s)
         config = uvicorn.Config(
             app,
+            http=protocol(limits, lambda code: metrics.rejected.labels(code).inc()),
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -75,7 +86,7 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._sock = sock
-        self._drain_timeout_s = drain_timeout_s
+        self._drain_timeout_s = settings.drain_timeout_s
         self._drain_ends_s: float | None = None
         self._ready = ready
 
@@ -110,7 +121,7 @@ class Process(DrainingServer):
     def __init__(
         self, service: Service, worker: Worker | None, sock: socket.socket, ready: Callable[[str], None]
     ) -> None:
-        super().__init__(create_app(service), sock, service.settings.drain_timeout_s, ready)
+        super().__init__(create_app(service), service.settings, service.metrics, sock, ready)
         self._service = service
         self._worker = worker
         self._abandoned = 0

@@ -36,7 +36,13 @@ class Settings(BaseSettings):
     max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="largest request body")
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of request headers")
-    body_timeout_s: float = Field(30.0, gt=0, description="time a client has to send its body")
+    header_timeout_s: float = Field(10.0, gt=0, description="time a client has to send its headers")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="time a client has to send its body, or to take in more of an answer"
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="addresses or networks whose X-Forwarded-For and -Proto are believed"
+    )
     drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
     redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
@@ -54,6 +60,12 @@ class Settings(BaseSettings):
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
         return None if str(value) in ("none", "") else value
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _split_words(cls, value: Any) -> Any:
+        """From the environment: words with commas between them."""
+        return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
     @field_validator("bundles", mode="before")
     @classmethod

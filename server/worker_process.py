@@ -35,7 +35,7 @@ class WorkerProcess(DrainingServer):
     ) -> None:
         app = FastAPI(title="halfstep worker", docs_url=None, redoc_url=None, openapi_url=None)
         app.include_router(operations_routes(metrics, store, self._readiness))
-        super().__init__(app, sock, settings.drain_timeout_s, ready)
+        super().__init__(app, settings, metrics, sock, ready)
         self._worker = worker
         self._store = store
 

@@ -1,8 +1,7 @@
-"""Reading a JSON body: the right type, not too large, not too slow."""
+"""Reading a JSON body: the right type, and not too large."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -11,21 +10,15 @@ from server.errors import ApiError
 from server.settings import Settings
 from server.strict_json import parse_object
 
-_CLOSE = {"connection": "close"}  # the rest of the body is not worth reading
-
 
 async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
-    """The JSON object a client sent. Raises: ApiError 400, 408, 413 or 415."""
+    """The JSON object a client sent. Raises: ApiError 400, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = "The body must be JSON: send it with the header Content-Type: application/json."
-        raise ApiError(415, "unsupported_media_type", message, headers=_CLOSE)
+        raise ApiError(415, "unsupported_media_type", message)
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            return parse_object(await _read(request, settings.max_body_bytes))
-    except TimeoutError:
-        message = f"The body did not arrive within {settings.body_timeout_s:g} s."
-        raise ApiError(408, "body_timeout", message, headers=_CLOSE) from None
+        return parse_object(await _read(request, settings.max_body_bytes))
     except ClientDisconnect:
         raise client_gone() from None
 
@@ -49,4 +42,4 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
 
 
 def _too_large(limit_bytes: int) -> ApiError:
-    return ApiError(413, "payload_too_large", f"The body must be at most {limit_bytes} bytes.", headers=_CLOSE)
+    return ApiError(413, "payload_too_large", f"The body must be at most {limit_bytes} bytes.")

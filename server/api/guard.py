@@ -1,7 +1,8 @@
-"""The ASGI layer around all routes: header limits, and an answer for what nobody caught."""
+"""The ASGI layer around all routes: header limits, body deadlines, and an answer for what nobody caught."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import structlog
@@ -9,18 +10,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError
 from server.metrics import Metrics
+from server.settings import Settings
 
 MAX_HEADERS = 100
 _log = structlog.get_logger()
 
 
 class Guard:
-    """max_header_bytes: largest sum of header names and values; max 100 headers."""
+    """settings: ``max_header_bytes``, ``body_timeout_s``."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_header_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
         self._app = app
         self._metrics = metrics
-        self._max_header_bytes = max_header_bytes
+        self._max_header_bytes = settings.max_header_bytes
+        self._body_timeout_s = settings.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,11 +43,32 @@ class Guard:
             await respond(refusal, send)
             return
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, self._timely(receive), noted)
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", error=type(error).__name__)
             if not started:
                 await respond(internal_error(), send)
+
+    def _timely(self, receive: Receive) -> Receive:
+        """``receive`` that raises ApiError 408 once the body is late; later messages have all the time."""
+        ends_s = asyncio.get_running_loop().time() + self._body_timeout_s
+        reading = True
+
+        async def timely() -> Message:
+            nonlocal reading
+            if not reading:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(ends_s):
+                    message = await receive()
+            except TimeoutError:
+                reading = False
+                late = f"The body did not arrive within {self._body_timeout_s:g} s."
+                raise ApiError(408, "body_timeout", late, headers={"connection": "close"}) from None
+            reading = bool(message.get("more_body", False))
+            return message
+
+        return timely
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ApiError | None:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -53,7 +77,7 @@ class Guard:
             return ApiError(431, "headers_too_large", message, headers={"connection": "close"})
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             message = "Compressed request bodies are not accepted; send it as it is."
-            return ApiError(415, "unsupported_encoding", message, headers={"connection": "close"})
+            return ApiError(415, "unsupported_encoding", message)
         return None
 
 
