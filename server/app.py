@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from collections.abc import Iterable
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from server.api.access import AccessLog
+from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
@@ -24,7 +30,20 @@ _STATUS_ERRORS = {
 
 
 def create_app(service: Service) -> ASGIApp:
-    """All routes behind the guard. Lifespan and worker belong to the caller."""
+    """All routes behind guard and gate. Lifespan and worker belong to the caller."""
+    settings = service.settings
+    gate = Gate(create_api(service), service.keyring, service.rates, settings.rate_limit, service.metrics)
+    return AccessLog(Guard(_cors(gate, settings.cors_origins), service.metrics, settings))
+
+
+def routers(service: Service) -> tuple[APIRouter, ...]:
+    """Every route there is, but for ``/openapi.json``."""
+    operations = operations_routes(service.metrics, service.store, service.readiness)
+    return openai_routes(service), operations, page_routes()
+
+
+def create_api(service: Service) -> FastAPI:
+    """The routes and their errors."""
     app = FastAPI(
         title="halfstep",
         summary="Images in a few steps, guidance as an input.",
@@ -32,11 +51,8 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
     )
-    for router in (
-        openai_routes(service),
-        operations_routes(service.metrics, service.store, service.readiness),
-        page_routes(),
-    ):
+    parts = routers(service)
+    for router in parts:
         app.include_router(router)
 
     @app.exception_handler(ApiError)
@@ -51,16 +67,35 @@ def create_app(service: Service) -> ASGIApp:
         return _response(store_away())
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         code, message = _STATUS_ERRORS.get(error.status_code, ("http_error", "The request was not understood."))
         service.metrics.rejected.labels(code).inc()
-        return _response(ApiError(error.status_code, code, message, headers=error.headers))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(parts, request)
+        return _response(ApiError(error.status_code, code, message, headers=headers))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, __: Exception) -> Response:
         return _response(internal_error())  # Starlette raises it again afterwards, for the guard to log
 
-    return AccessLog(Guard(app, service.metrics, service.settings))
+    return app
+
+
+def _allowed(parts: Iterable[APIRouter], request: Request) -> str:
+    """Methods of all routes with this path; Starlette names those of the first alone."""
+    routes = (route for part in parts for route in part.routes if isinstance(route, APIRoute))
+    matching = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in matching for method in route.methods or ()}))
+
+
+def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """Lets pages of these origins call the API with a key; cookies are never asked for."""
+    if not origins:
+        return app
+    told = ["x-request-id", "retry-after", "retry-after-ms", "location"]
+    methods = ["GET", "POST", "DELETE"]
+    return CORSMiddleware(app, origins, methods, allow_headers=["*"], expose_headers=told)
 
 
 def _response(error: ApiError) -> Response:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from engines.errors import HalfstepError
+from server.keys_cli import keys_app
 from server.logs import configure_logs
 from server.settings import Settings
 
@@ -28,6 +29,9 @@ def _option(field: str, *flags: str) -> Any:
     return typer.Option(*flags, help=text, show_default=str(default))
 
 
+app.add_typer(keys_app, name="keys")
+
+
 @app.callback()
 def main() -> None:
     """Serve few-step diffusion models over HTTP."""
@@ -43,6 +47,7 @@ CacheDir = Annotated[Path | None, _option("cache_dir", "--cache-dir")]
 MaxQueue = Annotated[float | None, _option("max_queue_s", "--max-queue-s")]
 DrainTimeout = Annotated[float | None, _option("drain_timeout_s", "--drain-timeout-s")]
 LogLevel = Annotated[str | None, _option("log_level", "--log-level")]
+ApiKeys = Annotated[Path | None, _option("api_keys", "--api-keys")]
 RedisUrl = Annotated[str | None, _option("redis", "--redis")]
 MetricsPort = Annotated[int | None, _option("metrics_port", "--metrics-port")]
 Isolate = Annotated[bool | None, _option("isolate_engine", "--isolate-engine/--no-isolate-engine")]
@@ -59,6 +64,7 @@ def serve(
     cache_dir: CacheDir = None,
     max_queue_s: MaxQueue = None,
     isolate_engine: Isolate = None,
+    api_keys: ApiKeys = None,
     drain_timeout_s: DrainTimeout = None,
     log_level: LogLevel = None,
 ) -> None:
@@ -73,6 +79,7 @@ def api(
     host: Host = None,
     port: Port = None,
     max_queue_s: MaxQueue = None,
+    api_keys: ApiKeys = None,
     drain_timeout_s: DrainTimeout = None,
     log_level: LogLevel = None,
 ) -> None:

@@ -3,6 +3,7 @@
 ApiError                     an answer with a status, a code and, where one field is at fault, its name
 ├── InvalidRequestError      400: the request asks for something malformed or not offered
 ├── NotFoundError            404
+├── RateError                429: this caller's share is used up; come back in ``retry_after_s``
 └── OverloadedError          503: come back in ``retry_after_s``
 
 Messages never repeat what the client sent.
@@ -71,18 +72,28 @@ class NotFoundError(ApiError):
         super().__init__(404, code, message, param=param)
 
 
-class OverloadedError(ApiError):
-    """503 with both retry headers: whole seconds for browsers and proxies, milliseconds for SDKs."""
+class RateError(ApiError):
+    """429 with both retry headers: whole seconds for browsers and proxies, milliseconds for SDKs."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float) -> None:
-        headers = {
-            "retry-after": str(max(1, math.ceil(retry_after_s))),
-            "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
-        }
-        super().__init__(503, code, message, headers=headers)
+        super().__init__(429, code, message, headers=_retry_headers(retry_after_s))
+
+
+class OverloadedError(ApiError):
+    """503 with both retry headers."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float) -> None:
+        super().__init__(503, code, message, headers=_retry_headers(retry_after_s))
 
 
 def store_away() -> OverloadedError:
     """What a request gets while the job store does not answer."""
     message = "The job store does not answer; send the request again."
     return OverloadedError("store_unavailable", message, retry_after_s=1.0)
+
+
+def _retry_headers(retry_after_s: float) -> dict[str, str]:
+    return {
+        "retry-after": str(max(1, math.ceil(retry_after_s))),
+        "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
+    }

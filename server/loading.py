@@ -14,10 +14,12 @@ from engines.errors import BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from server.admission import Admission
+from server.auth import Keyring
 from server.catalogue import Catalogue, Model
 from server.costs import CostBook, Offer
 from server.errors import StartError
 from server.metrics import Metrics
+from server.rates import Rates
 from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
 from server.stores.base import JobStore
@@ -93,6 +95,8 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Serv
         admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows),
         metrics=metrics,
         costs=costs,
+        keyring=None if settings.api_keys is None else Keyring(settings.api_keys),
+        rates=Rates(settings.redis if store.outlives_process else None),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import json
 import os
 import socket
@@ -36,6 +37,25 @@ LOOK_AT_OFFERS_S = 2.0
 def own_name() -> str:
     """Names this process among all workers."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises: StartError when anyone on a network could use this server without a key."""
+    if settings.api_keys is not None or settings.allow_anonymous or _is_loopback(settings.host):
+        return
+    raise StartError(
+        f"Listening on {settings.host} lets others in, and there are no API keys: make one with `python -m server"
+        " keys new --tenant NAME --api-keys FILE` and serve with --api-keys FILE, or set"
+        " HALFSTEP_ALLOW_ANONYMOUS=true where something in front checks who calls."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
 
 
 def bind(host: str, port: int, flag: str = "--port") -> socket.socket:

@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from server.admission import Admission
+from server.auth import Keyring
 from server.catalogue import Catalogue
 from server.costs import CostBook
 from server.errors import ApiError, OverloadedError
 from server.jobs import Job, JobFailure, JobState, JobStatus
 from server.metrics import Metrics
+from server.rates import Rates
 from server.request import DenoiseRequest
 from server.schemas import Readiness
 from server.settings import Settings
@@ -32,7 +34,7 @@ ENGINE_DOWN = JobFailure(
 class Service:
     """draining: set once the process was told to end; it then finishes what it accepted.
 
-    engine_down: set once no worker is left to make anything.
+    engine_down: set once no worker is left to make anything; keyring: None where everyone is let in.
     costs: what the workers have told of themselves.
     """
 
@@ -42,6 +44,8 @@ class Service:
     admission: Admission
     metrics: Metrics
     costs: CostBook = field(default_factory=CostBook)
+    keyring: Keyring | None = None
+    rates: Rates = field(default_factory=Rates)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.cache import DEFAULT_CACHE
+from server.auth import check_rate
 from server.jobs import HEARTBEAT_S
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
@@ -43,6 +44,13 @@ class Settings(BaseSettings):
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="addresses or networks whose X-Forwarded-For and -Proto are believed"
     )
+    api_keys: Path | None = Field(None, description="file of API keys that `python -m server keys new` writes")
+    allow_anonymous: bool = Field(False, description="listen beyond loopback without API keys")
+    rate_limit: str | None = Field(None, description="requests of a key that generate, such as 60/minute")
+    quota: str | None = Field(None, description="images of a tenant, such as 1000/day")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may call this API, or *"
+    )
     drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
     redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
@@ -61,7 +69,12 @@ class Settings(BaseSettings):
     def _no_cache(cls, value: Any) -> Any:
         return None if str(value) in ("none", "") else value
 
-    @field_validator("trusted_proxies", mode="before")
+    @field_validator("rate_limit", "quota")
+    @classmethod
+    def _is_a_rate(cls, value: str | None) -> str | None:
+        return None if value is None else check_rate(value)
+
+    @field_validator("trusted_proxies", "cors_origins", mode="before")
     @classmethod
     def _split_words(cls, value: Any) -> Any:
         """From the environment: words with commas between them."""

@@ -10,7 +10,7 @@ from server.engine_thread import EngineThread
 from server.errors import StartError
 from server.loading import build_service, build_store, load_pipelines
 from server.metrics import Metrics
-from server.process import Process, bind, own_name
+from server.process import Process, bind, check_exposure, own_name
 from server.settings import Settings
 from server.stores.base import JobStore
 from server.worker import Worker
@@ -22,6 +22,7 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def serve(settings: Settings) -> str | None:
     """API and worker in one process; what went wrong after the start, if anything did."""
+    check_exposure(settings)
     sock = bind(settings.host, settings.port)
     store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
     engine = _open_engine(settings, isolated=settings.isolate_engine)
@@ -38,6 +39,7 @@ def serve(settings: Settings) -> str | None:
 def api(settings: Settings) -> str | None:
     """The API alone; what went wrong after the start, if anything did."""
     _need_redis(settings)
+    check_exposure(settings)
     sock = bind(settings.host, settings.port)
     service = build_service(settings, build_store(settings), Metrics())
     names = ", ".join(model.name for model in service.catalogue)

@@ -87,7 +87,11 @@ def test_a_request_under_way_has_no_deadline(quick: Live) -> None:
 
 @pytest.mark.parametrize(
     "headers",
-    [b"X-Large: " + b"a" * 90_000 + b"\r\n", b"".join(b"X-%d: a\r\n" % k for k in range(5_000)), b"X: " + b"a" * 10**6],
+    [
+        b"X-Large: " + b"a" * 90_000 + b"\r\n",
+        b"".join(b"X-%d: a\r\n" % k for k in range(5_000)),
+        b"X: " + b"a" * 10**6,
+    ],
     ids=["90 kB", "5,000", "endless"],
 )
 def test_large_headers_are_431_and_closed(quick: Live, headers: bytes) -> None:
@@ -95,15 +99,6 @@ def test_large_headers_are_431_and_closed(quick: Live, headers: bytes) -> None:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" + headers)
         connection.sendall(b"\r\n")
         assert code(answer(connection)) == (431, "headers_too_large")
-
-
-def test_a_forwarded_address_is_believed_only_from_trusted_proxies(toy_bundle: Path) -> None:
-    """Seen through the address of our own links, which a proxy may set."""
-    forged = {"x-forwarded-for": "6.6.6.6", "x-forwarded-proto": "https"}
-    for trusted, scheme in (((), "http"), (("127.0.0.1",), "https")):
-        with live(toy_bundle, trusted_proxies=trusted) as running, running.client() as client:
-            location = client.post("/v1/jobs", json={"prompt": "one"}, headers=forged).json()["status_url"]
-            assert location.startswith(f"{scheme}://")
 
 
 @pytest.mark.parametrize("count", [500])

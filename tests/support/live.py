@@ -14,9 +14,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from server.auth import Keyring
+from server.engine_thread import EngineThread
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
+from server.worker import Worker
 from tests.support.fake_engines import Bench
 from tests.support.offline import offline_service
 
@@ -45,8 +48,12 @@ class Live:
 @contextmanager
 def live(bundle: Path, **settings: Any) -> Iterator[Live]:
     bench, ready = Bench(bundle), Queue[str]()
-    service = offline_service(bundle, Settings(**settings))
-    process = Process(service, {"toy-digits": bench.pipeline}, bind("127.0.0.1", 0), ready.put)
+    chosen = Settings(**settings)
+    keyring = None if chosen.api_keys is None else Keyring(chosen.api_keys)
+    service = offline_service(bundle, chosen, keyring)
+    engine = EngineThread({"toy-digits": bench.pipeline})
+    worker = Worker("w", engine, service.store, service.metrics, max_rows=service.settings.max_rows)
+    process = Process(service, worker, bind("127.0.0.1", 0), ready.put)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(process.run_until_told)
         try:

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 from engines.bundle import verify_bundle
 from server.admission import Admission
 from server.app import create_app
+from server.auth import Keyring
 from server.catalogue import Catalogue, Model
 from server.metrics import Metrics
 from server.service import Service
@@ -18,12 +19,12 @@ from server.stores.memory import MemoryStore
 ROW_STEP_S = 0.01
 
 
-def offline_service(bundle: Path, settings: Settings | None = None) -> Service:
+def offline_service(bundle: Path, settings: Settings | None = None, keyring: Keyring | None = None) -> Service:
     """predicted costs: 10 ms a row and step."""
     chosen = settings or Settings()
     catalogue = Catalogue([Model.of(verify_bundle(bundle), lambda r: ROW_STEP_S * r.n * r.steps)])
     admission = Admission(catalogue, chosen.max_queue_s, chosen.max_queued_rows)
-    return Service(chosen, catalogue, MemoryStore(), admission, Metrics())
+    return Service(chosen, catalogue, MemoryStore(), admission, Metrics(), keyring=keyring)
 
 
 def offline_client(service: Service) -> TestClient:

@@ -1,0 +1,87 @@
+"""Who may ask for what: the ASGI layer that finds the caller of every request before any route sees it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.api.guard import respond
+from server.auth import ANYONE, Caller, Keyring, missing_key
+from server.auth import Scope as KeyScope
+from server.errors import ApiError, RateError, store_away
+from server.metrics import Metrics
+from server.rates import Rates
+from server.stores.base import StoreUnavailableError
+
+_OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*|/v1/files/.*")
+"""Probes, static pages, and files whose path is itself signed."""
+
+
+class Gate:
+    """keyring: None where keys are off and every caller is the same."""
+
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring | None, rates: Rates, rate: str | None, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._rates = rates
+        self._rate = rate
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["caller"] = await self._admit(scope)
+            except (ApiError, StoreUnavailableError) as cause:
+                error = cause if isinstance(cause, ApiError) else store_away()
+                self._metrics.rejected.labels(error.code).inc()
+                await respond(error, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> Caller:
+        """Raises: ApiError 401, 403 or 429."""
+        if _OPEN.fullmatch(scope["path"]):
+            return ANYONE
+        caller = ANYONE if self._keyring is None else self._keyring.caller(_presented(scope))
+        needed = _needed(scope)
+        if needed not in caller.scopes:
+            raise ApiError(403, "insufficient_scope", f"This API key lacks the scope {needed}.")
+        if needed is KeyScope.GENERATE:
+            wait_s = await self._rates.spend(caller.rate or self._rate, 1, "rate", caller.key or "")
+            if wait_s is not None:
+                message = "This API key is used too often; the Retry-After header says when to try again."
+                raise RateError("rate_limited", message, retry_after_s=wait_s)
+        return caller
+
+
+def caller_of(request: HTTPConnection) -> Caller:
+    """Whom the gate found."""
+    caller = request.state.caller
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def _needed(scope: Scope) -> KeyScope:
+    if scope["path"] == "/metrics":
+        return KeyScope.METRICS
+    return KeyScope.READ if scope["method"] in ("GET", "HEAD", "OPTIONS") else KeyScope.GENERATE
+
+
+def _presented(scope: Scope) -> str:
+    """The key a request carries. AUTOMATIC1111 clients send it as the password of basic authentication."""
+    kind, _, value = Headers(scope=scope).get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic" and scope["path"].startswith("/sdapi/"):
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    raise missing_key()

@@ -1,0 +1,103 @@
+"""``python -m server keys``: make, list and revoke API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from server.auth import KeyFile, KeyFileError, Scope, new_key, read_keys, write_keys
+from server.settings import Settings
+
+ParametersT = ParamSpec("ParametersT")
+
+keys_app = typer.Typer(no_args_is_help=True, help="API keys: make, list, revoke.")
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_FileOption = Annotated[
+    Path | None, typer.Option("--api-keys", help="file of the keys' hashes [env HALFSTEP_API_KEYS]")
+]
+
+
+def _one_sentence(command: Callable[ParametersT, None]) -> Callable[ParametersT, None]:
+    @wraps(command)
+    def run(*args: ParametersT.args, **kwargs: ParametersT.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyFileError as error:
+            _fail(str(error))
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            _fail(f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}.")
+
+    return run
+
+
+@keys_app.command()
+@_one_sentence
+def new(
+    tenant: Annotated[str, typer.Option(help="whose key: letters, digits, dot, dash, underscore")],
+    scope: Annotated[
+        list[Scope] | None, typer.Option(help="may be repeated", show_default="generate, read")
+    ] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(min=0, help="days until it expires", show_default="never")
+    ] = None,
+    rate: Annotated[str | None, typer.Option(help="requests that generate, such as 60/minute")] = None,
+    quota: Annotated[str | None, typer.Option(help="images of its tenant, such as 1000/day")] = None,
+    api_keys: _FileOption = None,
+) -> None:
+    """Make a key, keep its hash, and print the key, which cannot be shown again."""
+    path = _file(api_keys)
+    expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
+    key, kept = new_key(tenant, scope or [Scope.GENERATE, Scope.READ], expires, rate, quota)
+    keys = read_keys(path).keys if path.exists() else ()
+    write_keys(path, KeyFile(keys=(*keys, kept)))
+    _out.print(key, markup=False)
+
+
+@keys_app.command(name="list")
+@_one_sentence
+def list_keys(api_keys: _FileOption = None) -> None:
+    """Show whose keys there are. The keys themselves are not kept anywhere."""
+    table = Table("id", "tenant", "scopes", "created", "expires", "rate", "quota")
+    for key in read_keys(_file(api_keys)).keys:
+        expires = "never" if key.expires is None else f"{key.expires:%Y-%m-%d %H:%M}"
+        cells = (key.id, key.tenant, ", ".join(sorted(key.scopes)), f"{key.created:%Y-%m-%d %H:%M}", expires)
+        table.add_row(*cells, key.rate or "", key.quota or "")
+    _out.print(table)
+
+
+@keys_app.command()
+@_one_sentence
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="as `keys list` shows it")],
+    api_keys: _FileOption = None,
+) -> None:
+    """Remove a key; running servers refuse it from their next request on."""
+    path = _file(api_keys)
+    keys = read_keys(path).keys
+    left = tuple(key for key in keys if key.id != key_id)
+    if len(left) == len(keys):
+        _fail(f"There is no key with this id in {path}.")
+    write_keys(path, KeyFile(keys=left))
+
+
+def _file(given: Path | None) -> Path:
+    path = given or Settings().api_keys
+    if path is None:
+        _fail("Name the file of API keys with --api-keys FILE, or in HALFSTEP_API_KEYS.")
+    return path
+
+
+def _fail(message: str) -> NoReturn:
+    _err.print(f"Error: {message}", markup=False)
+    raise typer.Exit(1)

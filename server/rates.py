@@ -1,0 +1,40 @@
+"""Rate limits and quotas, counted in this process or, where several share them, in Redis."""
+
+from __future__ import annotations
+
+import time
+
+import limits
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
+
+from server.stores.base import StoreUnavailableError
+
+
+class Rates:
+    """redis_url: where to count, None for this process alone."""
+
+    def __init__(self, redis_url: str | None = None) -> None:
+        storage = (
+            MemoryStorage()
+            if redis_url is None
+            else RedisStorage(f"async+{redis_url}", wrap_exceptions=True, implementation="redispy")
+        )
+        self._limiter = SlidingWindowCounterRateLimiter(storage)
+
+    async def spend(self, rate: str | None, amount: int, *who: str) -> float | None:
+        """Take ``amount`` from what the rate allows, or say in how many seconds there may be some again.
+
+        Raises: StoreUnavailableError.
+        """
+        if rate is None:
+            return None
+        item = limits.parse(rate)
+        try:
+            if await self._limiter.hit(item, *who, cost=amount):
+                return None
+            reset_s = (await self._limiter.get_window_stats(item, *who)).reset_time - time.time()
+        except StorageError as error:
+            raise StoreUnavailableError("the store of rate limits cannot be reached") from error
+        return max(reset_s, 0.001)
