@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -15,6 +16,8 @@ from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
+from distill_jobs.plan import measure, plan_of
+from distill_jobs.plan_page import print_plan
 from distill_jobs.progress import job_progress
 from distill_jobs.recipe import read_recipe
 from distill_jobs.run_folder import RunFolder, stored_recipe
@@ -40,6 +43,9 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. teacher.updates=100."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its cost (memory, disk, hours); train nothing.")
+    ] = False,
 ) -> None:
     """Train teacher, stage one and every halving, resumably, into a run folder.
 
@@ -48,7 +54,14 @@ def run(
     """
     with _one_sentence_errors(), job_progress() as progress:
         read = read_recipe(recipe, overrides)
-        folder = run_job(read, out or Path("runs") / read.name, resume=resume, progress=progress)
+        chosen = out or Path("runs") / read.name
+        if dry_run:
+            plan = plan_of(read)
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            measured = measure(read) if plan.measurable(device) else None
+            print_plan(plan, measured, chosen, Console())
+            return
+        folder = run_job(read, chosen, resume=resume, progress=progress)
         progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
 
 

@@ -6,6 +6,7 @@ A finished phase is a finished folder; a resumed job skips those and goes on fro
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -156,7 +157,11 @@ class _Job:
             record = {"name": name, "updates": training.updates, "seconds": round(seconds, 1)}
             (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
 
-        self._processes.first(lambda: write_folder(folder, fill))
+        def keep() -> None:
+            write_folder(folder, fill)
+            shutil.rmtree(self._trainer.checkpoints / name)
+
+        self._processes.first(keep)
         self._trainer.progress.console.log(f"{name}: {training.updates} updates in {seconds:.0f} s")
 
     def _stands(self, folder: Path) -> bool:

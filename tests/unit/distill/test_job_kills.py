@@ -12,10 +12,11 @@ from distill_jobs.job import run_job
 from distill_jobs.recipe import Recipe, read_recipe
 from distill_jobs.run_folder import RunFolder
 from tests.support.job_process import JobRun
-from tests.support.tiny_recipe import OVERRIDES, weights_of
+from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
 KILLS = 20
 MOST_EVENTS = 45
+FOLDERS = {folder.split("/")[-1]: folder for folder in PHASES}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,8 @@ def test_twenty_sigkills_over_all_phases_leave_the_same_bytes(
         if attempt.reported:
             phase, update = attempt.last_report
             phases.add(phase)
+            if (out / FOLDERS[phase] / "phase.json").is_file():
+                continue
             newest = intact_checkpoint(out / "checkpoints" / phase)
             assert newest is not None
             assert update - load_checkpoint(newest).update <= recipe.checkpoint_every
@@ -55,8 +58,8 @@ def test_twenty_sigkills_over_all_phases_leave_the_same_bytes(
 
 def test_a_full_disk_stops_the_job_with_its_last_checkpoint_intact(finished: RunFolder, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    states = sorted(p.stat().st_size for p in finished.path.glob("checkpoints/teacher/*/state.safetensors"))
-    assert JobRun(out, OVERRIDES, file_limit=states[-1] // 2).exit_code() == 6
+    weights = len(weights_of(finished.path)["teacher"])
+    assert JobRun(out, OVERRIDES, file_limit=3 * weights).exit_code() == 6  # enough without the optimiser's moments
     newest = intact_checkpoint(out / "checkpoints" / "teacher")
     assert newest is not None
     assert load_checkpoint(newest).update == 0

@@ -1,0 +1,186 @@
+"""What a recipe will do and cost, before anything starts: counted on networks without weights."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill_jobs.errors import RecipeError
+from distill_jobs.job import run_job
+from distill_jobs.recipe import Recipe, Training
+from distill_jobs.student import GUIDANCE_WIDTH
+
+FLOAT = 4
+KEPT_CHECKPOINTS = 3  # two, and the one being written
+TRAINED_PASSES, RECOMPUTED_PASSES = 3, 1
+TEXT_TOKENS = 77
+MEASURED_UPDATES = 6
+# An update's FLOPs up to which a few real ones are run: seconds on the device.
+MEASURABLE_FLOPS = {"cpu": 5e10, "cuda": 1e14}
+# Dense bf16 TFLOP/s of the makers' data sheets, of which training UNets reaches about the share below.
+DEVICES = {"NVIDIA H100 SXM": 989.0, "NVIDIA A100": 312.0, "NVIDIA L40S": 362.0, "NVIDIA RTX 4090": 165.0}
+UTILISATION = 0.3
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """parameters: of one network; flops: of its forward pass on one row."""
+
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase. trained: its network; frozen: the network that it learns from; frozen_passes: of it, a row."""
+
+    name: str
+    training: Training
+    trained: NetworkCost
+    frozen: NetworkCost | None
+    frozen_passes: int
+
+    def flops(self, recomputed: bool) -> float:
+        """Of one update, over all processes. recomputed: with gradient checkpointing."""
+        passes = TRAINED_PASSES + (RECOMPUTED_PASSES if recomputed else 0)
+        frozen = self.frozen_passes * self.frozen.flops if self.frozen else 0.0
+        return self.training.batch_size * (passes * self.trained.flops + frozen)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Weights, two moments, and the average where there is one."""
+        return self.trained.parameters * FLOAT * (4 if self.training.ema else 3)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all processes together, without activations: weights, gradients, moments, average, frozen network."""
+        held = self.trained.parameters * (5 if self.training.ema else 4)
+        return FLOAT * (held + (self.frozen.parameters if self.frozen else 0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's phases in their order."""
+
+    recipe: Recipe
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def flops(self) -> float:
+        recomputed = self.recipe.compute.gradient_checkpointing
+        return sum(phase.training.updates * phase.flops(recomputed) for phase in self.phases)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The finished networks, and the checkpoints of the largest phase."""
+        finished = sum(phase.trained.parameters * FLOAT for phase in self.phases)
+        return finished + KEPT_CHECKPOINTS * max(phase.checkpoint_bytes for phase in self.phases)
+
+    def measurable(self, device: torch.device) -> bool:
+        """Whether a few real updates take seconds on this device."""
+        largest = max(phase.flops(self.recipe.compute.gradient_checkpointing) for phase in self.phases)
+        return largest <= MEASURABLE_FLOPS.get(device.type, 0.0)
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The plan of a recipe. Raises: RecipeError when diffusers refuses the network's arguments."""
+    teacher = network_cost(recipe.unet)
+    student = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    halvings = [
+        PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), student, student, 2)
+        for halving in recipe.stage_two.halvings
+    ]
+    return Plan(
+        recipe,
+        (
+            PhasePlan("teacher", recipe.teacher, teacher, None, 0),
+            PhasePlan("stage_one", recipe.stage_one, student, teacher, 2),
+            *halvings,
+        ),
+    )
+
+
+def network_cost(config: dict[str, Any]) -> NetworkCost:
+    """Parameters and FLOPs of a UNet2DConditionModel, built and run on the meta device: no weights, no memory.
+
+    Raises: RecipeError when diffusers refuses the arguments.
+    """
+    with torch.device("meta"), torch.no_grad():
+        try:
+            network = UNet2DConditionModel(**config)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"recipe: unet: diffusers refuses these arguments: {error}") from None
+        made = network.config
+        size = made.sample_size
+        width = made.time_cond_proj_dim
+        pooled = (made.projection_class_embeddings_input_dim or 0) - 6 * (made.addition_time_embed_dim or 0)
+        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)} if pooled > 0 else None
+        with FlopCounterMode(display=False) as counter:
+            network(
+                torch.empty(1, made.in_channels, size, size),
+                torch.zeros(1),
+                encoder_hidden_states=torch.empty(1, TEXT_TOKENS, made.cross_attention_dim),
+                timestep_cond=None if width is None else torch.empty(1, width),
+                added_cond_kwargs=added,
+            )
+    return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: of an update, by phase."""
+
+    seconds: dict[str, float]
+
+    def total(self, plan: Plan) -> float:
+        """Seconds of training; a halving that was not measured costs what the measured one does."""
+        halving = next(iter(name for name in self.seconds if name not in {"teacher", "stage_one"}))
+        per_update = [self.seconds.get(phase.name, self.seconds[halving]) for phase in plan.phases]
+        return sum(phase.training.updates * s for phase, s in zip(plan.phases, per_update, strict=True))
+
+
+def measure(recipe: Recipe) -> Measured:
+    """Run a few real updates of the teacher, of stage one and of the first halving in a temporary folder."""
+    first = recipe.stage_two.halvings[0]
+    few = {"updates": MEASURED_UPDATES}
+    short = recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update=few),
+            "stage_one": recipe.stage_one.model_copy(update={**few, "max_relative_error": float("inf")}),
+            "stage_two": recipe.stage_two.model_copy(update={"halvings": (first.model_copy(update=few),)}),
+        }
+    )
+    watch = _Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="halfstep-dry-run-") as folder:
+        run_job(short, Path(folder) / "run", resume=False, progress=watch)
+    return Measured({name: statistics.median(spent[1:]) for name, spent in watch.spent.items()})
+
+
+class _Stopwatch(Progress):
+    """Seconds between the reports of each task; shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(console=Console(quiet=True), disable=True)
+        self.spent: dict[str, list[float]] = {}
+        self._last = 0.0
+
+    def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
+        self._last = time.monotonic()
+        return super().add_task(*args, **kwargs)
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        super().update(task_id, **kwargs)
+        if "completed" in kwargs:
+            now = time.monotonic()
+            self.spent.setdefault(self._tasks[task_id].description, []).append(now - self._last)
+            self._last = now

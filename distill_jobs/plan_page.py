@@ -1,0 +1,45 @@
+"""A plan as the dry run prints it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from distill_jobs.plan import DEVICES, UTILISATION, Measured, Plan
+
+GIB, TERA = 2**30, 1e12
+
+
+def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Console) -> None:
+    """Phases, memory, disk and time. ``out``: the run folder, for the free space of its disk."""
+    compute = plan.recipe.compute
+    phases = Table("phase", "updates", "batch", "parameters", "TFLOP an update", "seconds an update")
+    for phase in plan.phases:
+        seconds = measured.seconds.get(phase.name) if measured else None
+        phases.add_row(
+            phase.name,
+            f"{phase.training.updates:,}",
+            f"{phase.training.batch_size}",
+            f"{phase.trained.parameters / 1e6:,.2f} M",
+            f"{phase.flops(compute.gradient_checkpointing) / TERA:.3g}",
+            "" if seconds is None else f"{seconds:.3g}",
+        )
+    console.print(phases)
+    memory = max(phase.memory_bytes for phase in plan.phases)
+    shared = "shared over the processes" if compute.shard else "in each process"
+    console.print(f"memory: {memory / GIB:.2f} GiB {shared}, and the activations of its rows", highlight=False)
+    free = shutil.disk_usage(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())).free
+    console.print(f"disk: {plan.disk_bytes / GIB:.2f} GiB, free {free / GIB:.1f} GiB", highlight=False)
+    if plan.disk_bytes > free:
+        console.print(f"the disk of {out} is too small for this run", style="red")
+    if measured:
+        hours = measured.total(plan) / 3600
+        console.print(f"time here: {hours:.2f} hours, from updates just run on this machine", highlight=False)
+        return
+    console.print(f"time: {plan.flops:.2e} FLOPs in all; at {UTILISATION:.0%} of the data sheet's bf16 rate:")
+    for device, teraflops in DEVICES.items():
+        hours = plan.flops / (teraflops * TERA * UTILISATION) / 3600
+        console.print(f"  {device}: {hours:,.1f} GPU hours", highlight=False)
