@@ -50,8 +50,9 @@ distill: setup
 	$(VENV)/bin/python -m distill_jobs evaluate $(OUT)
 	$(VENV)/bin/python -m distill_jobs export $(OUT) $(OUT)/bundle
 
-## make prove      the long proofs: benchmarks into docs/benchmarks.md
+## make prove      the long proofs: 200 kills of a training job; benchmarks into docs/benchmarks.md
 prove: setup
+	$(VENV)/bin/python -m tests.chaos.job_kills
 	$(VENV)/bin/python -m tests.benchmarks
 
 clean:

@@ -56,7 +56,9 @@ class JobRun:
         return self.out.with_name(f"{self.out.name}.reports")
 
     def report(self, phase: str, update: int) -> None:
-        self._reports.write_text(f"{phase} {update}")
+        staged = self._reports.with_suffix(".writing")
+        staged.write_text(f"{phase} {update}")
+        staged.replace(self._reports)
 
     def start(self, rank: int = 0, world: int = 1, port: int = 0) -> ForkServerProcess:
         self._reports.unlink(missing_ok=True)
