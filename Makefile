@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 SERVE_VENV := .venv-serve
+LOCK_VENV := .venv-lock
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 # On a machine without a GPU, point pip at a CPU build of torch to save gigabytes.
 TORCH ?= torch==2.13.0
@@ -10,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint prove distill clean
+.PHONY: help setup serve test lint deploy-check prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -35,7 +36,7 @@ serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
 ## make test       what CI runs: linters, types, import rules, every test
-test: setup lint
+test: setup lint deploy-check
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: setup
@@ -43,6 +44,30 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+## make deploy-check   Dockerfiles, compose files and manifests: linted, rendered, validated, held against the code
+deploy-check: setup
+	$(VENV)/bin/python -m tests.deploy
+
+$(LOCK_VENV)/.ready:
+	$(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/pip install $(PIP_FLAGS) uv==0.13.9 cyclonedx-bom==7.5.0
+	@touch $@
+
+LOCK = $(LOCK_VENV)/bin/uv pip compile --quiet pyproject.toml --generate-hashes --no-annotate --python-version 3.12 \
+	--python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
+
+## make lock       resolve the images' requirements anew, with hashes, into docker/requirements
+lock: $(LOCK_VENV)/.ready
+	$(LOCK) --upgrade --extra signing -o docker/requirements/cpu.txt
+	$(LOCK) --upgrade --extra signing --extra torch -o docker/requirements/gpu.txt
+	$(LOCK) --upgrade --extra distill -o docker/requirements/distil.txt
+
+## make sbom       a CycloneDX bill of materials of each image's requirements, into build/sbom
+sbom: $(LOCK_VENV)/.ready
+	mkdir -p build/sbom
+	for image in cpu gpu distil; do $(LOCK_VENV)/bin/cyclonedx-py requirements docker/requirements/$$image.txt \
+		--output-reproducible --of JSON -o build/sbom/$$image.cdx.json; done
 
 ## make distill    train, evaluate and export a recipe  [RECIPE=digits OUT=runs/digits]
 distill: setup
@@ -56,4 +81,4 @@ prove: setup
 	$(VENV)/bin/python -m tests.benchmarks
 
 clean:
-	rm -rf $(VENV) $(SERVE_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(SERVE_VENV) $(LOCK_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

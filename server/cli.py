@@ -78,6 +78,7 @@ def api(
     bundle: Bundles = None,
     host: Host = None,
     port: Port = None,
+    metrics_port: MetricsPort = None,
     max_queue_s: MaxQueue = None,
     api_keys: ApiKeys = None,
     drain_timeout_s: DrainTimeout = None,

@@ -23,6 +23,7 @@ from server.app import create_app
 from server.connection import ConnectionLimits, protocol
 from server.errors import StartError
 from server.metrics import Metrics
+from server.metrics_port import MetricsPort
 from server.service import DRAINING, ENGINE_DOWN, Service
 from server.settings import Settings
 from server.worker import Worker
@@ -76,6 +77,13 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     return sock
 
 
+def url_of(sock: socket.socket) -> str:
+    """Where a bound socket is reached from this machine."""
+    host, port = sock.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn with a drain before its shutdown, begun by the first signal; a second one ends the process at once.
 
@@ -121,9 +129,7 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self._sock.getsockname()[:2]
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-        self._ready(f"http://{shown}:{port}")
+        self._ready(url_of(self._sock))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.draining:
@@ -139,11 +145,17 @@ class Process(DrainingServer):
     """
 
     def __init__(
-        self, service: Service, worker: Worker | None, sock: socket.socket, ready: Callable[[str], None]
+        self,
+        service: Service,
+        worker: Worker | None,
+        sock: socket.socket,
+        ready: Callable[[str], None],
+        metrics_sock: socket.socket | None = None,
     ) -> None:
         super().__init__(create_app(service), service.settings, service.metrics, sock, ready)
         self._service = service
         self._worker = worker
+        self._metrics_port = MetricsPort(service, metrics_sock) if metrics_sock else None
         self._abandoned = 0
 
     def run_until_told(self) -> str | None:
@@ -161,6 +173,8 @@ class Process(DrainingServer):
         self._tasks = [asyncio.create_task(self._hear_offers(), name="offers")]
         if self._worker is not None:
             self._tasks.append(asyncio.create_task(self._worker.run(), name="worker"))
+        if self._metrics_port is not None:
+            self._metrics_port.open()
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -185,6 +199,8 @@ class Process(DrainingServer):
             task.cancel()
             with suppress(asyncio.CancelledError, ExceptionGroup):  # the latter was logged when it happened
                 await task
+        if self._metrics_port is not None:
+            await self._metrics_port.close()
         await self._service.store.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

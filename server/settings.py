@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     isolate_engine: bool = Field(False, description="run the engine in a process of its own; a worker always does")
     hang_s: float = Field(30.0, gt=0, description="least time an engine call is given before its process is ended")
     metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="port of its own for metrics, and for the probes of a worker"
+        None, ge=0, le=65535, description="port of its own for metrics and probes; of api and worker"
     )
     lease_s: float = Field(
         30.0, gt=3 * HEARTBEAT_S, description="silence after which a worker's job is given to another"

@@ -10,7 +10,7 @@ from server.engine_thread import EngineThread
 from server.errors import StartError
 from server.loading import build_service, build_store, load_pipelines
 from server.metrics import Metrics
-from server.process import Process, bind, check_exposure, own_name
+from server.process import Process, bind, check_exposure, own_name, url_of
 from server.settings import Settings
 from server.stores.base import JobStore
 from server.worker import Worker
@@ -41,10 +41,19 @@ def api(settings: Settings) -> str | None:
     _need_redis(settings)
     check_exposure(settings)
     sock = bind(settings.host, settings.port)
+    metrics_sock = None
+    if settings.metrics_port is not None:
+        metrics_sock = bind(settings.host, settings.metrics_port, "--metrics-port")
     service = build_service(settings, build_store(settings), Metrics())
     names = ", ".join(model.name for model in service.catalogue)
     prompt = service.catalogue.default.tokenizer.known()[0]
-    return Process(service, None, sock, lambda url: _announce(url, names, prompt)).run_until_told()
+
+    def ready(url: str) -> None:
+        if metrics_sock is not None:
+            _out.print(f"Metrics     {url_of(metrics_sock)}/metrics", markup=False)
+        _announce(url, names, prompt)
+
+    return Process(service, None, sock, ready, metrics_sock).run_until_told()
 
 
 def worker(settings: Settings) -> str | None:

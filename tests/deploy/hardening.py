@@ -1,0 +1,178 @@
+"""What every pod, container and namespace must hold: least privilege, limits, time to drain, closed networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from server.process import FLUSH_S
+from server.settings import Settings
+from tests.deploy.sources import Deployment, Object, name_of, pod_of
+
+OUTSIDE_SECRETS = {"halfstep": {"redis-url", "redis-password", "api-keys"}}
+"""Secrets that are made by hand, by name and key; docs/deploying.md says how."""
+
+
+def findings(deployment: Deployment) -> Iterator[str]:
+    """Every promise that is not held, one sentence each."""
+    overlays: dict[str, list[Object]] = {}
+    for where, document in deployment.objects():
+        overlays.setdefault(where, []).append(document)
+    for where, documents in overlays.items():
+        for document in documents:
+            for finding in (*_workload(document), *_references(document, documents)):
+                yield f"{where} {name_of(document)}: {finding}"
+        yield from (f"{where}: {finding}" for finding in _network(documents))
+    for file, content in deployment.compose.items():
+        for name, service in content["services"].items():
+            yield from (f"{file} {name}: {finding}" for finding in _compose(service, file))
+
+
+def _workload(document: Object) -> Iterator[str]:
+    pod = pod_of(document)
+    if pod is None:
+        return
+    spec = pod["spec"]
+    security = spec.get("securityContext", {})
+    expected = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    for field, value in expected.items():
+        if security.get(field) != value:
+            yield f"securityContext.{field} is not {value}"
+    if not security.get("runAsUser"):
+        yield "securityContext.runAsUser names no user but root"
+    if spec.get("automountServiceAccountToken") is not False:
+        yield "a service account's token is mounted"
+    if spec.get("enableServiceLinks") is not False:
+        yield "service links may set HALFSTEP_ variables"
+    for flag in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(flag):
+            yield f"{flag} is set"
+    if any("hostPath" in volume for volume in spec.get("volumes", [])):
+        yield "a path of the host is mounted"
+    for container in (*spec.get("initContainers", []), *spec["containers"]):
+        yield from _container(container)
+        yield from _grace(spec, container)
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            yield from (f"no {probe}" for probe in _PROBES if probe not in container)
+
+
+_PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+
+
+def _container(container: Object) -> Iterator[str]:
+    security = container.get("securityContext", {})
+    if security.get("readOnlyRootFilesystem") is not True:
+        yield "the root file system is writable"
+    if security.get("allowPrivilegeEscalation") is not False:
+        yield "privileges may be gained"
+    if security.get("capabilities", {}).get("drop") != ["ALL"] or security.get("capabilities", {}).get("add"):
+        yield "capabilities are kept"
+    if security.get("privileged"):
+        yield "the container is privileged"
+    limits = container.get("resources", {}).get("limits", {})
+    yield from (f"no limit of {resource}" for resource in ("cpu", "memory") if resource not in limits)
+    tag = container["image"].rpartition(":")[2]
+    if ":" not in container["image"] or tag == "latest":
+        yield f"the image {container['image']} has no version"
+
+
+def _grace(spec: Object, container: Object) -> Iterator[str]:
+    drain = next((e.get("value") for e in container.get("env", []) if e["name"].endswith("DRAIN_TIMEOUT_S")), None)
+    if drain is None:
+        return
+    waits = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    needed = waits + float(Settings(drain_timeout_s=drain).drain_timeout_s) + FLUSH_S
+    if spec.get("terminationGracePeriodSeconds", 30) < needed:
+        yield f"killed before it has drained, which takes {needed:g} s"
+
+
+# ---- references
+
+
+def _references(document: Object, documents: list[Object]) -> Iterator[str]:
+    pod = pod_of(document)
+    spec = document.get("spec", {})
+    names = {(d["kind"], d["metadata"]["name"]) for d in documents}
+    if document["kind"] in ("HorizontalPodAutoscaler", "ScaledObject"):
+        target = spec["scaleTargetRef"]
+        if (target["kind"], target["name"]) not in names:
+            yield f"scales {target['kind']}/{target['name']}, which does not exist"
+    for rule in spec.get("rules", []) if document["kind"] == "HTTPRoute" else []:
+        yield from (
+            f"routes to {b['name']}, no Service" for b in rule["backendRefs"] if ("Service", b["name"]) not in names
+        )
+    if document["kind"] in ("Service", "PodDisruptionBudget"):
+        yield from _selects(document, documents)
+    if pod is None:
+        return
+    volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+    own = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
+    for volume in volumes.values():
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        if claim and ("PersistentVolumeClaim", claim) not in names:
+            yield f"there is no claim {claim}"
+    for container in pod["spec"]["containers"]:
+        mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+        yield from (f"there is no volume {name}" for name in mounts - set(volumes) - own)
+        yield from _secrets(container, volumes.values())
+
+
+def _secrets(container: Object, volumes: object) -> Iterator[str]:
+    refs = [
+        e["valueFrom"]["secretKeyRef"] for e in container.get("env", []) if "secretKeyRef" in e.get("valueFrom", {})
+    ]
+    for volume in volumes:  # type: ignore[attr-defined]
+        secret = volume.get("secret", {})
+        refs += [{"name": secret["secretName"], "key": item["key"]} for item in secret.get("items", [])]
+    for ref in refs:
+        if ref["key"] not in OUTSIDE_SECRETS.get(ref["name"], set()):
+            yield f"no Secret {ref['name']} with a key {ref['key']} is documented"
+
+
+def _selects(document: Object, documents: list[Object]) -> Iterator[str]:
+    spec = document["spec"]
+    wanted = spec["selector"].get("matchLabels", spec["selector"])
+    pods = [pod for pod in map(pod_of, documents) if pod]
+    chosen = [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
+    if not chosen:
+        yield "selects no pod"
+    for port in spec.get("ports", []):
+        open_ports = {p["name"] for pod in chosen for c in pod["spec"]["containers"] for p in c.get("ports", [])}
+        if port["targetPort"] not in open_ports:
+            yield f"its pods have no port {port['targetPort']}"
+
+
+# ---- networks
+
+
+def _network(documents: list[Object]) -> Iterator[str]:
+    policies = [d["spec"] for d in documents if d["kind"] == "NetworkPolicy"]
+    if any(pod_of(d) for d in documents if d["kind"] == "Deployment"):
+        denies = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+        if denies not in policies:
+            yield "no NetworkPolicy denies by default"
+    for policy in policies:
+        for rule in policy.get("ingress", []):
+            if not rule.get("from"):
+                yield "a NetworkPolicy lets everybody in"
+        for rule in policy.get("egress", []):
+            if not rule.get("to"):
+                yield "a NetworkPolicy lets out to anywhere"
+
+
+def _compose(service: Object, file: str) -> Iterator[str]:
+    if file != "compose.yaml":
+        return  # an override: what it does not name stays
+    for field, value in {
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+    }.items():
+        if service.get(field) != value:
+            yield f"{field} is not {value}"
+    yield from (f"no {limit}" for limit in ("mem_limit", "pids_limit") if limit not in service)
+    image = service.get("image", "")
+    if ":" not in image or image.endswith(":latest"):
+        yield f"the image {image} has no version"
+    for port in service.get("ports", []):
+        if not str(port).startswith("127.0.0.1:"):
+            yield f"port {port} is open beyond loopback"
