@@ -20,7 +20,9 @@ import engines.cli
 import server.cli
 from distill_jobs.recipe import shipped_recipes
 from server.api.operations import operations_routes
+from server.errors import StartError
 from server.metrics import Metrics
+from server.process import check_exposure
 from server.settings import Settings
 from tests.deploy.containers import Container, Image, containers, images
 from tests.deploy.sources import Deployment, Object, name_of
@@ -107,9 +109,13 @@ def _settings(container: Container) -> Iterator[str]:
         elif value is not None and "${" not in str(value):
             values[field] = value
     try:
-        Settings(**values)
+        settings = Settings(**values, host=container.flag("--host") or "127.0.0.1")
+        if container.words[3:4] == ("api",) and not container.where.startswith("image "):
+            check_exposure(settings)
     except ValidationError as error:
         yield from (f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+    except StartError as error:
+        yield str(error)
 
 
 # ---- ports and paths

@@ -62,6 +62,13 @@ def test_the_checks_see_all_of_it(deployment: Deployment) -> None:
 
 PLANTED: list[tuple[Findings, str, str, str, str]] = [
     (
+        crosscheck.findings,
+        "docker/compose.yaml",
+        'HALFSTEP_ALLOW_ANONYMOUS: "true"',
+        'HALFSTEP_ALLOW_ANONYMOUS: "false"',
+        "API keys",
+    ),
+    (
         schema.findings,
         "k8s/base/api.yaml",
         "revisionHistoryLimit: 5",
