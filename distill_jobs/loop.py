@@ -10,7 +10,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from distill_jobs.checkpoint import Checkpoint, intact_checkpoint, load_checkpoint, write_checkpoint
-from distill_jobs.errors import DivergedError, Interrupted
+from distill_jobs.errors import DivergedError, Interrupted, StorageError
 from distill_jobs.processes import Processes
 from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase, RowLoss, TrainingState
@@ -117,8 +117,16 @@ class _Run:
         values = {f"{name}/loss": float(whole.loss.mean()), f"{name}/lr": state.lr}
         if whole.w is not None:
             values |= {f"{name}/loss_{bin_name}": mean for bin_name, mean in loss_by_w(whole).items()}
-        self._processes.accelerator.log(values, step=state.update)
+        self._record(values)
         progress.update(self._task, loss=f"loss {values[f'{name}/loss']:.4f}")
+
+    def _record(self, values: dict[str, float]) -> None:
+        try:
+            self._processes.accelerator.log(values, step=self._state.update)
+        except OSError as error:
+            raise StorageError(
+                f"TensorBoard's file cannot be written ({error}); free some space and --resume"
+            ) from None
 
     def _say(self, text: str) -> None:
         self._trainer.progress.console.log(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -20,8 +21,11 @@ LINE_EVERY_S = 10.0
 
 
 def job_progress(console: Console | None = None) -> Progress:
-    """The display for this terminal, or lines where standard error is none. Tasks have a field ``loss``: text."""
-    console = console or Console(stderr=True, log_path=False)
+    """The display for this terminal, or lines where standard error is none. Tasks have a field ``loss``: text.
+
+    Of the processes that torchrun starts only the first shows anything.
+    """
+    console = console or Console(stderr=True, log_path=False, quiet=int(os.environ.get("RANK", "0")) > 0)
     if not console.is_terminal:
         return LineProgress(console)
     return Progress(

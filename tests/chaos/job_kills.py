@@ -18,6 +18,7 @@ from tests.support.job_process import JobRun, ended
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
 SHORTEST_S, LONGEST_S = 0.1, 3.0
+IN_A_WRITE = 0.5
 
 
 def main(
@@ -33,7 +34,7 @@ def main(
         while done < kills:
             runs += 1
             out = Path(folder) / f"run{runs}"
-            while not killed_or_ended(out, chance.uniform(SHORTEST_S, LONGEST_S)):
+            while not killed_or_ended(out, chance.uniform(SHORTEST_S, LONGEST_S), chance.random() < IN_A_WRITE):
                 done += 1
                 torn += bool(list(out.rglob(".*.writing")))
                 typer.echo(f"{done} kills, {torn} inside a write, {runs} runs")
@@ -41,12 +42,17 @@ def main(
     typer.echo(f"{done} kills, {torn} of them inside a write, in {runs} runs: all ended in the same bytes")
 
 
-def killed_or_ended(out: Path, seconds: float) -> bool:
-    """Whether the run ended before its SIGKILL after ``seconds``; the lost updates are counted either way."""
+def killed_or_ended(out: Path, seconds: float, in_a_write: bool) -> bool:
+    """Whether the run ended before its SIGKILL after ``seconds``, or, ``in_a_write``, in the next write after them.
+
+    No more updates are lost than lie between two checkpoints.
+    """
     attempt = JobRun(out, OVERRIDES)
     process = attempt.start()
     process.join(seconds)
-    if process.exitcode is None:
+    while in_a_write and process.is_alive() and not any(out.glob("checkpoints/*/.*.writing")):
+        pass
+    if process.is_alive():
         process.kill()
     if ended(process) == 0:
         return True

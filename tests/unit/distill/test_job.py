@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from rich.progress import Progress
+from typer.testing import CliRunner
 
+from distill_jobs.cli import app
 from distill_jobs.errors import DivergedError, LockedError, RecipeError
 from distill_jobs.job import run_job
-from distill_jobs.loop import loss_by_w
+from distill_jobs.loop import Trainer, loss_by_w
 from distill_jobs.recipe import Recipe, read_recipe
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.state import RowLoss
@@ -48,6 +50,26 @@ def test_a_changed_recipe_is_refused_by_field(finished: RunFolder) -> None:
     other = read_recipe("digits", [*OVERRIDES, "teacher.lr=0.5"])
     with pytest.raises(RecipeError, match=r"teacher\.lr"):
         run_job(other, finished.path, resume=True, progress=Progress(disable=True))
+
+
+def test_the_command_lists_changed_fields_and_computes_nothing(
+    finished: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("it trained"))
+    before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.name != ".lock"}
+    sets = [*OVERRIDES, "teacher.lr=0.5", "seed=4"]
+    command = ["run", "digits", "--out", str(finished.path), "--resume"]
+    result = CliRunner().invoke(app, [*command, *(part for override in sets for part in ("--set", override))])
+    assert result.exit_code == 2
+    assert "seed, teacher.lr" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.name != ".lock"}
+
+
+def test_the_command_of_a_second_job_exits_3(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").locked():
+        result = CliRunner().invoke(app, ["run", "digits", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 3
+    assert "another job works in" in result.stderr
 
 
 def test_two_jobs_do_not_share_a_folder(recipe: Recipe, tmp_path: Path) -> None:
