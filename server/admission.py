@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from server.catalogue import Catalogue
 from server.errors import OverloadedError
 from server.jobs import Backlog
@@ -20,9 +22,19 @@ class Admission:
         """Predicted engine seconds of a request at the best batch size."""
         return self._catalogue.find(request.model).predict_s(request)
 
-    def check(self, backlog: Backlog, request: DenoiseRequest) -> None:
-        """Raises: OverloadedError, with the time until there is room again, as predicted from measured costs."""
-        waiting_s = backlog.seconds + self.cost_s(request)
+    def check(
+        self, backlog: Backlog, request: DenoiseRequest, deadline_ms: int | None = None, workers: int = 1
+    ) -> None:
+        """workers: that share the work.
+
+        Raises: OverloadedError, with the time until there is room again, as predicted from measured costs.
+        """
+        cost_s = self.cost_s(request)
+        waiting_s = backlog.seconds + cost_s
+        late_s = backlog.seconds / max(workers, 1) + cost_s - (deadline_ms or math.inf) / 1000
+        if late_s > 0 and backlog.jobs:
+            message = "The deadline cannot be met: more work is waiting than fits before it."
+            raise OverloadedError("deadline_unmeetable", message, retry_after_s=late_s)
         rows = backlog.rows + request.n
         if backlog.jobs == 0 or (waiting_s <= self._max_queue_s and rows <= self._max_queued_rows):
             return

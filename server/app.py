@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from server.api.access import AccessLog
 from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
+from server.api.jobs import job_routes
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
 from server.api.pages import page_routes
@@ -39,7 +40,7 @@ def create_app(service: Service) -> ASGIApp:
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Every route there is, but for ``/openapi.json``."""
     operations = operations_routes(service.metrics, service.store, service.readiness)
-    return openai_routes(service), operations, page_routes()
+    return openai_routes(service), job_routes(service), operations, page_routes()
 
 
 def create_api(service: Service) -> FastAPI:
@@ -50,6 +51,7 @@ def create_api(service: Service) -> FastAPI:
         version="v1",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     parts = routers(service)
     for router in parts:

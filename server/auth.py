@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -88,6 +89,9 @@ class Caller(Frozen):
 
 
 ANYONE = Caller()
+
+current_caller: ContextVar[Caller] = ContextVar("current_caller", default=ANYONE)
+"""Whom the request under way comes from, as the gate found."""
 
 
 def check_rate(text: str) -> str:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from server.admission import Admission
-from server.auth import Keyring
+from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
-from server.errors import ApiError, OverloadedError
-from server.jobs import Job, JobFailure, JobState, JobStatus
+from server.errors import ApiError, OverloadedError, RateError
+from server.jobs import IdempotencyConflictError, IdempotencyKey, Job, JobFailure, JobState, JobStatus, Submission
 from server.metrics import Metrics
 from server.rates import Rates
 from server.request import DenoiseRequest
 from server.schemas import Readiness
 from server.settings import Settings
+from server.signing import Signer
 from server.stores.base import JobStore, StoreUnavailableError
+from server.webhooks import Webhooks
 
 DRAINING = JobFailure(
     code="draining", message="This server is about to end; send the request again.", retry_after_s=1.0
@@ -46,9 +47,17 @@ class Service:
     costs: CostBook = field(default_factory=CostBook)
     keyring: Keyring | None = None
     rates: Rates = field(default_factory=Rates)
+    signer: Signer = field(init=False)
+    webhooks: Webhooks = field(init=False)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
+    _following: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        secret = self.settings.secret.get_secret_value()
+        self.signer = Signer(secret or None)
+        self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -56,7 +65,8 @@ class Service:
 
         Raises: OverloadedError when there is no room, or the process is about to end.
         """
-        job = await self._submit(request)
+        job, _ = await self._submit(request)
+        self.metrics.accepted.labels(request.model, request.task).inc()
         started = time.monotonic()
         self._open.add(job.id)
         try:
@@ -70,6 +80,33 @@ class Service:
                 await self.store.cancel(job.id)
                 await self._count(job, time.monotonic() - started)
                 await self.store.forget(job.id)
+
+    async def submit(
+        self,
+        request: DenoiseRequest,
+        *,
+        key: IdempotencyKey | None = None,
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        webhook_url: str | None = None,
+    ) -> str:
+        """The id of a job that lives on its own; an earlier one where the key was used for the same body before.
+
+        Raises: OverloadedError, RateError; ApiError 422 when the key was used for another body.
+        """
+        job, submission = await self._submit(request, key, priority, deadline_ms, webhook_url)
+        if not submission.replayed and not self.store.outlives_process:
+            task = asyncio.create_task(self._follow(job.id))
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+        return submission.job_id
+
+    async def _follow(self, job_id: str) -> None:
+        """A job that ends with this process is open until it has ended."""
+        self._open.add(job_id)
+        with suppress(KeyError):
+            await self.store.wait(job_id)
+        self._open.discard(job_id)
 
     async def abandon(self, failure: JobFailure) -> int:
         """Fail what was accepted here and is not finished; their callers get the failure. Returns how many."""
@@ -92,16 +129,41 @@ class Service:
             return "store_unavailable"
         return "ok"
 
-    async def _submit(self, request: DenoiseRequest) -> Job:
+    async def _submit(
+        self,
+        request: DenoiseRequest,
+        key: IdempotencyKey | None = None,
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        webhook_url: str | None = None,
+    ) -> tuple[Job, Submission]:
+        caller = current_caller.get()
         if self.engine_down:
             raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
             raise _refusal(DRAINING)
-        self.admission.check(await self.store.backlog(), request)
-        job = Job(id=secrets.token_hex(12), request=request, cost_s=self.admission.cost_s(request))
-        await self.store.submit(job)
-        self.metrics.accepted.labels(request.model, request.task).inc()
-        return job
+        self.admission.check(await self.store.backlog(), request, deadline_ms, self.costs.workers)
+        await self._spend_quota(caller, request.n)
+        job = Job(
+            id=self.signer.new_job_id(caller.tenant),
+            request=request,
+            cost_s=self.admission.cost_s(request),
+            tenant=caller.tenant,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            webhook_url=webhook_url,
+        )
+        try:
+            return job, await self.store.submit(job, key)
+        except IdempotencyConflictError:
+            message = "This Idempotency-Key was used for another body; take a new key for a new request."
+            raise ApiError(422, "idempotency_key_reuse", message, headers={"x-should-retry": "false"}) from None
+
+    async def _spend_quota(self, caller: Caller, images: int) -> None:
+        wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)
+        if wait_s is not None:
+            message = "The quota of this tenant is used up; the Retry-After header says when to try again."
+            raise RateError("quota_exceeded", message, retry_after_s=wait_s)
 
     async def _count(self, job: Job, seconds: float) -> None:
         """Accepted requests and terminal ones are counted one for one."""

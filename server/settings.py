@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engines.cache import DEFAULT_CACHE
 from server.auth import check_rate
 from server.jobs import HEARTBEAT_S
+from server.webhooks import check_allowed
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
+MIN_SECRET_CHARS = 24
 
 
 class Settings(BaseSettings):
@@ -48,6 +50,13 @@ class Settings(BaseSettings):
     allow_anonymous: bool = Field(False, description="listen beyond loopback without API keys")
     rate_limit: str | None = Field(None, description="requests of a key that generate, such as 60/minute")
     quota: str | None = Field(None, description="images of a tenant, such as 1000/day")
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="shared by all processes: signs job ids and webhooks; empty draws one at the start",
+    )
+    webhook_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins webhooks may go to, and networks they may have private addresses in"
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins whose pages may call this API, or *"
     )
@@ -69,12 +78,23 @@ class Settings(BaseSettings):
     def _no_cache(cls, value: Any) -> Any:
         return None if str(value) in ("none", "") else value
 
+    @model_validator(mode="after")
+    def _webhooks_are_signed(self) -> Self:
+        if self.webhook_allow and len(self.secret.get_secret_value()) < MIN_SECRET_CHARS:
+            raise ValueError(f"webhooks are signed: set HALFSTEP_SECRET to at least {MIN_SECRET_CHARS} characters")
+        return self
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _is_allowable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_allowed(entry) for entry in value)
+
     @field_validator("rate_limit", "quota")
     @classmethod
     def _is_a_rate(cls, value: str | None) -> str | None:
         return None if value is None else check_rate(value)
 
-    @field_validator("trusted_proxies", "cors_origins", mode="before")
+    @field_validator("trusted_proxies", "cors_origins", "webhook_allow", mode="before")
     @classmethod
     def _split_words(cls, value: Any) -> Any:
         """From the environment: words with commas between them."""

@@ -7,11 +7,10 @@ import binascii
 import re
 
 from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.guard import respond
-from server.auth import ANYONE, Caller, Keyring, missing_key
+from server.auth import ANYONE, Caller, Keyring, current_caller, missing_key
 from server.auth import Scope as KeyScope
 from server.errors import ApiError, RateError, store_away
 from server.metrics import Metrics
@@ -37,7 +36,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                scope.setdefault("state", {})["caller"] = await self._admit(scope)
+                current_caller.set(await self._admit(scope))
             except (ApiError, StoreUnavailableError) as cause:
                 error = cause if isinstance(cause, ApiError) else store_away()
                 self._metrics.rejected.labels(error.code).inc()
@@ -59,13 +58,6 @@ class Gate:
                 message = "This API key is used too often; the Retry-After header says when to try again."
                 raise RateError("rate_limited", message, retry_after_s=wait_s)
         return caller
-
-
-def caller_of(request: HTTPConnection) -> Caller:
-    """Whom the gate found."""
-    caller = request.state.caller
-    assert isinstance(caller, Caller)
-    return caller
 
 
 def _needed(scope: Scope) -> KeyScope:

@@ -25,7 +25,7 @@ GENERATION_BODY: dict[str, Any] = {
 }
 
 
-def _error(description: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+def error_response(description: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "server_error" if code in {"queue_full", "engine_error"} else "invalid_request_error"
     example = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return {
@@ -42,18 +42,22 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
         + ", ".join(str(event.model_fields["type"].default) for event in (PartialImageEvent, CompletedEvent)),
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
-    400: _error(
+    400: error_response(
         "A field is unknown, malformed, or asks for what the model does not offer",
         "out_of_range",
         "steps must be one this model was distilled for: 1, 2, 4, 8.",
         "steps",
     ),
-    404: _error("No such model", "model_not_found", "There is no such model here; model can be digits.", "model"),
-    408: _error("The body came too slowly", "body_timeout", "The body did not arrive within 30 s."),
-    413: _error("The body is too large", "payload_too_large", "The body must be at most 1048576 bytes."),
-    415: _error("The body is not plain JSON", "unsupported_media_type", "The body must be JSON."),
-    500: _error("The engine failed on this request", "engine_error", "The engine failed on this request."),
-    503: _error("No room now; Retry-After says when", "queue_full", "The server has as much work as it accepts."),
+    404: error_response(
+        "No such model", "model_not_found", "There is no such model here; model can be digits.", "model"
+    ),
+    408: error_response("The body came too slowly", "body_timeout", "The body did not arrive within 30 s."),
+    413: error_response("The body is too large", "payload_too_large", "The body must be at most 1048576 bytes."),
+    415: error_response("The body is not plain JSON", "unsupported_media_type", "The body must be JSON."),
+    500: error_response("The engine failed on this request", "engine_error", "The engine failed on this request."),
+    503: error_response(
+        "No room now; Retry-After says when", "queue_full", "The server has as much work as it accepts."
+    ),
 }
 
 MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {404: GENERATION_RESPONSES[404]}

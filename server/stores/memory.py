@@ -158,9 +158,9 @@ class MemoryStore:
         record, told = self._records[job_id], int(after or 0)
         while True:
             changed = record.changed
-            for event in record.events[told:]:
+            while told < len(record.events):  # it grows while its reader is busy
                 told += 1
-                yield event
+                yield record.events[told - 1]
             if record.status.terminal:
                 return
             await changed.wait()

@@ -101,6 +101,15 @@ def test_large_headers_are_431_and_closed(quick: Live, headers: bytes) -> None:
         assert code(answer(connection)) == (431, "headers_too_large")
 
 
+def test_a_forwarded_address_is_believed_only_from_trusted_proxies(toy_bundle: Path) -> None:
+    """Seen through the address of our own links, which a proxy may set."""
+    forged = {"x-forwarded-for": "6.6.6.6", "x-forwarded-proto": "https"}
+    for trusted, scheme in (((), "http"), (("127.0.0.1",), "https")):
+        with live(toy_bundle, trusted_proxies=trusted) as running, running.client() as client:
+            location = client.post("/v1/jobs", json={"prompt": "one"}, headers=forged).json()["status_url"]
+            assert location.startswith(f"{scheme}://")
+
+
 @pytest.mark.parametrize("count", [500])
 def test_slow_sockets_leave_others_alone(toy_bundle: Path, count: int) -> None:
     with live(toy_bundle) as running:

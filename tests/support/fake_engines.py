@@ -27,7 +27,7 @@ from engines.manifest import (
 from engines.pipeline import Pipeline
 
 RUNGS = (1, 2, 4, 8)
-MAX_GATES = 1_000_000
+ALL = 0
 
 Run = Callable[[Rows], dict[str, NDArray[Any]]]
 
@@ -65,7 +65,9 @@ class Bench:
     def __init__(self, bundle: Path) -> None:
         self.batches: list[tuple[str, list[int]]] = []
         self.poison: int | None = None
-        self._gate = threading.Semaphore(MAX_GATES)
+        self._gate = threading.Semaphore(0)
+        self._open = threading.Event()
+        self._open.set()
         verified = verify_bundle(bundle)
         manifest = verified.manifest
 
@@ -78,16 +80,21 @@ class Bench:
 
     def hold(self) -> None:
         """Steps from now on wait for ``allow``."""
+        self._open.clear()
         while self._gate.acquire(blocking=False):
             pass
 
-    def allow(self, steps: int = MAX_GATES) -> None:
-        self._gate.release(steps)
+    def allow(self, steps: int = ALL) -> None:
+        if steps == ALL:
+            self._open.set()
+        else:
+            self._gate.release(steps)
 
     def _step(self, graph: str, rows: Rows) -> dict[str, NDArray[Any]]:
         classes = [int(row.argmax()) for row in rows[CONDITION]]
         self.batches.append((graph, classes))
-        self._gate.acquire()
+        while not self._open.is_set() and not self._gate.acquire(timeout=0.05):
+            pass
         if self.poison in classes:
             raise RuntimeError("poison")
         return {NEXT_LATENT: rows[LATENT] * np.float32(0.5), CLEAN_ESTIMATE: rows[LATENT] * np.float32(0.25)}

@@ -24,7 +24,9 @@ def offline_service(bundle: Path, settings: Settings | None = None, keyring: Key
     chosen = settings or Settings()
     catalogue = Catalogue([Model.of(verify_bundle(bundle), lambda r: ROW_STEP_S * r.n * r.steps)])
     admission = Admission(catalogue, chosen.max_queue_s, chosen.max_queued_rows)
-    return Service(chosen, catalogue, MemoryStore(), admission, Metrics(), keyring=keyring)
+    return Service(
+        chosen, catalogue, MemoryStore(chosen.lease_s, chosen.result_ttl_s), admission, Metrics(), keyring=keyring
+    )
 
 
 def offline_client(service: Service) -> TestClient:

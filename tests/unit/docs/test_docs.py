@@ -32,6 +32,7 @@ from engines.pipeline import RUNGS
 from engines.sampler import sampler_plan
 from engines.schedule import NoiseSchedule
 from server.cli import app as server_app
+from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
 from server.settings import Settings
@@ -76,7 +77,7 @@ def test_every_setting_is_in_the_table() -> None:
     assert set(rows) == {"setting", "---"}
 
 
-@pytest.mark.parametrize("schema", [GenerationBody, ImagesResponse, ModelBody])
+@pytest.mark.parametrize("schema", [GenerationBody, ImagesResponse, JobBody, JobStateBody, ModelBody])
 def test_every_field_of_the_api_is_named(schema: type[BaseModel]) -> None:
     text = page("serving.md")
     missing = [name for name in schema.model_fields if f"`{name}`" not in text and name != "object"]

@@ -1,0 +1,118 @@
+"""From the state of a job to the bodies of the jobs API, and to its events."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+
+from server.api.answers import failure_error
+from server.job_schemas import JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
+from server.jobs import JobEvent, JobState, JobStatus
+from server.schemas import ErrorDetail, TimingBody
+from server.service import Service
+
+KEEP_ALIVE_S = 15.0
+
+
+async def job_body(service: Service, request: Request, state: JobState) -> JobStateBody:
+    """request: names the host, as the client knows it, that the addresses start with."""
+    job, wanted, result = state.job, state.job.request, state.result
+    base = f"{str(request.base_url).rstrip('/')}/v1/jobs/{job.id}"
+    images = [
+        JobImageBody(index=k, seed=image.seed, output_format=image.format, url=f"{base}/images/{k}")
+        for k, image in enumerate(result.images if result else ())
+    ]
+    return JobStateBody(
+        id=job.id,
+        status=state.status.value,
+        created=int(job.created_s),
+        queue_position=state.queue_position,
+        step=state.step,
+        eta_ms=await _eta_ms(service, state),
+        task=wanted.task,
+        model=wanted.model,
+        n=wanted.n,
+        seed=wanted.seed,
+        guidance_scale=wanted.guidance_scale,
+        steps=wanted.steps,
+        sampler=wanted.sampler,
+        size=f"{wanted.width}x{wanted.height}",
+        output_format=wanted.output_format,
+        priority=job.priority,
+        deadline_ms=job.deadline_ms,
+        engine=result.engine if result else None,
+        timing=TimingBody(**{k: round(v, 3) for k, v in result.timing.model_dump().items()}) if result else None,
+        images=images,
+        error=_error(state),
+        status_url=base,
+        events_url=f"{base}/events",
+        cancel_url=base,
+    )
+
+
+async def job_events(service: Service, request: Request, job_id: str, after: str | None) -> AsyncIterator[str]:
+    """Server-sent events that come after ``after``, with a comment now and then so that proxies keep the line."""
+    state = await service.store.get(job_id)
+    told = aiter(service.store.events(job_id, after))
+    coming: asyncio.Task[JobEvent] | None = None
+    try:
+        while state is not None:
+            coming = coming or asyncio.ensure_future(anext(told))
+            done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_S)
+            if not done:
+                yield ": still there\n\n"
+                continue
+            try:
+                event = coming.result()
+            except (StopAsyncIteration, KeyError):
+                return
+            coming = None
+            if event.terminal:
+                state = await service.store.get(job_id)
+            if state is not None:
+                yield await _line(service, request, state, event)
+    finally:
+        if coming is not None:
+            coming.cancel()
+
+
+async def _line(service: Service, request: Request, state: JobState, event: JobEvent) -> str:
+    kind = "completed" if event.type == "succeeded" else event.type
+    wanted, preview = state.job.request, event.preview
+    body = JobEventBody(
+        type=kind,
+        step=event.step,
+        steps=wanted.steps,
+        preview=None
+        if preview is None
+        else JobPreviewBody(
+            b64_json=base64.b64encode(preview.data).decode("ascii"),
+            image_index=preview.image,
+            partial_image_index=preview.index,
+            output_format=wanted.output_format,
+        ),
+        job=await job_body(service, request, state) if event.terminal else None,
+    )
+    return f"id: {event.id}\nevent: {kind}\ndata: {body.model_dump_json(exclude_none=True)}\n\n"
+
+
+async def _eta_ms(service: Service, state: JobState) -> int | None:
+    """Predicted from measured costs: the share of the backlog that goes first, then the job itself."""
+    job, cost_s = state.job, state.job.cost_s
+    if state.status is JobStatus.QUEUED:
+        backlog = await service.store.backlog()
+        each_s = backlog.seconds / max(backlog.jobs, 1)
+        ahead_s = each_s * (state.queue_position or 0) / max(service.costs.workers, 1)
+        return round((ahead_s + cost_s) * 1000)
+    if state.status is JobStatus.RUNNING:
+        return round(cost_s * 1000 * (1 - state.step / max(job.request.steps, 1)))
+    return None
+
+
+def _error(state: JobState) -> ErrorDetail | None:
+    if state.failure is None:
+        return None
+    return ErrorDetail.model_validate(failure_error(state.failure).body()["error"])

@@ -1,0 +1,70 @@
+"""What the OpenAPI document says of the jobs API beyond what the code's types say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.api.reference import GENERATION_RESPONSES, error_response
+from server.job_schemas import EXAMPLES, JobBody, JobStateBody
+
+JOB_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": JobBody.model_json_schema(), "examples": EXAMPLES}},
+    }
+}
+
+SUBMITTED: dict[int | str, dict[str, Any]] = {
+    200: {"model": JobStateBody, "description": "Prefer: wait was sent, and the job ended in time"},
+    202: {"description": "Accepted; the Location header and status_url say where to look"},
+}
+
+JOB: dict[int | str, dict[str, Any]] = {200: {"description": "The job as of now"}}
+
+REFUSED: dict[int | str, dict[str, Any]] = {
+    400: error_response(
+        "The body is not JSON, or a header is malformed", "invalid_json", "The body is not valid JSON."
+    ),
+    404: GENERATION_RESPONSES[404],
+    408: GENERATION_RESPONSES[408],
+    409: error_response("It has ended", "already_ended", "This job has succeeded; there is nothing to cancel."),
+    413: GENERATION_RESPONSES[413],
+    415: GENERATION_RESPONSES[415],
+    422: error_response(
+        "A field is unknown, malformed, or asks for what is not offered",
+        "out_of_range",
+        "steps must be one this model was distilled for: 1, 2, 4, 8.",
+        "steps",
+    ),
+    429: error_response(
+        "Too much for this key or tenant", "quota_exceeded", "The quota of this tenant is used up."
+    ),
+    503: GENERATION_RESPONSES[503],
+}
+REFUSED_SUBMISSION = {status: response for status, response in REFUSED.items() if status != 409}
+
+UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: error_response("There is no such job", "job_not_found", "There is no such job."),
+    410: error_response("Its time is over", "gone", "This job has ended and its time is over."),
+}
+
+IMAGE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file",
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/png", "image/jpeg")
+        }
+        | {"image/webp": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    409: error_response("There is no image yet, or never", "not_ready", "This job has not ended yet."),
+}
+
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    400: error_response(
+        "Last-Event-ID is malformed", "invalid_event_id", "Last-Event-ID must be the id of an event."
+    ),
+}

@@ -1,0 +1,125 @@
+"""Bodies of the native jobs API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.noise import MAX_SEED
+from server.jobs import MAX_PRIORITY, EventType
+from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, OutputFormat
+from server.schemas import ErrorDetail, TimingBody
+
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+
+EXAMPLES = {
+    "smallest": {"summary": "One image, everything else default", "value": {"prompt": "seven"}},
+    "urgent": {
+        "summary": "Ahead of one's other jobs, or not at all",
+        "value": {"prompt": "seven", "n": 4, "seed": 1, "priority": 5, "deadline_ms": 20000},
+    },
+}
+
+
+class JobBody(BaseModel):
+    """Body of ``POST /v1/jobs``. null means left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: str = Field(
+        description="What to draw; as in POST /v1/images/generations, like all fields up to sampler."
+    )
+    task: Literal["text_to_image"] | None = Field(None, description="text_to_image when left out.")
+    model: str | None = Field(None, description="A model id from GET /v1/models; the first one when left out.")
+    n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="Number of images, 1 when left out.")
+    size: str | None = Field(None, description='"auto" or one of the model\'s sizes, written as "WxH" in pixels.')
+    output_format: OutputFormat | None = Field(None, description='"png" when left out.')
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
+    partial_images: int | None = Field(
+        None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image among the job's events."
+    )
+    guidance_scale: float | None = Field(None, description="Strength of the prompt; 1 is guidance off.")
+    guidance: float | None = Field(None, description="Another name of guidance_scale.")
+    steps: int | None = Field(None, description="Denoising steps, one of those the model was distilled for.")
+    num_inference_steps: int | None = Field(None, description="Another name of steps.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the first image; random when left out.")
+    sampler: Literal["deterministic", "stochastic"] | None = Field(
+        None, description="The student's own if left out."
+    )
+    negative_prompt: str | None = Field(None, description="Not supported: only the empty text.")
+    priority: int | None = Field(
+        None, ge=0, le=MAX_PRIORITY, description="Higher goes first among the jobs of one tenant; 0 when left out."
+    )
+    deadline_ms: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="From acceptance; a job that is late runs no step and has expired.",
+    )
+    webhook_url: str | None = Field(
+        None, max_length=2048, description="Told when the job has ended; one of the addresses the server allows."
+    )
+
+
+class JobLinks(BaseModel):
+    """Where a job is looked at, followed and cancelled."""
+
+    status_url: str
+    events_url: str
+    cancel_url: str
+
+
+class JobImageBody(BaseModel):
+    """An image of a job that succeeded. url: needs the API key."""
+
+    index: int
+    seed: int
+    output_format: OutputFormat
+    url: str
+
+
+class JobStateBody(JobLinks):
+    """A job as of now."""
+
+    id: str
+    object: Literal["job"] = "job"
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+    created: int = Field(description="Seconds since 1970.")
+    queue_position: int | None = Field(description="Jobs expected to start before it, while it is queued.")
+    step: int = Field(description="Steps done by its slowest image.")
+    eta_ms: int | None = Field(description="Predicted until it ends, while it has not.")
+    task: str
+    model: str
+    n: int
+    seed: int
+    guidance_scale: float
+    steps: int
+    sampler: str
+    size: str
+    output_format: OutputFormat
+    priority: int
+    deadline_ms: int | None
+    engine: str | None
+    timing: TimingBody | None
+    images: list[JobImageBody]
+    error: ErrorDetail | None
+
+
+class JobPreviewBody(BaseModel):
+    """A clean estimate on the way."""
+
+    b64_json: str
+    image_index: int
+    partial_image_index: int
+    output_format: OutputFormat
+
+
+class JobEventBody(BaseModel):
+    """``data`` of an event. The last one, named completed, failed, cancelled or expired, has the job."""
+
+    type: EventType | Literal["completed"]
+    step: int
+    steps: int
+    preview: JobPreviewBody | None = None
+    job: JobStateBody | None = None

@@ -1,0 +1,141 @@
+"""Telling a client's server that a job has ended: from the store's outbox, signed, until it says it heard.
+
+Signature: Standard Webhooks 1.0: ``webhook-signature: v1,`` and the base64 HMAC-SHA256 of ``id.timestamp.body``.
+An address must be under an allowed origin. Its host is resolved once, and that very address is connected to; one
+that is not public must lie in an allowed network. Redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import httpx
+import structlog
+
+from server.errors import InvalidRequestError
+from server.jobs import Delivery
+from server.stores.base import JobStore, StoreUnavailableError
+
+MAX_ATTEMPTS = 12
+TIMEOUT_S = 10.0
+_LOOK_S = 1.0
+_AT_ONCE = 8
+_FIRST_DELAY_S = 2.0
+_LONGEST_DELAY_S = 3600.0
+_log = structlog.get_logger()
+
+
+class RefusedAddressError(Exception):
+    """The host of a webhook has no address that may be connected to."""
+
+
+class Webhooks:
+    """allow: origins such as ``https://hooks.example.com``, and networks such as ``10.0.0.0/8``."""
+
+    def __init__(self, allow: Sequence[str], secret: str, store: JobStore) -> None:
+        self._origins = {_origin(httpx.URL(entry)) for entry in allow if "://" in entry}
+        self._networks = [ipaddress.ip_network(entry) for entry in allow if "://" not in entry]
+        self._secret = secret.encode()
+        self._store = store
+
+    def check(self, url: str) -> None:
+        """Raises: InvalidRequestError when the server may not send there."""
+        message = "webhook_url must start with one of the origins this server allows (HALFSTEP_WEBHOOK_ALLOW)."
+        try:
+            parsed = httpx.URL(url)
+            allowed = _origin(parsed) in self._origins and not parsed.userinfo
+        except (httpx.InvalidURL, ValueError):
+            allowed = False
+        if not allowed:
+            raise InvalidRequestError("webhook_not_allowed", message, param="webhook_url")
+
+    async def run(self) -> None:
+        """Send what is due until cancelled."""
+        if not self._origins:
+            return
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+            while True:
+                due: list[Delivery] = []
+                with suppress(StoreUnavailableError):  # what was not noted down is due again
+                    due = await self._store.claim_deliveries(_AT_ONCE)
+                    await asyncio.gather(*(self._deliver(client, delivery) for delivery in due))
+                if not due:
+                    await asyncio.sleep(_LOOK_S)
+
+    async def _deliver(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
+        fault = await self._send(client, delivery)
+        if fault is None:
+            await self._store.delivered(delivery)
+        elif delivery.attempt >= MAX_ATTEMPTS:
+            _log.error("webhook_given_up", job=delivery.job_id, attempts=delivery.attempt, reason=fault)
+            await self._store.delivered(delivery)
+        else:
+            delay_s = min(_FIRST_DELAY_S * 2 ** (delivery.attempt - 1), _LONGEST_DELAY_S)
+            _log.warning("webhook_failed", job=delivery.job_id, attempt=delivery.attempt, reason=fault)
+            await self._store.retry_delivery(delivery, delay_s)
+
+    async def _send(self, client: httpx.AsyncClient, delivery: Delivery) -> str | None:
+        """None when a 2xx came back, else why not."""
+        content = json.dumps(
+            {"type": "job.ended", "id": delivery.job_id, "status": delivery.status, "ended": int(delivery.ended_s)}
+        ).encode()
+        try:
+            self.check(delivery.url)  # the setting may have changed since
+            url = httpx.URL(delivery.url)
+            address = await self._address(url)
+            headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
+            response = await client.post(
+                url.copy_with(host=address),
+                content=content,
+                headers={**headers, "content-type": "application/json"},
+                extensions={"sni_hostname": url.host},
+            )
+        except InvalidRequestError:
+            return "not_allowed"
+        except (httpx.HTTPError, OSError, RefusedAddressError) as error:
+            return type(error).__name__
+        return None if response.is_success else f"status_{response.status_code}"
+
+    async def _address(self, url: httpx.URL) -> str:
+        """Raises: RefusedAddressError; OSError when the name has no address."""
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, None)
+        for entry in found:
+            address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
+            if address.is_global or any(address in network for network in self._networks):
+                return str(address)
+        raise RefusedAddressError
+
+
+def signed(secret: bytes, message_id: str, content: bytes) -> dict[str, str]:
+    """Headers by which a receiver knows who sent this, and when."""
+    timestamp = str(int(time.time()))
+    mac = hmac.new(secret, f"{message_id}.{timestamp}.".encode() + content, hashlib.sha256).digest()
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": timestamp,
+        "webhook-signature": f"v1,{base64.b64encode(mac).decode('ascii')}",
+    }
+
+
+def check_allowed(entry: str) -> str:
+    """Raises: ValueError when it is neither an origin nor a network."""
+    if "://" not in entry:
+        ipaddress.ip_network(entry)
+        return entry
+    url = httpx.URL(entry)
+    if url.scheme not in ("http", "https") or not url.host or url.raw_path not in (b"/", b""):
+        raise ValueError("an origin is http:// or https:// and a host, without a path")
+    return entry
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int]:
+    default = {"http": 80, "https": 443}[url.scheme] if url.scheme in ("http", "https") else 0
+    return url.scheme, url.host.lower(), url.port or default
