@@ -13,16 +13,16 @@ from tests.support.redis_server import BINARIES
 
 
 @asynccontextmanager
-async def memory_lab() -> AsyncIterator[Lab]:
+async def memory_lab(result_ttl_s: float = RESULT_TTL_S) -> AsyncIterator[Lab]:
     now = [1000.0]
 
     async def pass_time(seconds: float) -> None:
         now[0] += seconds
 
-    yield Lab(MemoryStore(LEASE_S, RESULT_TTL_S, clock=lambda: now[0]), pass_time)
+    yield Lab(MemoryStore(LEASE_S, result_ttl_s, clock=lambda: now[0]), pass_time)
 
 
-LABS: dict[str, Callable[[], AbstractAsyncContextManager[Lab]]] = {
+LABS: dict[str, Callable[..., AbstractAsyncContextManager[Lab]]] = {
     "memory": memory_lab,
     **{binary: partial(redis_lab, binary) for binary in BINARIES},
 }

@@ -17,10 +17,10 @@ PREFIX = "t:"
 
 
 @asynccontextmanager
-async def redis_lab(binary: str) -> AsyncIterator[Lab]:
+async def redis_lab(binary: str, result_ttl_s: float = RESULT_TTL_S) -> AsyncIterator[Lab]:
     server = _server(binary)
     server.client.flushall()
-    store = RedisStore(server.url, LEASE_S, RESULT_TTL_S, prefix=PREFIX)
+    store = RedisStore(server.url, LEASE_S, result_ttl_s, prefix=PREFIX)
 
     async def pass_time(seconds: float) -> None:
         make_older(server.client, round(seconds * 1000))

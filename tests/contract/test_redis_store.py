@@ -113,6 +113,19 @@ async def test_deleted_streams_lose_no_job(server: RedisServer, store: RedisStor
         assert await store.finish(lease, RESULT)
 
 
+async def test_a_stream_made_again_serves_old_and_new(server: RedisServer, store: RedisStore) -> None:
+    for name in ("old", "older"):
+        await store.submit(job(name))
+    server.client.delete(*server.client.keys(f"{PREFIX}lane:*"))
+    for name in ("new", "newer"):
+        await store.submit(job(name))
+    leases = await store.claim("w", MODELS, 10)
+    assert [lease.job.id for lease in leases] == ["old", "older", "new", "newer"]
+    assert undelivered(server) == 0
+    assert [await store.finish(lease, RESULT) for lease in leases] == [True] * 4
+    assert server.client.keys(f"{PREFIX}lane:*") == []
+
+
 async def test_an_entry_is_never_deleted_undelivered(server: RedisServer, store: RedisStore) -> None:
     for k in range(6):
         await store.submit(job(f"j{k}"))

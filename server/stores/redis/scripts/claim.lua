@@ -1,25 +1,26 @@
 -- worker, rows, model ...
 local worker, rows = ARGV[3], tonumber(ARGV[4])
-local models, leases = {}, {}
+local models, leases, MOST = {}, {}, 1000
 for i = 5, #ARGV do models[#models + 1] = ARGV[i] end
 
--- delivers the entry of this job; those ahead of it were cancelled, and a stream somebody deleted is made again
+-- delivers the entry of this job. Those ahead of it were cancelled, as a rule; whatever somebody else did to the
+-- stream, the loop is bounded, for nothing else runs while a script does
 local function deliver(job)
-  while true do
+  if #call('XRANGE', job.stream, job.entry, job.entry) == 0 then job.entry = append(job.stream, job.id) end
+  for _ = 1, call('XLEN', job.stream) do
     local entry, id = read(job.stream, worker)
-    if not entry then
-      job.entry = append(job.stream, job.id)
-    elseif id == job.id then
+    if not entry then break end
+    if id == job.id then
       job.entry = entry
       return
-    else
-      local other = load(id)
-      if other and other.status == 'queued' and other.entry == entry then
-        call('HSET', P .. 'job:' .. id, 'entry', append(job.stream, id))
-      end
-      drop(job.stream, entry)
     end
+    local other = load(id)
+    if other and other.status == 'queued' and other.entry == entry then
+      call('HSET', P .. 'job:' .. id, 'entry', append(job.stream, id))
+    end
+    drop(job.stream, entry)
   end
+  call('XCLAIM', job.stream, GROUP, worker, 0, job.entry, 'FORCE', 'JUSTID')
 end
 
 local function lease(job)
@@ -71,7 +72,7 @@ local function next_fair()
   end
 end
 
-while true do
+for _ = 1, MOST do
   local job = next_returned()
   local returned = job ~= nil
   job = job or next_fair()

@@ -14,6 +14,8 @@
 --   deadlines                  zset    open jobs with a deadline -> ms
 --   backlog, totals            hash    open jobs, rows and cost; jobs accepted and ended
 --   outbox, delivery:<id>      zset    webhooks -> ms when due; hash
+--   workers, offer:<worker>    set     who is there; string: what it has ready, expires with its silence
+--   told                       channel ids of jobs at every event, "!" <id> at their end, "+" when one is queued
 local P, GROUP = KEYS[1], 'workers'
 local TTL, LEASE = tonumber(ARGV[1]), tonumber(ARGV[2])
 local PRIORITY_MS, MIN_COST_US = 60000, 1000

@@ -1,0 +1,54 @@
+"""``python -m tests.chaos [small|full|plants]``: the verdict as a table; exit 1 for a fault seen, or missed."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.harness import Plan, Verdict, run
+from tests.chaos.plants import PLANTS
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
+
+PLANS = {
+    "small": Plan(3000, 120, workers=3, worker_kills=30, api_kills=6, redis_kills=3, freezes=6, poison=5),
+    "full": Plan(10_000, 270, workers=3, worker_kills=100, api_kills=20, redis_kills=10, freezes=20, poison=10),
+}
+PLANT = Plan(240, 12, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
+"""The load under which every planted bug must show."""
+
+
+def main(what: str = "small") -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = make_toy_bundle(Path(folder) / "toy", ToyOptions()).path
+        log = Path(folder) / "log"
+        if what == "plants":
+            verdicts = [run(replace(PLANT, plant=plant), bundle, log) for plant in ("", *PLANTS)]
+        else:
+            verdicts = [run(PLANS[what], bundle, log)]
+        show(verdicts)
+        sound = [bool(verdict.faults) == bool(verdict.plan.plant) for verdict in verdicts]
+        if not all(sound):
+            Console(stderr=True).print(log.read_text()[-20_000:], markup=False, highlight=False)
+        return 0 if all(sound) else 1
+
+
+def show(verdicts: list[Verdict]) -> None:
+    table = Table("planted", "jobs", "seconds", "attempts a job", "accepted", "ended", "faults seen")
+    for verdict in verdicts:
+        faults = ", ".join(f"{count} {name}" for name, count in verdict.faults.items()) or "none"
+        figures = (f"{verdict.seconds:.0f}", f"{verdict.attempts:.3f}", str(verdict.accepted), str(verdict.ended))
+        table.add_row(verdict.plan.plant or "nothing", str(verdict.plan.jobs), *figures, faults)
+    console = Console(width=160)
+    console.print(table)
+    for verdict in verdicts:
+        for example in verdict.examples:
+            console.print(f"{verdict.plan.plant or 'nothing'}: {example}", markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

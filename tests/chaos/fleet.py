@@ -1,0 +1,86 @@
+"""APIs, workers and a Redis as processes of their own, and what can happen to them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import httpx
+
+from tests.support.redis_server import RedisServer
+from tests.support.serving import ROOT, until
+
+EXIT_S = 40
+
+
+class Node:
+    """One process, which keeps its port however often it is started."""
+
+    def __init__(self, role: str, url: str, bundle: Path, plant: str, log: IO[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        module = [sys.executable, "-m", "tests.chaos.node"]
+        self._command = [*module, role, url, str(bundle), str(self.port), plant]
+        self._log = log
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, cwd=ROOT, stderr=self._log)
+
+    def restart(self) -> None:
+        """SIGKILL, and another in its place."""
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self.process.wait(EXIT_S)
+
+    @property
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+class Fleet:
+    """log: where the processes write."""
+
+    def __init__(self, bundle: Path, apis: int, workers: int, plant: str, log: Path) -> None:
+        self._log = log.open("a")
+        self.redis = RedisServer("", None if plant == "not_durable" else "always")
+        self.apis = [Node("api", self.redis.url, bundle, plant, self._log) for _ in range(apis)]
+        self.workers = [Node("worker", self.redis.url, bundle, plant, self._log) for _ in range(workers)]
+
+    def wait_ready(self) -> None:
+        for node in (*self.apis, *self.workers):
+            until(lambda node=node: node.ready, "a process is ready", 120)  # type: ignore[misc]
+
+    def kill_redis(self) -> None:
+        self.redis.kill()
+        time.sleep(0.2)
+        self.redis.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in (*self.apis, *self.workers):
+            node.process.send_signal(signal.SIGCONT)
+            node.process.kill()
+            node.process.wait()
+        self.redis.__exit__(None, None, None)
+        self._log.close()

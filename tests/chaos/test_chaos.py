@@ -1,0 +1,54 @@
+"""A short run of the harness, and that it would notice. The long ones: ``python -m tests.chaos``."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.fleet import Fleet
+from tests.chaos.harness import Plan, run
+from tests.chaos.ledger import Ledger
+from tests.support.serving import until
+
+SHORT = Plan(240, 12, worker_kills=4, api_kills=2, redis_kills=1, freezes=1, poison=1)
+
+
+def test_nothing_is_lost_doubled_or_blamed(toy_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    verdict = run(SHORT, toy_bundle, log)
+    assert not verdict.faults, f"{verdict.examples}\n{log.read_text()[-5000:]}"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan(60, 3, apis=1, workers=1, plant="no_idempotency"), id="no_idempotency"),
+        pytest.param(Plan(60, 4, apis=1, workers=2, plant="early_ack"), id="early_ack"),
+    ],
+)
+def test_a_planted_bug_is_noticed(plan: Plan, toy_bundle: Path, tmp_path: Path) -> None:
+    assert run(plan, toy_bundle, tmp_path / "log").faults
+
+
+def test_rolling_restarts_are_not_noticed(toy_bundle: Path, tmp_path: Path) -> None:
+    jobs = 120
+    with Fleet(toy_bundle, apis=2, workers=2, plant="", log=tmp_path / "log") as fleet:
+        fleet.wait_ready()
+        ledger = Ledger([node.url for node in fleet.apis], jobs, 0, random.Random(1))
+
+        async def roll() -> list[int]:
+            working = asyncio.create_task(ledger.run(8))
+            statuses = []
+            for node in (*fleet.workers, *fleet.apis):
+                statuses.append(await asyncio.to_thread(node.terminate))
+                node.start()
+                await asyncio.to_thread(until, lambda node=node: node.ready, "it is ready again", 60)  # type: ignore[misc]
+            await asyncio.wait_for(working, 60)
+            return statuses
+
+        assert asyncio.run(roll()) == [0] * 4
+    assert {entry.status for entry in ledger.entries} == {"succeeded"}
+    assert not [error for entry in ledger.entries for error in entry.errors]
