@@ -7,7 +7,7 @@ meanwhile are found lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -63,14 +63,16 @@ class Worker:
         self._rows = 0
         self._held: dict[str, _Held] = {}
         self._freed = asyncio.Event()
-        self._draining = asyncio.Event()
+        self._draining = False
+        self._claiming = False
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
         self._finisher = Finisher(engine.offers, encode_threads)
         self._models = frozenset(engine.offers)
 
     @property
     def idle(self) -> bool:
-        return not self._held
+        """It holds no job, and is not about to."""
+        return not self._held and not self._claiming
 
     @property
     def engine_up(self) -> bool:
@@ -96,41 +98,55 @@ class Worker:
 
     def drain(self) -> None:
         """Claim nothing any more; what is held is finished."""
-        self._draining.set()
+        self._draining = True
 
     async def give_back_all(self) -> int:
         """Let other workers have what is held; returns how many jobs."""
         leases = [held.lease for held in self._held.values()]
         for lease in leases:
             self._engine.stop_job(lease.token)
-            with suppress(OSError):
-                await self._store.give_back(lease)
         self._held.clear()
+        await self._give_back(leases)
         return len(leases)
+
+    async def _give_back(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            with suppress(OSError):  # then it runs out
+                await self._store.give_back(lease)
 
     # ---- taking jobs in
 
     async def _claim(self) -> None:
-        while not self._draining.is_set():
+        while not self._draining:
             await self._engine.ready()
             free = self._max_rows - self._rows
             if free < MAX_IMAGES:
                 await self._until_freed()
                 continue
-            try:
-                leases = await self._store.claim(self._name, self._models, free, wait_s=IDLE_CLAIM_S)
-            except OSError as error:
-                _log.warning("store_away", call="claim", error=str(error))
-                await asyncio.sleep(STORE_RETRY_S)
-                continue
-            for lease in leases:
-                self._held[lease.token] = _Held(lease)
-                self._count(lease.job.request.n)
-            for lease in leases:
+            for lease in await self._take(free):
                 if lease.alone:
                     await self._run_alone(lease)
                 else:
                     self._engine.join_job(lease)
+
+    async def _take(self, rows: int) -> list[Lease]:
+        """Leases on what fits; none while the store is away, or when the worker was told to leave meanwhile."""
+        self._claiming = True
+        try:
+            leases = await self._store.claim(self._name, self._models, rows, wait_s=IDLE_CLAIM_S)
+            if self._draining:
+                await self._give_back(leases)
+                return []
+            for lease in leases:
+                self._held[lease.token] = _Held(lease)
+                self._count(lease.job.request.n)
+            return leases
+        except OSError as error:
+            _log.warning("store_away", call="claim", error=str(error))
+            await asyncio.sleep(STORE_RETRY_S)
+            return []
+        finally:
+            self._claiming = False
 
     async def _run_alone(self, lease: Lease) -> None:
         """Let everything else leave the engine first, and nothing join until this job has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from server.engine_thread import EngineThread
 from server.jobs import Job, JobState, JobStatus
 from server.metrics import Metrics
 from server.request import DenoiseRequest
+from server.stores.base import StoreUnavailableError
 from server.stores.memory import MemoryStore
 from server.worker import Worker
 from tests.support.fake_engines import Bench
@@ -175,4 +177,74 @@ async def test_a_preview_that_cannot_be_encoded_fails_its_own_request(
         (good,) = await run(store, job("good"))
         assert good.status is JobStatus.SUCCEEDED
         await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 0)
+        assert not task.done()
+
+
+async def test_a_job_past_its_deadline_runs_no_step(bench: Bench) -> None:
+    store = MemoryStore()
+    bench.hold()
+    async with working(bench.pipeline, store):
+        await store.submit(job("companion", digit=1))
+        await until(lambda: bench.batches != [])
+        late = job("late", digit=2).model_copy(update={"deadline_ms": 200})
+        await store.submit(late)
+        ends = time.monotonic() + 0.25
+        await until(lambda: time.monotonic() > ends)
+        bench.allow()
+        states = [await store.wait(name) for name in ("companion", "late")]
+    assert [state.status for state in states] == [JobStatus.SUCCEEDED, JobStatus.EXPIRED]
+    assert {digit for _, classes in bench.batches for digit in classes} == {1}
+
+
+async def test_a_leaving_worker_gives_back_what_it_cannot_finish(bench: Bench) -> None:
+    store = MemoryStore()
+    bench.hold()
+    worker = Worker("leaving", EngineThread({"toy-digits": bench.pipeline}), store, Metrics())
+    task = asyncio.create_task(worker.run())
+    await store.submit(job("a"))
+    await until(lambda: bench.batches != [])
+    worker.drain()
+    await store.submit(job("b"))
+    assert not worker.idle
+    assert await worker.give_back_all() == 1
+    await until(lambda: worker.idle)
+    bench.allow()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    leases = await store.claim("w", ["toy-digits"], 10)
+    assert [(lease.job.id, lease.alone) for lease in leases] == [("a", False), ("b", False)]
+
+
+class _AwayStore(MemoryStore):
+    """Cannot be reached while ``away``."""
+
+    away = False
+
+    async def claim(self, *args: Any, **kwargs: Any) -> Any:
+        self._reach()
+        return await super().claim(*args, **kwargs)
+
+    async def finish(self, *args: Any) -> bool:
+        self._reach()
+        return await super().finish(*args)
+
+    def _reach(self) -> None:
+        if self.away:
+            raise StoreUnavailableError("away")
+
+
+async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
+    store = _AwayStore()
+    bench.hold()
+    async with working(bench.pipeline, store) as task:
+        await store.submit(job("a"))
+        await until(lambda: bench.batches != [])
+        store.away = True
+        bench.allow()
+        await until(lambda: len(bench.batches) == 4)
+        assert (await store.get("a")).status is JobStatus.RUNNING  # type: ignore[union-attr]
+        store.away = False
+        assert (await store.wait("a")).status is JobStatus.SUCCEEDED
+        (after,) = await run(store, job("b"))
+        assert after.status is JobStatus.SUCCEEDED
         assert not task.done()
