@@ -18,7 +18,7 @@ PLANS = {
     "small": Plan(3000, 120, workers=3, worker_kills=30, api_kills=6, redis_kills=3, freezes=6, poison=5),
     "full": Plan(10_000, 270, workers=3, worker_kills=100, api_kills=20, redis_kills=10, freezes=20, poison=10),
 }
-PLANT = Plan(240, 12, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
+PLANT = Plan(240, 15, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
 """The load under which every planted bug must show."""
 
 

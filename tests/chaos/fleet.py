@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO, Self
 
 import httpx
+import redis
 
 from tests.support.redis_server import RedisServer
 from tests.support.serving import ROOT, until
@@ -66,6 +67,15 @@ class Fleet:
     def wait_ready(self) -> None:
         for node in (*self.apis, *self.workers):
             until(lambda node=node: node.ready, "a process is ready", 120)  # type: ignore[misc]
+
+    def has_jobs(self, worker: Node) -> bool:
+        """The store believes that this worker holds some."""
+        client, name = self.redis.client, f"{socket.gethostname()}-{worker.process.pid}".encode()
+        try:
+            running = client.smembers("halfstep:taken")
+            return any(client.hget(b"halfstep:job:" + job, "worker") == name for job in running)
+        except redis.RedisError:
+            return False
 
     def kill_redis(self) -> None:
         self.redis.kill()

@@ -20,6 +20,8 @@ from tests.chaos.node import LEASE_S
 GIVE_UP_S = 15.0
 """Jobs that are open although nothing has ended for so long, and no fault is left to come, are lost."""
 
+FREEZE_TRIES = 200
+
 IN_FLIGHT = 8
 """Jobs a worker is expected to hold at these rates; so many more attempts a fault are its due."""
 
@@ -91,16 +93,17 @@ async def _drive(plan: Plan, fleet: Fleet, ledger: Ledger, rng: random.Random) -
 
 
 async def _hurt(plan: Plan, fleet: Fleet, rng: random.Random) -> None:
-    """Every fault at its time, spread over the whole plan."""
+    """Every fault at its time, spread over the whole plan. One worker is frozen only, so that it does come back."""
     began = time.monotonic()
+    frozen, *killed = fleet.workers
     faults = [
-        *[("kill", rng.choice(fleet.workers)) for _ in range(plan.worker_kills)],
+        *[("kill", rng.choice(killed)) for _ in range(plan.worker_kills)],
         *[("kill", rng.choice(fleet.apis)) for _ in range(plan.api_kills)],
-        *[("freeze", rng.choice(fleet.workers)) for _ in range(plan.freezes)],
-        *[("redis", fleet.workers[0]) for _ in range(plan.redis_kills)],
+        *[("freeze", frozen) for _ in range(plan.freezes)],
+        *[("redis", frozen) for _ in range(plan.redis_kills)],
     ]
     rng.shuffle(faults)
-    thawing = []
+    thawing, ice = [], asyncio.Lock()
     for k, (what, node) in enumerate(faults):
         due = began + plan.seconds * (k + 0.5) / len(faults)
         await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -109,16 +112,22 @@ async def _hurt(plan: Plan, fleet: Fleet, rng: random.Random) -> None:
         elif what == "redis":
             await asyncio.to_thread(fleet.kill_redis)
         else:
-            thawing.append(asyncio.create_task(_freeze(node)))
+            thawing.append(asyncio.create_task(_freeze(fleet, node, ice)))
     await asyncio.sleep(max(0.0, began + plan.seconds - time.monotonic()))
     await asyncio.gather(*thawing)
 
 
-async def _freeze(node: Node) -> None:
-    process = node.process
-    process.send_signal(signal.SIGSTOP)
-    await asyncio.sleep(LEASE_S + 2.5)
-    process.send_signal(signal.SIGCONT)
+async def _freeze(fleet: Fleet, node: Node, ice: asyncio.Lock) -> None:
+    """SIGSTOP a worker that has jobs, until its leases have run out and others have done them."""
+    async with ice:
+        for _ in range(FREEZE_TRIES):
+            node.process.send_signal(signal.SIGSTOP)
+            if await asyncio.to_thread(fleet.has_jobs, node):
+                break
+            node.process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(LEASE_S + 2.5)
+        node.process.send_signal(signal.SIGCONT)
 
 
 def _judge_promises(ledger: Ledger, verdict: Verdict) -> None:

@@ -89,7 +89,10 @@ class Ledger:
     async def _fetch(self, client: httpx.AsyncClient, entry: Entry) -> None:
         if entry.status == "succeeded":
             answer = await self._insist(client, "GET", f"/v1/jobs/{max(entry.ids)}/images/0", entry)
-            entry.images.add(hashlib.sha256(answer.content).hexdigest())
+            if answer.status_code == 200:
+                entry.images.add(hashlib.sha256(answer.content).hexdigest())
+            else:
+                entry.errors.append("the result of a job that succeeded is gone")
 
     async def _insist(
         self,
