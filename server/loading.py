@@ -66,14 +66,18 @@ def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None)
     return pipelines
 
 
-def build_store(settings: Settings) -> JobStore:
-    """The store of this process alone, or the shared one where ``redis`` is set."""
+def build_store(settings: Settings, *, patient: bool = False) -> JobStore:
+    """The store of this process alone, or the shared one where ``redis`` is set.
+
+    patient: give it more time to answer, as no client waits here. Raises: StartError.
+    """
     if not settings.redis:
         return MemoryStore(settings.lease_s, settings.result_ttl_s)
-    from server.stores.redis.store import RedisStore  # noqa: PLC0415 - a lone process needs no client of Redis
+    from server.stores.redis.store import ANSWER_S, PATIENT_ANSWER_S, RedisStore  # noqa: PLC0415 - only where used
 
+    answer_s = PATIENT_ANSWER_S if patient else ANSWER_S
     try:
-        return RedisStore(settings.redis, settings.lease_s, settings.result_ttl_s)
+        return RedisStore(settings.redis, settings.lease_s, settings.result_ttl_s, answer_s=answer_s)
     except ValueError as error:
         raise StartError(f"The setting redis (HALFSTEP_REDIS) is no URL of a Redis: {error}") from None
 

@@ -60,7 +60,7 @@ def worker(settings: Settings) -> str | None:
     """A worker alone; what went wrong after the start, if anything did."""
     _need_redis(settings)
     sock = bind(settings.host, settings.metrics_port or 0, "--metrics-port")
-    store, metrics = build_store(settings), Metrics()
+    store, metrics = build_store(settings, patient=True), Metrics()
     engine = _open_engine(settings, isolated=True)
     metrics.watch_memory(lambda: engine.pid)
     for name, offer in engine.offers.items():

@@ -17,7 +17,7 @@ from tests.chaos.fleet import Fleet, Node
 from tests.chaos.ledger import TERMINAL, Ledger
 from tests.chaos.node import LEASE_S
 
-GIVE_UP_S = 15.0
+GIVE_UP_S = 20.0
 """Jobs that are open although nothing has ended for so long, and no fault is left to come, are lost."""
 
 FREEZE_TRIES = 200
@@ -82,6 +82,7 @@ def run(plan: Plan, bundle: Path, log: Path) -> Verdict:
 async def _drive(plan: Plan, fleet: Fleet, ledger: Ledger, rng: random.Random) -> None:
     working = asyncio.create_task(ledger.run(plan.seconds))
     await _hurt(plan, fleet, rng)
+    await asyncio.to_thread(fleet.wait_ready)
     ended, since = ledger.ended, time.monotonic()
     while not working.done() and time.monotonic() - since < GIVE_UP_S:
         await asyncio.wait([working], timeout=0.2)

@@ -37,7 +37,10 @@ from server.stores.redis.scripts import Scripts
 from server.stores.redis.signals import ARRIVED, Signals, signalled
 
 ANSWER_S = 0.8
-"""How long a connection, and then an answer, may take before Redis counts as away."""
+"""How long a connection, and then an answer, may take before Redis counts as away; for those whose clients wait."""
+
+PATIENT_ANSWER_S = 3.0
+"""The same for a worker, which nobody waits for."""
 
 LOOK_S = 1.0
 """Those who wait look at the store at least so often; signals only make it sooner."""
@@ -59,14 +62,20 @@ class RedisStore:
     outlives_process = True
 
     def __init__(
-        self, url: str, lease_s: float = 30.0, result_ttl_s: float = 300.0, *, prefix: str = "halfstep:"
+        self,
+        url: str,
+        lease_s: float = 30.0,
+        result_ttl_s: float = 300.0,
+        *,
+        answer_s: float = ANSWER_S,
+        prefix: str = "halfstep:",
     ) -> None:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
-            timeout=ANSWER_S,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
+            timeout=answer_s,
+            socket_timeout=answer_s,
+            socket_connect_timeout=answer_s,
             retry=Retry(NoBackoff(), 0),
         )
         self._redis = Redis.from_pool(pool)
