@@ -155,7 +155,7 @@ def _judge_promises(ledger: Ledger, verdict: Verdict) -> None:
 
 async def _judge_store(plan: Plan, fleet: Fleet, ledger: Ledger, verdict: Verdict) -> None:
     """What the store and the metrics say: one end a job, attempts within reason, nothing left over."""
-    store, attempts = RedisStore(fleet.redis.url, LEASE_S), 0
+    store, attempts = RedisStore(fleet.redis.url, LEASE_S, answer_s=30), 0
     for entry in ledger.entries:
         for job_id in entry.ids:
             state = await store.get(job_id)

@@ -12,7 +12,7 @@ from server.logs import configure_logs
 from server.metrics import Metrics
 from server.process import Process, bind, own_name
 from server.settings import Settings
-from server.stores.redis.store import RedisStore
+from server.stores.redis.store import ANSWER_S, PATIENT_ANSWER_S, RedisStore
 from server.worker import Worker
 from server.worker_process import WorkerProcess
 from tests.chaos.jobs_route import jobs_routes
@@ -27,7 +27,9 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
     settings = Settings(
         bundles=(Path(bundle),), redis=url, lease_s=LEASE_S, cache_dir=None, hang_s=5.0, max_rows=24
     )
-    store, metrics = RedisStore(url, settings.lease_s, settings.result_ttl_s), Metrics()
+    answer_s = ANSWER_S if role == "api" else PATIENT_ANSWER_S
+    store = RedisStore(url, settings.lease_s, settings.result_ttl_s, answer_s=answer_s)
+    metrics = Metrics()
     if plant:
         PLANTS[plant](store)
     sock = bind("127.0.0.1", int(port))

@@ -14,13 +14,14 @@ from tests.contract.lab import LEASE_S, RESULT_TTL_S, Lab
 from tests.support.redis_server import RedisServer
 
 PREFIX = "t:"
+SLOW_MACHINE_S = 15.0
 
 
 @asynccontextmanager
 async def redis_lab(binary: str, result_ttl_s: float = RESULT_TTL_S) -> AsyncIterator[Lab]:
     server = _server(binary)
     server.client.flushall()
-    store = RedisStore(server.url, LEASE_S, result_ttl_s, prefix=PREFIX)
+    store = RedisStore(server.url, LEASE_S, result_ttl_s, answer_s=SLOW_MACHINE_S, prefix=PREFIX)
 
     async def pass_time(seconds: float) -> None:
         make_older(server.client, round(seconds * 1000))

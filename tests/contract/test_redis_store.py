@@ -11,7 +11,7 @@ import pytest
 from server.jobs import IdempotencyKey, JobStatus
 from server.stores.redis.store import RedisStore
 from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
-from tests.contract.redis_lab import PREFIX, make_older
+from tests.contract.redis_lab import PREFIX, SLOW_MACHINE_S, make_older
 from tests.support.redis_server import BINARIES, RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +27,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
 
 @pytest.fixture
 async def store(server: RedisServer) -> Any:
-    made = RedisStore(server.url, LEASE_S, TTL_S, prefix=PREFIX)
+    made = RedisStore(server.url, LEASE_S, TTL_S, answer_s=SLOW_MACHINE_S, prefix=PREFIX)
     yield made
     await made.close()
 
@@ -57,6 +57,7 @@ async def test_everything_survives_the_server_being_killed(server: RedisServer, 
 
 async def test_a_server_that_hangs_is_noticed_and_forgiven(server: RedisServer, store: RedisStore) -> None:
     await store.submit(job("a"))
+    patient, store = store, RedisStore(server.url, LEASE_S, TTL_S, prefix=PREFIX)
     waiting = asyncio.create_task(store.wait("a"))
     claiming = asyncio.create_task(store.claim("w", ["other"], 10, wait_s=60))
     await asyncio.sleep(0)
@@ -72,8 +73,9 @@ async def test_a_server_that_hangs_is_noticed_and_forgiven(server: RedisServer, 
         with pytest.raises(OSError, match="does not answer"):
             await call
     server.thaw()
-    await store.ping()
-    assert await status(Lab(store, None), "a") is not None  # type: ignore[arg-type]
+    await patient.ping()
+    assert await status(Lab(patient, None), "a") is JobStatus.QUEUED  # type: ignore[arg-type]
+    await store.close()
 
 
 async def test_connections_cut_by_the_server_are_made_again(server: RedisServer, store: RedisStore) -> None:
