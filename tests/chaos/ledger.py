@@ -13,9 +13,12 @@ import httpx
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 POISON = "nine"
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
-TRY_S = 5.0
+TRY_S = 10.0
 RETRY_S = 0.2
-POLL_S = 0.25
+POLL_S, MOST_POLL_S = 0.25, 3.0
+AT_ONCE = 16
+"""Requests under way: few, so that a slow machine is not drowned in polls that nobody waits for any more."""
+
 TWICE = 0.1
 """Share of submissions sent once more, as by a client that missed the answer."""
 
@@ -65,9 +68,11 @@ class Ledger:
         await self._submit(client, entry)
         if self._rng.random() < TWICE:
             await self._submit(client, entry)
+        pause_s = POLL_S
         while not entry.status:
-            await asyncio.sleep(POLL_S * (0.5 + self._rng.random()))
+            await asyncio.sleep(pause_s * (0.5 + self._rng.random()))
             await self._look(client, entry)
+            pause_s = min(1.5 * pause_s, MOST_POLL_S)
         self.ended += 1
         await self._fetch(client, entry)
 
@@ -125,4 +130,5 @@ class Ledger:
 
 
 def _client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=TRY_S, limits=httpx.Limits(max_connections=64))
+    limits = httpx.Limits(max_connections=AT_ONCE)
+    return httpx.AsyncClient(timeout=httpx.Timeout(TRY_S, pool=None), limits=limits)
