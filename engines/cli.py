@@ -22,6 +22,7 @@ from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
 from engines.pipeline import RUNGS, Pipeline
+from engines.signing import check_signature, sign_bundle
 from engines.tables import cost_table, difference_table, throughput_table
 
 _out, _err = Console(), Console(stderr=True)
@@ -54,8 +55,23 @@ ALL_RUNGS = ",".join(map(str, RUNGS))
 
 
 @app.command()
-def verify(bundle: BundleArgument) -> None:
-    """Check every file of a bundle against its manifest."""
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[Path, typer.Option(help="Private key (PEM, elliptic curve).", show_default=False)],
+) -> None:
+    """Sign a bundle; the signature lies beside its folder."""
+    verify_bundle(bundle)
+    _out.print(f"signed in {sign_bundle(bundle, key)}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    public_key: Annotated[Path | None, typer.Option(help="Also demand its owner's signature (PEM).")] = None,
+) -> None:
+    """Check every file of a bundle against its manifest, and with a key its signature."""
+    if public_key is not None:
+        check_signature(bundle, public_key)
     manifest = verify_bundle(bundle).manifest
     size_mb = sum(record.bytes for record in manifest.files.values()) / 1e6
     students = ", ".join(f"{student.steps} ({student.sampler})" for student in manifest.students)

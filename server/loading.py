@@ -13,6 +13,7 @@ from engines.bundle import verify_bundle
 from engines.errors import BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
+from engines.signing import check_signature
 from server.admission import Admission
 from server.auth import Keyring
 from server.catalogue import Catalogue, Model
@@ -51,7 +52,7 @@ def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None)
     cache_dir = usable_cache(settings.cache_dir)
     for path in settings.bundles:
         pipeline = open_pipeline(
-            _existing(path),
+            _trusted(path, settings),
             settings.backend,
             precision=settings.precision,
             threads=settings.threads,
@@ -88,7 +89,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Serv
     Raises: BundleError.
     """
     costs = CostBook()
-    bundles = [verify_bundle(_existing(path)) for path in settings.bundles]
+    bundles = [verify_bundle(_trusted(path, settings)) for path in settings.bundles]
     names = [bundle.manifest.name for bundle in bundles]
     _check_names(names)
     catalogue = Catalogue(Model.of(bundle, partial(costs.predicted_s, bundle.manifest)) for bundle in bundles)
@@ -104,9 +105,12 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Serv
     )
 
 
-def _existing(path: Path) -> Path:
+def _trusted(path: Path, settings: Settings) -> Path:
+    """The folder, if it is there and, where signatures are demanded, signed by the right key."""
     if path == DEFAULT_BUNDLE and not path.exists():
         raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
+    if settings.bundle_key is not None:
+        check_signature(path, settings.bundle_key)
     return path
 
 

@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
         (DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve"
     )
+    bundle_key: Path | None = Field(None, description="public key (PEM) that every bundle must be signed with")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="engine to run on")

@@ -25,7 +25,7 @@ from server.metrics import Metrics
 from server.process import check_exposure
 from server.settings import Settings
 from tests.deploy.containers import Container, Image, containers, images
-from tests.deploy.sources import Deployment, Object, name_of
+from tests.deploy.sources import ROOT, Deployment, Object, name_of
 
 APPS = {"engines": engines.cli.app, "distill_jobs": distill_jobs.cli.app, "server": server.cli.app}
 PREFIX = "HALFSTEP_"
@@ -45,6 +45,7 @@ def findings(deployment: Deployment) -> Iterator[str]:
         ):
             yield f"{container.where}: {finding}"
     yield from _metrics(deployment)
+    yield from _runbooks(deployment)
     yield from _scrapes(deployment)
     yield from _compose_scrapes(deployment)
 
@@ -188,6 +189,19 @@ def _metrics(deployment: Deployment) -> Iterator[str]:
         for name in METRIC.findall(text):
             if name not in metric_names() | recorded and not _is_label(text, name):
                 yield f"{where}: there is no metric {name}"
+
+
+def _runbooks(deployment: Deployment) -> Iterator[str]:
+    """Each alert has a section that says what to do."""
+    sections = {
+        heading.lower() for heading in re.findall(r"^## (\w+)$", (ROOT / "docs/operations.md").read_text(), re.M)
+    }
+    for file in sorted((deployment.root / "docker/prometheus/rules").glob("*.yaml")):
+        for group in yaml.safe_load(file.read_text())["groups"]:
+            for rule in (r for r in group["rules"] if "alert" in r):
+                page, _, anchor = rule.get("annotations", {}).get("runbook", "").partition("#")
+                if page != "docs/operations.md" or anchor != rule["alert"].lower() or anchor not in sections:
+                    yield f"{file.name}: {rule['alert']} has no section in docs/operations.md"
 
 
 def _is_label(text: str, name: str) -> bool:

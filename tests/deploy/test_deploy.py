@@ -63,6 +63,13 @@ def test_the_checks_see_all_of_it(deployment: Deployment) -> None:
 PLANTED: list[tuple[Findings, str, str, str, str]] = [
     (
         crosscheck.findings,
+        "docker/prometheus/rules/alerts.yaml",
+        "alert: HalfstepSlow",
+        "alert: HalfstepSlower",
+        "has no section",
+    ),
+    (
+        crosscheck.findings,
         "docker/compose.yaml",
         'HALFSTEP_ALLOW_ANONYMOUS: "true"',
         'HALFSTEP_ALLOW_ANONYMOUS: "false"',
