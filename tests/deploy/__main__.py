@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from tests.deploy import crosscheck, dockerfiles, hardening, locks, rules, schema
+from tests.deploy import crosscheck, dockerfiles, hardening, locks, monitoring, rules, schema
 from tests.deploy.sources import Deployment, RenderError, renderer
 
 CHECKS = {
     "Dockerfiles (hadolint)": dockerfiles.findings,
     "schemas (Kubernetes, operators, compose)": schema.findings,
     "cross-checks with the code": crosscheck.findings,
+    "metrics, targets and runbooks": monitoring.findings,
     "hardening and references": hardening.findings,
     "locked requirements": locks.findings,
 }

@@ -210,7 +210,7 @@ def test_commands_exist(path: Path) -> None:
     for code in code_spans(path.read_text(encoding="utf-8")):
         for module, rest in re.findall(r"python -m (\S+)([^|;#]*)", code):
             check_module_command(module, rest)
-        for rest in re.findall(r"(?<![\w./-])make ((?:[a-z]+|[A-Z]+=\S+)(?: [A-Z]+=\S+)*)", code):
+        for rest in re.findall(r"(?<![\w./-])make ((?:[a-z]+(?:-[a-z]+)*|[A-Z]+=\S+)(?: [A-Z]+=\S+)*)", code):
             check_make_command(rest.split())
 
 

@@ -1,0 +1,291 @@
+"""An error of each kind, planted in a copy of what is deployed, is caught by the check that is there for it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy import crosscheck, dockerfiles, hardening, locks, monitoring, schema
+from tests.deploy.sources import ROOT, Deployment, RenderError, renderer
+
+Findings = Callable[[Deployment], Iterator[str]]
+
+needs_renderer = pytest.mark.skipif(renderer() is None, reason="neither kubectl nor kustomize is installed")
+needs_hadolint = pytest.mark.skipif(dockerfiles.hadolint() is None, reason="hadolint is not installed")
+
+PLANTED: list[tuple[Findings, str, str, str, str]] = [
+    (
+        monitoring.findings,
+        "docker/prometheus/rules/alerts.yaml",
+        "alert: HalfstepSlow",
+        "alert: HalfstepSlower",
+        "has no section",
+    ),
+    (
+        crosscheck.findings,
+        "docker/compose.yaml",
+        'HALFSTEP_ALLOW_ANONYMOUS: "true"',
+        'HALFSTEP_ALLOW_ANONYMOUS: "false"',
+        "API keys",
+    ),
+    (
+        schema.findings,
+        "k8s/base/api.yaml",
+        "revisionHistoryLimit: 5",
+        "revisionHistoryLimits: 5",
+        "revisionHistoryLimits",
+    ),
+    (schema.findings, "k8s/base/redis.yaml", "replicas: 1", 'replicas: "one"', "'one' is not"),
+    (
+        schema.findings,
+        "k8s/components/keda/worker-autoscaler.yaml",
+        "cooldownPeriod",
+        "coolDownPeriod",
+        "coolDownPeriod",
+    ),
+    (
+        schema.findings,
+        "k8s/components/gateway/route.yaml",
+        "request: 10s",
+        "request: 10 s",
+        "'10 s' does not match",
+    ),
+    (
+        schema.findings,
+        "k8s/components/monitoring/pod-monitor.yaml",
+        "interval: 15s",
+        "interval: 15",
+        "15 is not of type",
+    ),
+    (
+        schema.findings,
+        "docker/prometheus/rules/alerts.yaml",
+        "> 0.01",
+        "> 0.02",
+        "run python -m tests.deploy --write-rules",
+    ),
+    (schema.findings, "docker/compose.yaml", "read_only: true", "readonly: true", "readonly"),
+    (schema.findings, "docker/compose.yaml", "networks: [store]", "networks: [shop]", "there is no network shop"),
+    (schema.findings, "docker/compose.yaml", "target: api}", "target: apis}", "has no stage apis"),
+    (crosscheck.findings, "k8s/base/worker.yaml", "[worker, ", "[work, ", "has no command work"),
+    (crosscheck.findings, "k8s/base/api.yaml", "--metrics-port,", "--metric-port,", "has no --metric-port"),
+    (
+        crosscheck.findings,
+        "k8s/base/api.yaml",
+        "HALFSTEP_DRAIN_TIMEOUT_S",
+        "HALFSTEP_DRAIN_TIMEOUT",
+        "no setting HALFSTEP_DRAIN",
+    ),
+    (
+        crosscheck.findings,
+        "k8s/base/api.yaml",
+        'TIMEOUT_S, value: "30"',
+        'TIMEOUT_S, value: "1"',
+        "greater than or equal to 4",
+    ),
+    (
+        crosscheck.findings,
+        "k8s/base/worker.yaml",
+        "containerPort: 9464",
+        "containerPort: 9465",
+        "does not listen on port metrics",
+    ),
+    (crosscheck.findings, "k8s/base/worker.yaml", "--host, 0.0.0.0, ", "", "listens on loopback"),
+    (crosscheck.findings, "k8s/base/api.yaml", "path: /readyz", "path: /ready", "probe /ready is not served"),
+    (
+        crosscheck.findings,
+        "k8s/base/api.yaml",
+        "{name: cache, mountPath: /cache}",
+        "{name: cache, mountPath: /c}",
+        "mounted at /cache",
+    ),
+    (
+        crosscheck.findings,
+        "k8s/base/api.yaml",
+        "image: halfstep-api",
+        "image: halfstep-apis",
+        "no Dockerfile makes",
+    ),
+    (
+        monitoring.findings,
+        "k8s/components/keda/worker-autoscaler.yaml",
+        "halfstep_queued_seconds",
+        "halfstep_queue_s",
+        "no metric",
+    ),
+    (
+        monitoring.findings,
+        "docker/prometheus/rules/alerts.yaml",
+        "halfstep_store_up",
+        "halfstep_up",
+        "no metric halfstep_up",
+    ),
+    (
+        monitoring.findings,
+        "docker/prometheus/prometheus.yml",
+        "port: 9464",
+        "port: 9090",
+        "has no metrics on port 9090",
+    ),
+    (
+        monitoring.findings,
+        "k8s/components/monitoring/pod-monitor.yaml",
+        "port: metrics",
+        "port: prom",
+        "has no port prom",
+    ),
+    (
+        crosscheck.findings,
+        "k8s/overlays/distil/job.yaml",
+        "            - digits\n",
+        "            - digit\n",
+        "no recipe digit",
+    ),
+    (
+        crosscheck.findings,
+        "docker/Dockerfile",
+        '"--host", "0.0.0.0", "--port"',
+        '"--hosts", "0.0.0.0", "--port"',
+        "has no --hosts",
+    ),
+    (hardening.findings, "k8s/base/api.yaml", "runAsNonRoot: true", "runAsNonRoot: false", "runAsNonRoot is not"),
+    (hardening.findings, "k8s/base/api.yaml", "runAsUser: 65534", "runAsUser: 0", "no user but root"),
+    (
+        hardening.findings,
+        "k8s/base/redis.yaml",
+        "{type: RuntimeDefault}",
+        "{type: Unconfined}",
+        "seccompProfile is not",
+    ),
+    (hardening.findings, "k8s/base/worker.yaml", "drop: [ALL]", "drop: [NET_RAW]", "capabilities are kept"),
+    (
+        hardening.findings,
+        "k8s/base/worker.yaml",
+        "readOnlyRootFilesystem: true",
+        "readOnlyRootFilesystem: false",
+        "is writable",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/worker.yaml",
+        "allowPrivilegeEscalation: false",
+        "allowPrivilegeEscalation: true",
+        "may be gained",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/api.yaml",
+        "automountServiceAccountToken: false",
+        "automountServiceAccountToken: true",
+        "token is mounted",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/api.yaml",
+        "enableServiceLinks: false",
+        "enableServiceLinks: true",
+        "service links",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/api.yaml",
+        'limits: {cpu: "2", memory: 1Gi}',
+        'limits: {cpu: "2"}',
+        "no limit of memory",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/api.yaml",
+        "PeriodSeconds: 60",
+        "PeriodSeconds: 40",
+        "killed before it has drained",
+    ),
+    (
+        hardening.findings,
+        "k8s/base/network-policies.yaml",
+        "policyTypes: [Ingress, Egress]",
+        "policyTypes: [Ingress]",
+        "denies by default",
+    ),
+    (hardening.findings, "k8s/base/api.yaml", "key: redis-url", "key: redis-uri", "key redis-uri is documented"),
+    (
+        hardening.findings,
+        "k8s/overlays/gpu/build-engines.yaml",
+        "claimName: halfstep-engines",
+        "claimName: engines",
+        "no claim engines",
+    ),
+    (hardening.findings, "k8s/base/api.yaml", "targetPort: http", "targetPort: https", "no port https"),
+    (
+        hardening.findings,
+        "k8s/overlays/cpu/api-autoscaler.yaml",
+        "kind: Deployment, name: halfstep-api",
+        "kind: Deployment, name: api",
+        "scales",
+    ),
+    (hardening.findings, "docker/compose.yaml", '"127.0.0.1:8000:8000"', '"8000:8000"', "open beyond loopback"),
+    (hardening.findings, "docker/compose.yaml", "cap_drop: [ALL]", "cap_drop: []", "cap_drop is not"),
+    (locks.findings, "docker/requirements/cpu.txt", "numpy==2", "numpy==1", "numpy 1"),
+    (locks.findings, "docker/requirements/gpu.txt", "torch==", "torch>=", "not one exact version"),
+    (dockerfiles.findings, "docker/Dockerfile", "USER 65534:65534\n", "", "runs as root"),
+    (
+        dockerfiles.findings,
+        "docker/Dockerfile.distil",
+        "python:3.12.12-slim-bookworm",
+        "python:latest",
+        "no version",
+    ),
+    (dockerfiles.findings, "docker/Dockerfile", "COPY server server", "COPY serve server", "which does not exist"),
+]
+
+
+def copied(tmp_path: Path, file: str = "") -> Deployment:
+    """A copy to plant an error in, seen through one overlay that holds the file."""
+    for folder in ("docker", "k8s"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    _, folder, name, *_ = (*Path(file).parts, "", "", "")
+    overlay = {"overlays": name, "components": {"gateway": "production"}.get(name, name)}.get(folder, "cpu")
+    return Deployment(tmp_path, (overlay,))
+
+
+@needs_renderer
+@pytest.mark.parametrize(
+    ("findings", "file", "right", "wrong", "finding"), PLANTED, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_planted_error_is_caught(
+    tmp_path: Path, findings: Findings, file: str, right: str, wrong: str, finding: str
+) -> None:
+    deployment = copied(tmp_path, file)
+    text = (tmp_path / file).read_text()
+    assert right in text
+    (tmp_path / file).write_text(text.replace(right, wrong))
+    found = list(findings(deployment))
+    assert any(finding in problem for problem in found), found
+
+
+@needs_hadolint
+def test_hadolint_is_heard(tmp_path: Path) -> None:
+    deployment = copied(tmp_path)
+    with (tmp_path / "docker" / "Dockerfile").open("a") as file:
+        file.write("RUN cd /tmp && apt-get install curl\n")
+    assert any("DL3008" in problem for problem in dockerfiles.findings(deployment))
+
+
+@needs_renderer
+def test_an_overlay_that_does_not_render_is_told(tmp_path: Path) -> None:
+    deployment = copied(tmp_path)
+    file = tmp_path / "k8s" / "overlays" / "cpu" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("../../base", "../../bases"))
+    with pytest.raises(RenderError, match="cpu: "):
+        list(schema.findings(deployment))
+
+
+def test_a_lock_without_hashes_is_told(tmp_path: Path) -> None:
+    deployment = copied(tmp_path)
+    file = tmp_path / "docker" / "requirements" / "cpu.txt"
+    file.write_text(re.sub(r" \\\n    --hash=\S+", "", file.read_text()))
+    assert any("has no hash" in problem for problem in locks.findings(deployment))
