@@ -95,6 +95,7 @@ class _Job:
         for halving in self._recipe.stage_two.halvings:
             self._halve(teacher, halving)
             teacher = self._folder.student(halving.steps)
+        self._processes.first(lambda: shutil.rmtree(self._trainer.checkpoints, ignore_errors=True))
 
     def _teacher(self) -> None:
         recipe, section = self._recipe, self._recipe.teacher

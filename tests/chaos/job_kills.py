@@ -36,7 +36,7 @@ def main(
             out = Path(folder) / f"run{runs}"
             while not killed_or_ended(out, chance.uniform(SHORTEST_S, LONGEST_S), chance.random() < IN_A_WRITE):
                 done += 1
-                torn += bool(list(out.rglob(".*.writing")))
+                torn += writes(out)
                 typer.echo(f"{done} kills, {torn} inside a write, {runs} runs")
             assert weights_of(out) == weights_of(alone), f"{out} ended in other bytes"
     typer.echo(f"{done} kills, {torn} of them inside a write, in {runs} runs: all ended in the same bytes")
@@ -50,7 +50,7 @@ def killed_or_ended(out: Path, seconds: float, in_a_write: bool) -> bool:
     attempt = JobRun(out, OVERRIDES)
     process = attempt.start()
     process.join(seconds)
-    while in_a_write and process.is_alive() and not any(out.glob("checkpoints/*/.*.writing")):
+    while in_a_write and process.is_alive() and not writes(out):
         pass
     if process.is_alive():
         process.kill()
@@ -66,6 +66,14 @@ def killed_or_ended(out: Path, seconds: float, in_a_write: bool) -> bool:
             lost = update - load_checkpoint(newest).update
             assert lost <= read_recipe("digits", OVERRIDES).checkpoint_every, f"{lost} updates lost in {phase}"
     return False
+
+
+def writes(out: Path) -> bool:
+    """Whether a checkpoint is being written; folders come and go meanwhile."""
+    try:
+        return any(out.glob("checkpoints/*/.*.writing"))
+    except FileNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def test_twenty_sigkills_over_all_phases_leave_the_same_bytes(
     assert phases >= {"teacher", "stage_one", "d4", "d2"}
     assert JobRun(out, OVERRIDES).exit_code() == 0
     assert weights_of(out) == weights_of(finished.path)
+    assert not list(out.rglob(".*.writing"))
+    assert not (out / "checkpoints").exists()
 
 
 def test_a_full_disk_stops_the_job_with_its_last_checkpoint_intact(finished: RunFolder, tmp_path: Path) -> None:
