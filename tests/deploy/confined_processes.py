@@ -19,6 +19,9 @@ import pytest
 from tests.support.redis_server import RedisServer
 from tests.support.serving import ROOT, until
 
+EXIT_S = 180
+"""For what hangs; how long a drain takes is another test's business."""
+
 
 class Service(NamedTuple):
     """url: of the API; metrics: of its other port; processes: all there are."""
@@ -43,7 +46,7 @@ def running(log: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, log.read_text()
+            assert process.wait(EXIT_S) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
