@@ -11,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint deploy-check prove distill lock sbom clean
+.PHONY: help setup serve test lint deploy-check chaos prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -74,6 +74,11 @@ distill: setup
 	$(VENV)/bin/python -m distill_jobs run $(RECIPE) --out $(OUT) --resume
 	$(VENV)/bin/python -m distill_jobs evaluate $(OUT)
 	$(VENV)/bin/python -m distill_jobs export $(OUT) $(OUT)/bundle
+
+## make chaos      jobs over HTTP while APIs, workers and Redis are killed; then bugs planted to be found
+chaos: setup
+	$(VENV)/bin/python -m tests.chaos small
+	$(VENV)/bin/python -m tests.chaos plants
 
 ## make prove      the long proofs: 200 kills of a training job; benchmarks into docs/benchmarks.md
 prove: setup

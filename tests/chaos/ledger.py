@@ -13,6 +13,7 @@ import httpx
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 POISON = "nine"
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
+GONE = (404, 410)
 TRY_S = 10.0
 RETRY_S = 0.2
 POLL_S, MOST_POLL_S = 0.25, 3.0
@@ -47,6 +48,7 @@ class Ledger:
     def __init__(self, apis: Sequence[str], jobs: int, poison: int, rng: random.Random) -> None:
         self._apis = apis
         self._rng = rng
+        self._few = asyncio.Semaphore(AT_ONCE)
         bad = set(rng.sample(range(jobs), poison))
         prompts = [POISON if k in bad else DIGITS[rng.randrange(9)] for k in range(jobs)]
         self.entries = [Entry(f"key-{k}", prompt, rng.randrange(20)) for k, prompt in enumerate(prompts)]
@@ -85,7 +87,7 @@ class Ledger:
     async def _look(self, client: httpx.AsyncClient, entry: Entry) -> None:
         answer = await self._insist(client, "GET", f"/v1/jobs/{max(entry.ids)}", entry)
         body = answer.json()
-        if answer.status_code == 404:
+        if answer.status_code in GONE:
             entry.status = "unknown"
         elif body["status"] in TERMINAL:
             entry.status = body["status"]
@@ -113,7 +115,8 @@ class Ledger:
         while True:
             url = self._rng.choice(self._apis) + path
             try:
-                answer = await client.request(method, url, json=json, headers=headers)
+                async with self._few:
+                    answer = await client.request(method, url, json=json, headers=headers)
             except httpx.HTTPError:
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -122,7 +125,7 @@ class Ledger:
                     entry.errors.append(f"{answer.status_code} without Retry-After")
                 await asyncio.sleep(RETRY_S)
                 continue
-            if answer.status_code >= 400 and answer.status_code != 404:
+            if answer.status_code >= 400 and answer.status_code not in GONE:
                 entry.errors.append(f"{answer.status_code} {answer.text[:200]}")
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -130,5 +133,6 @@ class Ledger:
 
 
 def _client() -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=AT_ONCE)
-    return httpx.AsyncClient(timeout=httpx.Timeout(TRY_S, pool=None), limits=limits)
+    """Without a limit of its own: connections that a killed server leaves behind would fill its pool for ever."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE)
+    return httpx.AsyncClient(timeout=TRY_S, limits=limits)

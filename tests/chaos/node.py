@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import server.app
 from server.engine_process import EngineProcess
 from server.loading import build_service
 from server.logs import configure_logs
@@ -15,7 +14,6 @@ from server.settings import Settings
 from server.stores.redis.store import ANSWER_S, PATIENT_ANSWER_S, RedisStore
 from server.worker import Worker
 from server.worker_process import WorkerProcess
-from tests.chaos.jobs_route import jobs_routes
 from tests.chaos.plants import PLANTS
 
 LEASE_S = 3.2
@@ -35,7 +33,6 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
     sock = bind("127.0.0.1", int(port))
     if role == "api":
         service = build_service(settings, store, metrics)
-        server.app.page_routes = lambda: jobs_routes(service)
         Process(service, None, sock, lambda url: None).run_until_told()
         return
     engine = EngineProcess(settings, ENGINE)
