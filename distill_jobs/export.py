@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_jobs.contenders import STUDENT, Contender, contenders, latent_shape
 from distill_jobs.data.digits import CLASSES, LICENCE, NAMES, WIDTH, class_condition
-from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
+from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report
@@ -23,6 +23,7 @@ from engines.guidance import weight_from_scale
 from engines.manifest import (
     CONDITION_GRAPH,
     DECODE_GRAPH,
+    ENCODE_GRAPH,
     BundleManifest,
     ConditionSpec,
     GraphSpec,
@@ -39,6 +40,7 @@ from engines.sampler import SamplerPlan
 TOKENIZER_FILE = "tokenizer.json"
 STEP_LIMIT = 1e-4
 DECODE_LIMIT = 1.0  # grey levels
+ENCODE_LIMIT = 1e-5
 PARITY_BATCHES = (1, 3, 8, 20)
 PHRASES = (
     *("{}", "a {}", "an {}", "the {}", "digit {}", "a digit {}", "the digit {}", "number {}", "the number {}"),
@@ -72,7 +74,7 @@ def export_run(
         )
     students = [c for c in everyone if c.role == STUDENT]
     display = progress or Progress(disable=True)
-    task = display.add_task("export", total=len(students) + 2, loss="")
+    task = display.add_task("export", total=len(students) + 3, loss="")
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -159,6 +161,12 @@ def _write_graphs(
         decode, [images], decode.inputs(*size), decode.outputs(*size), at, DECODE_LIMIT
     )
     advance()
+    encode = EncodeGraph(channels, recipe.export.upscale)
+    at, photos = folder / f"{ENCODE_GRAPH}.onnx", parity_images(count, encode.inputs(*size)[0].shape[1:])
+    graphs[ENCODE_GRAPH] = write_checked(
+        encode, [photos], encode.inputs(*size), encode.outputs(*size), at, ENCODE_LIMIT
+    )
+    advance()
     for student in students:
         step = StepGraph(student.load())
         rows = parity_rows(student.plan(recipe), recipe.guidance, shape, count)
@@ -173,6 +181,12 @@ def _write_graphs(
 def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:
     """(rows, C, h, w) latents that reach beyond -1 … 1, for the decode graph."""
     return torch.randn((rows, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def parity_images(rows: int, shape: tuple[int, ...]) -> Tensor:
+    """(rows, H, W, 3) uint8 images, for the encode graph. shape: (H, W, 3)."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, 256, (rows, *shape), generator=generator, dtype=torch.uint8)
 
 
 def _graph(student: Contender) -> str:

@@ -1,4 +1,4 @@
-"""What a bundle's ONNX files compute, as torch modules: the condition, one denoising step, the decode.
+"""What a bundle's ONNX files compute, as torch modules: the condition, one denoising step, the decode, the encode.
 
 A row is one image in the making; all tensors share the batch axis B. Names and order of the inputs are those
 of ``engines.manifest``. Everything outside the network body stays float32.
@@ -131,3 +131,36 @@ class DecodeGraph(nn.Module):
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
         shape = (-1, height * self.enlarge, width * self.enlarge, 3)
         return (TensorSpec(name=IMAGE, dtype="uint8", shape=shape),)
+
+
+class EncodeGraph(nn.Module):
+    """Images to pixel-space latents: the mean of each enlarge × enlarge block, so that it undoes ``DecodeGraph``.
+
+    Grey latents (one channel) take the luma of RGB (ITU-R BT.601).
+    """
+
+    mix: Tensor
+
+    def __init__(self, channels: int, enlarge: int) -> None:
+        super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"a pixel-space image has 1 or 3 channels, not {channels}")
+        self.channels = channels
+        self.enlarge = enlarge
+        luma = torch.tensor([[0.299, 0.587, 0.114]])
+        self.register_buffer("mix", luma if channels == 1 else torch.eye(3), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, h, w) float32 latents in -1 … 1 of image: (B, H, W, 3) uint8; h = H / enlarge."""
+        batch, height, width, _ = image.shape
+        k = self.enlarge
+        blocks = image.to(torch.float32).reshape(batch, height // k, k, width // k, k, 3)
+        levels = (blocks.mean(dim=(2, 4)) @ self.mix.T).permute(0, 3, 1, 2)
+        return levels / 127.5 - 1
+
+    def inputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
+        shape = (-1, height * self.enlarge, width * self.enlarge, 3)
+        return (TensorSpec(name=IMAGE, dtype="uint8", shape=shape),)
+
+    def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(name=LATENT, dtype="float32", shape=(-1, self.channels, height, width)),)

@@ -13,6 +13,7 @@ from engines.manifest import (
     COEFFICIENTS,
     GRID,
     GUIDANCE,
+    IMAGE,
     MASK,
     TIMESTEP,
     TOKENS,
@@ -28,8 +29,9 @@ def example_inputs(
 ) -> dict[str, NDArray[Any]]:
     """Inputs of ``graph`` for a batch of ``rows``.
 
-    Steps come from the plans of the graph's students, w from the trained range, tokens from known prompts,
-    masks are soft; everything else is standard normal. Row i is the same whatever ``rows`` is.
+    Steps come from the plans of the graph's students and encoders, w from the trained range, tokens from known
+    prompts, masks are soft, images noise; everything else is standard normal. Row i is the same whatever ``rows``
+    is.
     """
     drawn = [_row(manifest, tokenizer, graph, np.random.default_rng([seed, i]), i) for i in range(rows)]
     return {name: np.stack([row[name] for row in drawn]) for name in drawn[0]}
@@ -38,12 +40,9 @@ def example_inputs(
 def _row(
     manifest: BundleManifest, tokenizer: Tokenizer, graph: str, rng: np.random.Generator, index: int
 ) -> dict[str, NDArray[Any]]:
-    steps = [
-        (student, step)
-        for student in manifest.students
-        if student.graph == graph
-        for step in manifest.plan(student)
-    ]
+    plans = [(student, manifest.plan(student)) for student in manifest.students]
+    plans += [(encoder, manifest.inversion(encoder)) for encoder in manifest.encoders]
+    steps = [(student, step) for student, plan in plans if student.graph == graph for step in plan]
     student, step = steps[index % len(steps)] if steps else (None, None)
     inputs = manifest.graphs[graph].inputs
     return {spec.name: _value(spec, manifest, tokenizer, rng, index, student, step) for spec in inputs}
@@ -64,6 +63,8 @@ def _value(
     if spec.name == GUIDANCE:
         low, high = weight_from_scale(manifest.guidance.min), weight_from_scale(manifest.guidance.max)
         return np.float32(rng.uniform(low, high)) * np.ones((), np.float32)
+    if spec.name == IMAGE:
+        return rng.integers(0, 256, spec.shape[1:], dtype=np.uint8)
     if spec.name == MASK:
         return rng.random(spec.shape[1:], dtype=np.float32)
     if step is not None and student is not None:

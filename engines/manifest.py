@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from engines.sampler import Prediction, Sampler, SamplerPlan, sampler_plan
+from engines.sampler import Prediction, Sampler, SamplerPlan, encoder_plan, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FORMAT_VERSION: Final = 1
@@ -33,6 +33,8 @@ IMAGE = "image"
 
 CONDITION_GRAPH = "condition"
 DECODE_GRAPH = "decode"
+ENCODE_GRAPH = "encode"
+"""image: (B, H, W, 3) uint8 → latent: (B, C, h, w) float32, where editing and inpainting start from."""
 
 Task = Literal["text_to_image", "edit", "inpaint"]
 DType = Literal["float32", "float16", "int64", "uint8"]
@@ -181,6 +183,7 @@ class BundleManifest(Frozen):
     condition: ConditionSpec
     graphs: dict[str, GraphSpec]
     students: tuple[StudentSpec, ...] = Field(min_length=1)
+    encoders: tuple[StudentSpec, ...] = Field((), description="students that invert an image to its noise")
     default_steps: int
     evaluation: Evaluation
     recipe: RecipeRecord
@@ -198,23 +201,47 @@ class BundleManifest(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> BundleManifest:
-        for name in (CONDITION_GRAPH, DECODE_GRAPH, *(s.graph for s in self.students)):
+        needed = [CONDITION_GRAPH, DECODE_GRAPH, *(s.graph for s in (*self.students, *self.encoders))]
+        if self.takes_images:
+            needed.append(ENCODE_GRAPH)
+        for name in needed:
             if name not in self.graphs:
-                raise ValueError(f"graph {name!r} is named but not described")
+                raise ValueError(f"graph {name!r} is needed but not described")
         for name in (self.condition.tokenizer, *(g.file for g in self.graphs.values())):
             if name not in self.files:
                 raise ValueError(f"file {name!r} is used but not listed")
         for student in self.students:
             if self.plan(student).timesteps != student.timesteps:
                 raise ValueError(f"the timesteps of the {student.steps}-step student are not its schedule's grid")
+        for encoder in self.encoders:
+            if self.inversion(encoder).timesteps != encoder.timesteps:
+                raise ValueError(f"the timesteps of the {encoder.steps}-step encoder are not its schedule's grid")
         keys = [(s.steps, s.sampler) for s in self.students]
         if len(set(keys)) != len(keys) or self.default_steps not in {s.steps for s in self.students}:
             raise ValueError("students must be distinct in (steps, sampler) and include default_steps")
         return self
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether any of its tasks starts from a caller's image."""
+        return bool({"edit", "inpaint"} & set(self.tasks))
+
     def plan(self, student: StudentSpec, start: int | None = None) -> SamplerPlan:
         """The coefficient rows of a student, optionally entered at grid point ``start``."""
         return _plan(self.schedule, student.steps, student.sampler, self.prediction_type, self.clip, start)
+
+    def noise_level(self, timestep: int) -> tuple[float, float]:
+        """(alpha, sigma) at a table index."""
+        return _noise_schedule(self.schedule).at(timestep)
+
+    def inversion(self, encoder: StudentSpec) -> SamplerPlan:
+        """The coefficient rows of an encoder, from a clean latent to its noise."""
+        return _inversion(self.schedule, encoder.steps, self.prediction_type)
+
+
+@lru_cache(maxsize=16)
+def _noise_schedule(spec: ScheduleSpec) -> NoiseSchedule:
+    return NoiseSchedule(spec)
 
 
 @lru_cache(maxsize=1024)
@@ -222,4 +249,9 @@ def _plan(
     spec: ScheduleSpec, n: int, sampler: Sampler, prediction: Prediction, clip: float | None, start: int | None
 ) -> SamplerPlan:
     """One plan for all the rows that follow it: tabulating a schedule costs more than a small network's step."""
-    return sampler_plan(NoiseSchedule(spec), n, sampler, prediction, clip, start)
+    return sampler_plan(_noise_schedule(spec), n, sampler, prediction, clip, start)
+
+
+@lru_cache(maxsize=64)
+def _inversion(spec: ScheduleSpec, n: int, prediction: Prediction) -> SamplerPlan:
+    return encoder_plan(_noise_schedule(spec), n, prediction)

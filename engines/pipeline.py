@@ -1,13 +1,12 @@
 """A bundle on one backend: condition → steps → decode, each a batched call over rows.
 
-A ``Row`` is one image in the making. Rows of the same ``batch_key`` share a step whatever their guidance,
-seed, sampler position or task; ``Pipeline.step`` advances each by one.
+A row (``engines.rows``) is one image in the making. Rows of the same ``batch_key`` share a step whatever their
+guidance, seed, sampler position or task; ``Pipeline.step`` advances each by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -20,13 +19,13 @@ from engines.condition import Tokenizer, load_tokenizer
 from engines.cost import CostTable
 from engines.errors import RequestError
 from engines.examples import example_inputs
-from engines.guidance import weight_from_scale
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
     CONDITION,
     CONDITION_GRAPH,
     DECODE_GRAPH,
+    ENCODE_GRAPH,
     GRID,
     GUIDANCE,
     IMAGE,
@@ -41,47 +40,11 @@ from engines.manifest import (
     Size,
     StudentSpec,
 )
-from engines.noise import Purpose, row_noise
-from engines.sampler import Sampler, SamplerPlan
-
-Floats = NDArray[np.float32]
+from engines.rows import Drawing, Floats, Row
+from engines.sampler import Sampler
 
 RUNGS = (1, 2, 4, 8, 16, 32)
 """Batch sizes to be ready for, unless told otherwise."""
-
-
-@dataclass(eq=False)
-class Row:
-    """One image in the making; ``Pipeline.step`` advances it.
-
-    latent, clean: (C, h, w) current latent and last clean estimate; known, mask: (C, h, w) and (1, h, w),
-    mask 1 where the image is generated; position: steps done.
-    """
-
-    student: StudentSpec
-    plan: SamplerPlan
-    seed: int
-    w: float
-    condition: Floats
-    latent: Floats
-    initial_noise: Floats
-    known: Floats
-    mask: Floats
-    clean: Floats
-    position: int = 0
-
-    @property
-    def batch_key(self) -> tuple[str, tuple[int, ...]]:
-        """Rows with equal keys share a step: (step graph, latent shape)."""
-        return self.student.graph, self.latent.shape
-
-    @property
-    def done(self) -> bool:
-        return self.position == len(self.plan)
-
-    @property
-    def steps_left(self) -> int:
-        return len(self.plan) - self.position
 
 
 class Pipeline:
@@ -132,30 +95,23 @@ class Pipeline:
     def start(
         self, condition: Floats, guidance_scale: float, seed: int, student: StudentSpec, size: Size | None = None
     ) -> Row:
-        """A text-to-image row at pure noise. condition: (T, D)."""
-        at = size or self.manifest.sizes[0]
-        shape = (self.manifest.latent.channels, at.latent_height, at.latent_width)
-        noise = row_noise(seed, shape, Purpose.INITIAL)
-        return Row(
-            student=student,
-            plan=self.manifest.plan(student),
-            seed=seed,
-            w=weight_from_scale(guidance_scale),
-            condition=condition,
-            latent=noise,
-            initial_noise=noise,
-            known=np.zeros(shape, np.float32),
-            mask=np.ones((1, *shape[1:]), np.float32),
-            clean=np.zeros(shape, np.float32),
-        )
+        """A text-to-image row at pure noise. condition: (T, D). ``Drawing`` has the other ways to begin."""
+        return Drawing(self.manifest, student, condition, guidance_scale).from_noise(seed, size)
 
     def step(self, rows: Sequence[Row]) -> None:
         """Advance every row by one denoising step. rows: one batch_key, at most max_rows."""
-        graph = rows[0].student.graph
+        graph = rows[0].leg.student.graph
         out = self._run(graph, self._inputs(graph, rows))
         for i, row in enumerate(rows):
             row.latent, row.clean = out[NEXT_LATENT][i], out[CLEAN_ESTIMATE][i]
             row.position += 1
+
+    def encode(self, images: Sequence[NDArray[np.uint8]]) -> Floats:
+        """(B, C, h, w) clean latents of images, each (H, W, 3), all of one trained size. Raises: RequestError."""
+        if ENCODE_GRAPH not in self._engines:
+            message = "this model draws from text only; it takes no image"
+            raise RequestError("image", "unsupported_value", message)
+        return self._run(ENCODE_GRAPH, {IMAGE: np.stack(images)})[LATENT]
 
     def decode(self, latents: Sequence[Floats]) -> NDArray[np.uint8]:
         """(B, H, W, 3) uint8 images of clean latents, each (C, h, w), all of one shape."""
@@ -191,19 +147,19 @@ class Pipeline:
             engine.close()
 
     def _inputs(self, graph: str, rows: Sequence[Row]) -> dict[str, NDArray[Any]]:
-        steps = [row.plan.steps[row.position] for row in rows]
+        legs, steps = [row.leg for row in rows], [row.step for row in rows]
         inputs: dict[str, NDArray[Any]] = {
             LATENT: np.stack([row.latent for row in rows]),
             TIMESTEP: np.array([step.timestep for step in steps], np.float32),
-            GUIDANCE: np.array([row.w for row in rows], np.float32),
-            CONDITION: np.stack([row.condition for row in rows]),
+            GUIDANCE: np.array([leg.w for leg in legs], np.float32),
+            CONDITION: np.stack([leg.condition for leg in legs]),
             COEFFICIENTS: np.stack([step.row for step in steps]),
-            NOISE: np.stack([_step_noise(row) for row in rows]),
+            NOISE: np.stack([row.step_noise() for row in rows]),
             KNOWN: np.stack([row.known for row in rows]),
             MASK: np.stack([row.mask for row in rows]),
         }
         if any(spec.name == GRID for spec in self.manifest.graphs[graph].inputs):
-            inputs[GRID] = np.array([row.student.grid for row in rows], np.float32)
+            inputs[GRID] = np.array([leg.student.grid for leg in legs], np.float32)
         return inputs
 
     def _run(self, graph: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -232,10 +188,3 @@ def find_student(manifest: BundleManifest, steps: int | None, sampler: Sampler |
             return student
     trained = ", ".join(sorted({s.sampler for s in same_steps}))
     raise RequestError("sampler", "out_of_range", f"sampler must be {trained} for {wanted} steps.")
-
-
-def _step_noise(row: Row) -> Floats:
-    """Fresh noise where the step adds some; else the initial noise, which re-noises known regions."""
-    if row.plan.steps[row.position].stochastic:
-        return row_noise(row.seed, row.latent.shape, Purpose.STEP, row.position)
-    return row.initial_noise

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -147,6 +148,20 @@ def sampler_plan(
         else:
             steps.append(deterministic_step(schedule, grid[i], grid[i - 1], prediction, clip))
     return SamplerPlan(sampler, tuple(steps))
+
+
+def encoder_plan(schedule: NoiseSchedule, n: int, prediction: Prediction = "v_prediction") -> SamplerPlan:
+    """Deterministic inversion: n steps with time increasing, from a clean latent to pure noise. Never clipped.
+
+    The first step starts at table index 0: at t = 0 itself a network was never trained.
+    Raises: ValueError for a grid whose first point is index 0 already.
+    """
+    grid = schedule.grid(n)
+    if grid[1] == 0:
+        raise ValueError(f"an encoder needs fewer than {schedule.timesteps} steps, not {n}")
+    points = (0, *grid[1:])
+    steps = (deterministic_step(schedule, t, s, prediction) for t, s in pairwise(points))
+    return SamplerPlan("deterministic", tuple(steps))
 
 
 def entry_point(n: int, strength: float) -> int:

@@ -21,7 +21,10 @@ RowT = TypeVar("RowT")
 
 @dataclass(eq=False)
 class Ticket(Generic[RowT]):
-    """A row's place in the batcher. joined_s: any one monotonic clock; steps_left ≥ 1 while queued."""
+    """A row's place in the batcher. joined_s: any one monotonic clock; steps_left ≥ 1 while queued.
+
+    key: of the next step; a row that goes on to another graph has it changed before ``Batcher.stepped``.
+    """
 
     row: RowT
     key: Hashable
@@ -81,11 +84,13 @@ class Batcher(Generic[RowT]):
         """Count the step of a batch; its key goes to the back. Returns the tickets that are done."""
         for ticket in batch.tickets:
             ticket.steps_left -= 1
-        done = tuple(ticket for ticket in batch.tickets if ticket.steps_left == 0)
-        remaining = self._waiting.pop(batch.key, [])
-        if len(done) < len(remaining):
-            self._waiting[batch.key] = [ticket for ticket in remaining if ticket.steps_left > 0]
-        return done
+        remaining = [ticket for ticket in self._waiting.pop(batch.key, []) if ticket.steps_left > 0]
+        if staying := [ticket for ticket in remaining if ticket.key == batch.key]:
+            self._waiting[batch.key] = staying
+        for ticket in remaining:
+            if ticket.key != batch.key:
+                self.add(ticket)
+        return tuple(ticket for ticket in batch.tickets if ticket.steps_left == 0)
 
     def remove(self, leaving: Iterable[Ticket[RowT]]) -> None:
         """Take tickets out between steps: cancelled or failed. Unknown ones are ignored."""

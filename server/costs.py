@@ -7,7 +7,7 @@ from typing import Self
 
 from engines.cost import CostTable
 from engines.errors import BackendError
-from engines.manifest import DECODE_GRAPH, BundleManifest
+from engines.manifest import DECODE_GRAPH, ENCODE_GRAPH, BundleManifest
 from engines.pipeline import Pipeline, find_student
 from server.request import DenoiseRequest, Frozen
 
@@ -46,13 +46,14 @@ class CostBook:
             self._tables.update({name: offer.costs for name, offer in models.items()})
 
     def predicted_s(self, manifest: BundleManifest, request: DenoiseRequest) -> float:
-        """Engine seconds of a request whose rows share the most efficient batches: steps and decoding."""
+        """Engine seconds of a request whose rows share the most efficient batches: steps, decoding and encoding."""
         table = self._tables.get(manifest.name)
         if table is None:
             return request.n * UNKNOWN_ROW_S
         student = find_student(manifest, request.steps, request.sampler)
-        row_ms = request.steps * _least_ms(table, student.graph) + _least_ms(table, DECODE_GRAPH)
-        return request.n * row_ms / 1000
+        row_ms = request.network_steps * _least_ms(table, student.graph) + _least_ms(table, DECODE_GRAPH)
+        encode_ms = 0.0 if request.image is None else _least_ms(table, ENCODE_GRAPH)
+        return (request.n * row_ms + encode_ms) / 1000
 
 
 def best_rung(pipeline: Pipeline, graph: str, waiting: int) -> int:

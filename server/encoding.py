@@ -39,7 +39,8 @@ class Encoding:
 
 def encoding_of(request: DenoiseRequest, seed: int, engine: str) -> Encoding:
     """The file of one image of a request: everything needed to make it again."""
-    parameters = {
+    parameters: dict[str, Any] = {
+        "task": request.task,
         "prompt": request.prompt,
         "model": request.model,
         "seed": seed,
@@ -49,6 +50,10 @@ def encoding_of(request: DenoiseRequest, seed: int, engine: str) -> Encoding:
         "size": f"{request.width}x{request.height}",
         "engine": engine,
     }
+    if request.effective_strength is not None:
+        parameters["strength"] = request.effective_strength
+    if request.source_prompt is not None:
+        parameters |= {"mode": request.mode, "source_prompt": request.source_prompt}
     text = json.dumps(parameters, ensure_ascii=True)
     return Encoding(request.output_format, request.output_compression, text)
 

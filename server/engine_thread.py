@@ -13,13 +13,12 @@ import time
 from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 
-from engines.errors import HalfstepError
-from engines.pipeline import Floats, Pipeline
+from engines.pipeline import Pipeline
 from server.batching import Batch, Batcher
 from server.costs import Offer, best_rung
 from server.engine import Report
 from server.jobs import Lease
-from server.stages import Conditions, decode_latents, failure_of, step_rows
+from server.stages import Conditions, decode_latents, encode_images, failure_of, step_rows
 from server.work import Crashed, Dropped, Event, Failed, Image, Late, Pixels, Progress, Started, Stepped, Work
 
 _CLOSE = object()
@@ -130,28 +129,21 @@ class EngineThread:
 
     def _start(self, model: str, works: list[Work]) -> None:
         begun = time.perf_counter()
-        conditions = self._conditions[model].get([work.request.prompt for work in works])
+        conditions = self._conditions[model].get([prompt for work in works for prompt in work.prompts])
+        images = encode_images(self._pipelines[model], works)
         ended = time.perf_counter()
         for work in works:
             self._works[work.token] = work
             work.started_s, work.condition_ms = begun, (ended - begun) * 1000
             work.ran("condition", begun, ended)
             self._events.append(Started(work.token, work.queue_ms))
-            condition = conditions[work.request.prompt]
-            if isinstance(condition, Exception):
-                self._fail(work, condition, "condition")
-            else:
-                self._add_rows(work, condition)
-
-    def _add_rows(self, work: Work, condition: Floats) -> None:
-        pipeline = self._pipelines[work.request.model]
-        try:
-            work.start_rows(pipeline, condition)
-        except HalfstepError as error:  # a request resolved against another version of the bundle
-            self._fail(work, error, "condition")
-            return
-        for ticket in work.tickets:
-            self._batcher.add(ticket)
+            try:
+                work.start_rows(self._pipelines[model], conditions, images.get(work.token))
+            except Exception as error:  # one bad job, whatever an engine raised for it, is no end of the thread
+                self._fail(work, error, "condition")
+                continue
+            for ticket in work.tickets:
+                self._batcher.add(ticket)
 
     def _step(self, batch: Batch[Image]) -> None:
         images = [ticket.row for ticket in batch.tickets]
@@ -160,6 +152,8 @@ class EngineThread:
         begun = time.perf_counter()
         outcomes = step_rows(pipeline, [image.row for image in images])
         ended = time.perf_counter()
+        for ticket in batch.tickets:
+            ticket.key = ticket.row.key
         done = self._batcher.stepped(batch)
         self._events.append(Stepped(model, batch.rung, len(batch.tickets), ended - begun))
         for work in dict.fromkeys(image.work for image in images):
@@ -210,4 +204,4 @@ class EngineThread:
         self._events.append(Failed(work.token, failure_of(error), stage, work.spans))
 
     def _choose_rung(self, image: Image, waiting: int) -> int:
-        return best_rung(self._pipelines[image.work.request.model], image.row.student.graph, waiting)
+        return best_rung(self._pipelines[image.work.request.model], image.row.leg.student.graph, waiting)

@@ -7,8 +7,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from engines.masks import paste_known
 from server.costs import Offer
 from server.encoding import encode, encoding_of
+from server.images import read_image, read_mask
 from server.jobs import EncodedImage, JobResult, Preview, Timing
 from server.request import DenoiseRequest
 from server.work import Made, Pixels, Progress
@@ -52,4 +54,15 @@ class Finisher:
 
     async def _encode(self, request: DenoiseRequest, pixels: Pixels, seed: int) -> bytes:
         encoding = encoding_of(request, seed, self._engines[request.model])
-        return await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
+
+        def work() -> bytes:
+            return encode(with_known(request, pixels), encoding)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def with_known(request: DenoiseRequest, pixels: Pixels) -> Pixels:
+    """An inpainted image with the caller's own pixels outside the mask; any other as it is."""
+    if request.image is None or request.mask is None:
+        return pixels
+    return paste_known(pixels, read_image(request.image), read_mask(request.mask))

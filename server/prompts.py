@@ -11,15 +11,15 @@ _ALLOWED_CONTROLS = frozenset("\t\n\r")
 _INVISIBLE = frozenset({"Cf", "Zs", "Zl", "Zp", "Cc"})
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises: InvalidRequestError when empty, too long or not text. The prompt is never changed."""
+def check_prompt(prompt: str, param: str = "prompt") -> None:
+    """param: its field. Raises: InvalidRequestError when empty, too long or not text. It is never changed."""
     if len(prompt) > MAX_PROMPT_CHARS:
-        message = f"prompt must be at most {MAX_PROMPT_CHARS} characters."
-        raise InvalidRequestError("prompt_too_long", message, param="prompt")
+        message = f"{param} must be at most {MAX_PROMPT_CHARS} characters."
+        raise InvalidRequestError("prompt_too_long", message, param=param)
     categories = {c: unicodedata.category(c) for c in set(prompt)}
     if any(kind == "Cs" for kind in categories.values()):
-        raise InvalidRequestError("invalid_prompt", "prompt holds half of a surrogate pair.", param="prompt")
+        raise InvalidRequestError("invalid_prompt", f"{param} holds half of a surrogate pair.", param=param)
     if any(kind == "Cc" and c not in _ALLOWED_CONTROLS for c, kind in categories.items()):
-        raise InvalidRequestError("invalid_prompt", "prompt holds control characters.", param="prompt")
+        raise InvalidRequestError("invalid_prompt", f"{param} holds control characters.", param=param)
     if all(kind in _INVISIBLE for kind in categories.values()):
-        raise InvalidRequestError("empty_prompt", "prompt must say what to draw.", param="prompt")
+        raise InvalidRequestError("empty_prompt", f"{param} must say what to draw.", param=param)

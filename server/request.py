@@ -93,6 +93,11 @@ class DenoiseRequest(Frozen):
         return None if self.strength is None else entry_point(self.steps, self.strength)
 
     @property
+    def effective_strength(self) -> float | None:
+        """The share of the steps that is run, where strength chose it."""
+        return None if self.entry is None else self.entry / self.steps
+
+    @property
     def network_steps(self) -> int:
         """Steps each image takes through the networks: those left after the entry, and those of the encoder."""
         return (self.entry or self.steps) + (self.encoder_steps or 0)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import secrets
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from engines.errors import RequestError
+from engines.manifest import Size, Task
 from engines.noise import MAX_SEED
 from engines.pipeline import find_student
+from engines.rows import find_encoder
 from server.catalogue import Catalogue, Model
 from server.errors import InvalidRequestError
+from server.fitting import Fit, MaskRule, fit_image, nearest_size
 from server.prompts import check_prompt
 from server.request import DenoiseRequest
-from server.schemas import GenerationBody
+from server.schemas import EditBody, GenerationBody
+
+EDIT_STRENGTH = 0.75
+"""Of an edit without a mask that names none."""
 
 ValueT = TypeVar("ValueT", int, float)
 
@@ -20,7 +26,42 @@ ValueT = TypeVar("ValueT", int, float)
 def resolve(body: GenerationBody, catalogue: Catalogue) -> DenoiseRequest:
     """Raises: InvalidRequestError or NotFoundError naming the field and the values it may have."""
     model = catalogue.find(body.model)
-    _check_prompt(body, model)
+    width, height = _size(body.size, model)
+    return DenoiseRequest(**_shared(body, model), width=width, height=height)
+
+
+def resolve_edit(
+    body: EditBody, image: bytes, mask: bytes | None, rule: MaskRule, catalogue: Catalogue, *, fit: Fit = "crop"
+) -> DenoiseRequest:
+    """An edit, or with a mask an inpainting; decodes the files, so call it beside the event loop.
+
+    rule: what of the mask is edited; fit: how the image comes to the size. Raises: as ``resolve``, and as
+    ``fit_image``.
+    """
+    model = catalogue.find(body.model)
+    task: Task = "edit" if mask is None else "inpaint"
+    if task not in model.manifest.tasks:
+        offered = ", ".join(model.manifest.tasks)
+        message = f"This model has no task {task}; it has {offered}."
+        raise InvalidRequestError("unsupported_value", message, param="model")
+    shared = _shared(body, model)
+    entry = _entry(body, model, shared["steps"], masked=mask is not None)
+    sizes = model.manifest.sizes if body.size in (None, "auto") else (_found_size(body.size or "", model),)
+    fitted = fit_image(image, mask, rule, lambda width, height: nearest_size(sizes, width, height), fit=fit)
+    return DenoiseRequest(
+        **shared,
+        **entry,
+        task=task,
+        width=fitted.size.width,
+        height=fitted.size.height,
+        image=fitted.image,
+        mask=fitted.mask,
+    )
+
+
+def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
+    """The fields of a request that every task has."""
+    _check_prompt("prompt", body.prompt, model)
     _check_combinations(body)
     steps = _one("steps", body.steps, "num_inference_steps", body.num_inference_steps)
     guidance = _one("guidance_scale", body.guidance_scale, "guidance", body.guidance)
@@ -29,29 +70,52 @@ def resolve(body: GenerationBody, catalogue: Catalogue) -> DenoiseRequest:
         student = find_student(model.manifest, steps, body.sampler)
     except RequestError as error:
         raise InvalidRequestError(error.code, str(error), param=error.param) from None
-    width, height = _size(body.size, model)
-    return DenoiseRequest(
-        model=model.name,
-        prompt=body.prompt,
-        n=n,
-        seed=_seed(body.seed, n),
-        guidance_scale=_guidance(guidance, model),
-        steps=student.steps,
-        sampler=student.sampler,
-        width=width,
-        height=height,
-        output_format=body.output_format or "png",
-        output_compression=body.output_compression,
-        partial_images=body.partial_images or 0,
-    )
+    return {
+        "model": model.name,
+        "prompt": body.prompt,
+        "n": n,
+        "seed": _seed(body.seed, n),
+        "guidance_scale": _guidance(guidance, model),
+        "steps": student.steps,
+        "sampler": student.sampler,
+        "output_format": body.output_format or "png",
+        "output_compression": body.output_compression,
+        "partial_images": body.partial_images or 0,
+    }
 
 
-def _check_prompt(body: GenerationBody, model: Model) -> None:
-    check_prompt(body.prompt)
+def _entry(body: EditBody, model: Model, steps: int, *, masked: bool) -> dict[str, Any]:
+    """How an edit enters the steps."""
+    if body.mode != "invert":
+        if body.source_prompt is not None:
+            message = "source_prompt belongs to mode invert; leave it out, or set mode to invert."
+            raise InvalidRequestError("unsupported_value", message, param="source_prompt")
+        strength = body.strength if body.strength is not None else (1.0 if masked else EDIT_STRENGTH)
+        if strength == 0:
+            message = "strength must be above 0: at 0 the image would stay as it is."
+            raise InvalidRequestError("out_of_range", message, param="strength")
+        return {"strength": strength}
+    if masked or body.strength is not None:
+        param = "mask" if masked else "strength"
+        message = f"{param} does not go with mode invert, which starts from the whole image's own noise."
+        raise InvalidRequestError("unsupported_value", message, param=param)
+    if body.source_prompt is None:
+        message = "source_prompt is required with mode invert: it says what the image shows."
+        raise InvalidRequestError("missing_field", message, param="source_prompt")
+    _check_prompt("source_prompt", body.source_prompt, model)
     try:
-        model.tokenizer.encode(body.prompt)
+        encoder = find_encoder(model.manifest, steps)
     except RequestError as error:
         raise InvalidRequestError(error.code, str(error), param=error.param) from None
+    return {"mode": "invert", "source_prompt": body.source_prompt, "encoder_steps": encoder.steps}
+
+
+def _check_prompt(name: str, prompt: str, model: Model) -> None:
+    check_prompt(prompt, name)
+    try:
+        model.tokenizer.encode(prompt)
+    except RequestError as error:
+        raise InvalidRequestError(error.code, str(error), param=name) from None
 
 
 def _check_combinations(body: GenerationBody) -> None:
@@ -88,14 +152,16 @@ def _guidance(value: float | None, model: Model) -> float:
 
 
 def _size(text: str | None, model: Model) -> tuple[int, int]:
-    if text in (None, "auto"):
-        size = model.manifest.sizes[0]
-        return size.width, size.height
+    size = model.manifest.sizes[0] if text in (None, "auto") else _found_size(text or "", model)
+    return size.width, size.height
+
+
+def _found_size(text: str, model: Model) -> Size:
     found = model.size(text)
     if found is None:
         allowed = ", ".join(str(size) for size in model.manifest.sizes)
         raise InvalidRequestError("out_of_range", f"size must be auto or {allowed}.", param="size")
-    return found.width, found.height
+    return found
 
 
 def _seed(seed: int | None, n: int) -> int:

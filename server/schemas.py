@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.manifest import Task
 from engines.noise import MAX_SEED
-from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, OutputFormat
+from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 
 MAX_PROMPT_CHARS = 4000
 
@@ -65,6 +66,24 @@ class GenerationBody(BaseModel):
     )
 
 
+class EditBody(GenerationBody):
+    """Texts of the form ``POST /v1/images/edits``; its files are image and mask. An empty text means left out."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": []})
+
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much of the image may change, above 0: of N steps the last floor(strength · N) are run, "
+        "at least one. 0.75 when left out, 1 with a mask.",
+    )
+    mode: EditMode | None = Field(
+        None, description='"noise" (when left out) noises the image, "invert" encodes it; not both with a mask.'
+    )
+    source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
+
+
 class TimingBody(BaseModel):
     """Milliseconds of a request in each stage."""
 
@@ -86,7 +105,7 @@ class InputTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """input_tokens: text tokens of the prompt; output_tokens: latent cells generated."""
+    """Text tokens of the prompt and latent cells of the image that came; output_tokens: latent cells generated."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -109,6 +128,8 @@ class ImagesResponse(BaseModel):
     guidance_scale: float
     steps: int
     sampler: str
+    task: Task
+    strength: float | None = Field(None, description="Of an edit: the share of the steps that was run.")
     engine: str = Field(
         description="Backend, version and precision: equal requests give equal bytes on one engine."
     )
@@ -116,9 +137,9 @@ class ImagesResponse(BaseModel):
 
 
 class PartialImageEvent(BaseModel):
-    """``event: image_generation.partial_image``: the clean estimate so far. image_index: k of n (ours)."""
+    """The clean estimate so far. image_index: k of n (ours)."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"] = "image_generation.partial_image"
     b64_json: str
     background: Literal["opaque"] = "opaque"
     created_at: int
@@ -130,9 +151,9 @@ class PartialImageEvent(BaseModel):
 
 
 class CompletedEvent(BaseModel):
-    """``event: image_generation.completed``, one an image. image_index: k of n (ours)."""
+    """The finished image, one event each. image_index: k of n (ours)."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
     b64_json: str
     background: Literal["opaque"] = "opaque"
     created_at: int
@@ -146,6 +167,8 @@ class CompletedEvent(BaseModel):
     guidance_scale: float
     steps: int
     sampler: str
+    task: Task
+    strength: float | None = None
     engine: str
     timing: TimingBody
 

@@ -1,4 +1,4 @@
-"""The three batched calls of the engine thread, with a failure kept to the row that caused it."""
+"""The batched calls of the engine thread, with a failure kept to the row that caused it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import structlog
 from numpy.typing import NDArray
 
 from engines.errors import BackendError, RequestError
-from engines.pipeline import Floats, Pipeline, Row
+from engines.pipeline import Pipeline
+from engines.rows import Floats, Row
+from server.images import read_image
 from server.jobs import JobFailure
+from server.work import Work, find_size
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -84,6 +87,28 @@ class Conditions:
         self._cache[prompt] = condition
         if len(self._cache) > self._entries:
             self._cache.popitem(last=False)
+
+
+def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Floats | Exception]:
+    """By token, the (C, h, w) clean latent of every job that brought an image, or why there is none."""
+    found: dict[str, Floats | Exception] = {}
+    by_size: dict[str, list[Work]] = {}
+    for work in works:
+        if work.request.image is None:
+            continue
+        try:
+            by_size.setdefault(str(find_size(pipeline, work.request)), []).append(work)
+        except RequestError as error:
+            found[work.token] = error
+
+    def call(batch: Sequence[Work]) -> list[Floats]:
+        return list(pipeline.encode([read_image(work.request.image or b"") for work in batch]))
+
+    for group in by_size.values():
+        for start in range(0, len(group), pipeline.max_rows):
+            chunk = group[start : start + pipeline.max_rows]
+            found.update(zip((work.token for work in chunk), isolate(chunk, call), strict=True))
+    return found
 
 
 def step_rows(pipeline: Pipeline, rows: Sequence[Row]) -> list[Exception | None]:

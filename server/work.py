@@ -6,6 +6,7 @@ processes of one machine share.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +14,11 @@ from numpy.typing import NDArray
 
 from engines.errors import RequestError
 from engines.manifest import Size
-from engines.pipeline import Floats, Pipeline, Row
+from engines.masks import latent_mask
+from engines.pipeline import Pipeline
+from engines.rows import Drawing, Floats, Row, find_encoder
 from server.batching import Ticket
+from server.images import read_mask
 from server.jobs import JobFailure, Lease
 from server.request import DenoiseRequest
 
@@ -120,6 +124,11 @@ class Image:
     row: Row
 
     @property
+    def key(self) -> tuple[str, str, tuple[int, ...]]:
+        """What it shares its next step with."""
+        return (self.work.request.model, *self.row.batch_key)
+
+    @property
     def preview_due(self) -> bool:
         return self.row.position in self.work.preview_at
 
@@ -140,13 +149,21 @@ class Work:
 
     def __post_init__(self) -> None:
         self.token = self.lease.token
-        self.preview_at = preview_steps(self.request.steps, self.request.partial_images)
+        encoding = self.request.encoder_steps or 0
+        drawing = self.request.network_steps - encoding
+        self.preview_at = tuple(encoding + step for step in preview_steps(drawing, self.request.partial_images))
         left_ms = self.lease.left_ms
         self.deadline_s = None if left_ms is None else self.arrived_s + left_ms / 1000
 
     @property
     def request(self) -> DenoiseRequest:
         return self.lease.job.request
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Whatever it needs the condition of."""
+        source = self.request.source_prompt
+        return (self.request.prompt,) if source is None else (self.request.prompt, source)
 
     @property
     def step(self) -> int:
@@ -157,14 +174,28 @@ class Work:
     def complete(self) -> bool:
         return len(self.pixels) == len(self.tickets)
 
-    def start_rows(self, pipeline: Pipeline, condition: Floats) -> None:
-        """Make the rows at pure noise. condition: (T, D). Raises: RequestError when the bundle lacks them."""
-        size = _find_size(pipeline, self.request)
+    def start_rows(
+        self, pipeline: Pipeline, conditions: Mapping[str, Floats | Exception], image: Floats | Exception | None
+    ) -> None:
+        """Make the rows. conditions: (T, D) of ``prompts``; image: (C, h, w) clean latent of the caller's image.
+
+        Raises: what one of them failed with; RequestError when the bundle lacks what the request asks for.
+        """
+        condition, *source = (_sound(conditions[prompt]) for prompt in self.prompts)
         student = pipeline.student(self.request.steps, self.request.sampler)
+        drawing = Drawing(pipeline.manifest, student, condition, self.request.guidance_scale)
+        size = find_size(pipeline, self.request)
+        known = None if image is None else _sound(image)
+        mask = None if self.request.mask is None else latent_mask(read_mask(self.request.mask), size)
         for index, seed in enumerate(self.request.seeds):
-            row = pipeline.start(condition, self.request.guidance_scale, seed, student, size)
-            key = (self.request.model, *row.batch_key)
-            self.tickets.append(Ticket(Image(self, index, row), key, row.steps_left, self.arrived_s))
+            if known is None:
+                row = drawing.from_noise(seed, size)
+            elif self.request.strength is None:
+                row = drawing.from_inversion(seed, known, find_encoder(pipeline.manifest, student.steps), *source)
+            else:
+                row = drawing.from_image(seed, known, self.request.strength, mask)
+            entry = Image(self, index, row)
+            self.tickets.append(Ticket(entry, entry.key, row.steps_left, self.arrived_s))
 
     def ran(self, stage: str, begin_s: float, end_s: float) -> None:
         """Note that the job was in a stage."""
@@ -194,8 +225,15 @@ def preview_steps(steps: int, partial_images: int) -> tuple[int, ...]:
     return tuple(sorted(step for step in wanted if 0 < step < steps))
 
 
-def _find_size(pipeline: Pipeline, request: DenoiseRequest) -> Size:
+def find_size(pipeline: Pipeline, request: DenoiseRequest) -> Size:
+    """The trained size of a request. Raises: RequestError when the bundle has it not."""
     for size in pipeline.manifest.sizes:
         if (size.width, size.height) == (request.width, request.height):
             return size
     raise RequestError("size", "out_of_range", "This model was not trained for that size.")
+
+
+def _sound(part: Floats | Exception) -> Floats:
+    if isinstance(part, Exception):
+        raise part
+    return part

@@ -114,6 +114,14 @@ def _unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
     return x
 
 
+def _reduce_mean(
+    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    if axes is None or not axes.numel():
+        return x if noop_with_empty_axes else x.mean(tuple(range(x.dim())), bool(keepdims))
+    return x.mean(tuple(axes.tolist()), bool(keepdims))
+
+
 def _squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(_ints(axes))
 
@@ -209,6 +217,7 @@ OPERATORS: dict[str, Operator] = {
     "Mul": torch.mul,
     "Neg": torch.neg,
     "OneHot": _one_hot,
+    "ReduceMean": _reduce_mean,
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": torch.round,

@@ -49,13 +49,17 @@ def images_response(state: JobState, catalogue: Catalogue) -> ImagesResponse:
         guidance_scale=request.guidance_scale,
         steps=request.steps,
         sampler=request.sampler,
+        task=request.task,
+        strength=request.effective_strength,
         engine=result.engine,
         timing=_timing(result.timing),
     )
 
 
 def partial_event(preview: Preview, request: DenoiseRequest) -> PartialImageEvent:
+    edits = request.task != "text_to_image"
     return PartialImageEvent(
+        type="image_edit.partial_image" if edits else "image_generation.partial_image",
         b64_json=_base64(preview.data),
         created_at=int(time.time()),
         output_format=request.output_format,
@@ -70,6 +74,7 @@ def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[Complete
     result, request = result_of(state), state.job.request
     for index, image in enumerate(result.images):
         yield CompletedEvent(
+            type="image_generation.completed" if request.task == "text_to_image" else "image_edit.completed",
             b64_json=_base64(image.inline()),
             created_at=int(time.time()),
             output_format=request.output_format,
@@ -81,6 +86,8 @@ def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[Complete
             guidance_scale=request.guidance_scale,
             steps=request.steps,
             sampler=request.sampler,
+            task=request.task,
+            strength=request.effective_strength,
             engine=result.engine,
             timing=_timing(result.timing),
         )
@@ -89,12 +96,13 @@ def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[Complete
 def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:
     manifest = catalogue.find(request.model).manifest
     size = next(s for s in manifest.sizes if (s.width, s.height) == (request.width, request.height))
-    text, cells = manifest.condition.tokens, images * size.latent_width * size.latent_height
+    text, cells = manifest.condition.tokens, size.latent_width * size.latent_height
+    given = 0 if request.image is None else cells
     return Usage(
-        input_tokens=text,
-        input_tokens_details=InputTokensDetails(text_tokens=text, image_tokens=0),
-        output_tokens=cells,
-        total_tokens=text + cells,
+        input_tokens=text + given,
+        input_tokens_details=InputTokensDetails(text_tokens=text, image_tokens=given),
+        output_tokens=images * cells,
+        total_tokens=text + given + images * cells,
     )
 
 

@@ -15,14 +15,23 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import client_gone, read_object
-from server.api.reference import GENERATION_BODY, GENERATION_RESPONSES, MODEL_RESPONSES
-from server.api.validation import validate
+from server.api.multipart import read_form
+from server.api.reference import (
+    EDIT_BODY,
+    EDIT_RESPONSES,
+    GENERATION_BODY,
+    GENERATION_RESPONSES,
+    MODEL_RESPONSES,
+)
+from server.api.validation import form_values, validate
 from server.catalogue import Model
-from server.errors import ApiError
+from server.errors import ApiError, InvalidRequestError
+from server.fitting import alpha_is_edit
 from server.jobs import JobState, JobStatus
 from server.request import DenoiseRequest
-from server.resolve import resolve
+from server.resolve import resolve, resolve_edit
 from server.schemas import (
+    EditBody,
     GenerationBody,
     GuidanceBody,
     ModelBody,
@@ -35,7 +44,7 @@ _log = structlog.get_logger()
 
 
 def openai_routes(service: Service) -> APIRouter:
-    """``/v1/images/generations`` and ``/v1/models``."""
+    """``/v1/images/generations``, ``/v1/images/edits`` and ``/v1/models``."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
     @router.post("/images/generations", responses=GENERATION_RESPONSES, openapi_extra=GENERATION_BODY)
@@ -43,14 +52,19 @@ def openai_routes(service: Service) -> APIRouter:
         """Draw n images of a prompt."""
         body = validate(GenerationBody, await read_object(request, service.settings))
         wanted = resolve(body, service.catalogue)
-        if body.stream:
-            return await _stream(service, request, wanted)
-        async with service.accepted(wanted) as job_id, _cancelled_when_gone(service, request, job_id):
-            state = await service.store.wait(job_id)
-            if state.status is JobStatus.CANCELLED:
-                raise client_gone()
-            answer = images_response(state, service.catalogue)
-            return Response(answer.model_dump_json(), media_type="application/json")
+        return await _answer(service, request, wanted, stream=bool(body.stream))
+
+    @router.post("/images/edits", responses=EDIT_RESPONSES, openapi_extra=EDIT_BODY)
+    async def edit_image(request: Request) -> Response:
+        """Draw a prompt from an image: over all of it, or where the mask is transparent."""
+        form = await read_form(request)
+        body = validate(EditBody, form_values(EditBody, form.texts))
+        image, mask = form.files.get("image"), form.files.get("mask")
+        if image is None:
+            message = "image is required: send a PNG, JPEG or WebP file."
+            raise InvalidRequestError("missing_field", message, param="image")
+        wanted = await asyncio.to_thread(resolve_edit, body, image, mask, alpha_is_edit, service.catalogue)
+        return await _answer(service, request, wanted, stream=bool(body.stream))
 
     @router.get("/models")
     async def list_models() -> ModelsResponse:
@@ -63,6 +77,18 @@ def openai_routes(service: Service) -> APIRouter:
         return _model_body(service.catalogue.find(model_id))
 
     return router
+
+
+async def _answer(service: Service, request: Request, wanted: DenoiseRequest, *, stream: bool) -> Response:
+    """Have it made, and answer with the images or with events."""
+    if stream:
+        return await _stream(service, request, wanted)
+    async with service.accepted(wanted) as job_id, _cancelled_when_gone(service, request, job_id):
+        state = await service.store.wait(job_id)
+        if state.status is JobStatus.CANCELLED:
+            raise client_gone()
+        answer = images_response(state, service.catalogue)
+        return Response(answer.model_dump_json(), media_type="application/json")
 
 
 class _AcceptedStream(StreamingResponse):
@@ -144,6 +170,6 @@ def _model_body(model: Model) -> ModelBody:
         steps=StepsBody(trained=trained, default=manifest.default_steps),
         samplers={n: sorted(s.sampler for s in students if s.steps == n) for n in trained},
         sizes=[str(size) for size in manifest.sizes],
-        tasks=["text_to_image"],
+        tasks=list(manifest.tasks),
         prompts=list(model.tokenizer.known()),
     )

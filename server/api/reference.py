@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.schemas import CompletedEvent, ErrorResponse, GenerationBody, ImagesResponse, PartialImageEvent
+from server.schemas import (
+    CompletedEvent,
+    EditBody,
+    ErrorResponse,
+    GenerationBody,
+    ImagesResponse,
+    PartialImageEvent,
+)
 
 _EXAMPLES: list[Any] = GenerationBody.model_json_schema()["examples"]
 
@@ -57,6 +64,46 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     500: error_response("The engine failed on this request", "engine_error", "The engine failed on this request."),
     503: error_response(
         "No room now; Retry-After says when", "queue_full", "The server has as much work as it accepts."
+    ),
+}
+
+
+def _edit_form() -> dict[str, Any]:
+    schema = EditBody.model_json_schema()
+    schema.pop("examples", None)
+    file = {"type": "string", "format": "binary"}
+    images = {
+        "image": {**file, "description": "PNG, JPEG or WebP; cut about its centre to the size. Also image[]."},
+        "mask": {**file, "description": "A PNG as large as the image; alpha 0 is drawn anew, the rest stays."},
+    }
+    required = ["image", *schema["required"]]
+    return {**schema, "properties": {**images, **schema["properties"]}, "required": required}
+
+
+EDIT_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _edit_form()}}}
+}
+
+EDIT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    **GENERATION_RESPONSES,
+    200: {
+        **GENERATION_RESPONSES[200],
+        "description": "The images, or with stream true events: image_edit.partial_image, image_edit.completed",
+    },
+    400: error_response(
+        "A field or file is unknown, malformed, or asks for what the model does not offer",
+        "empty_mask",
+        "mask has nothing to edit.",
+        "mask",
+    ),
+    413: error_response(
+        "A file, a text or the form is too large", "image_too_large", "image is too large.", "image"
+    ),
+    415: error_response(
+        "The body is no form, or a file no PNG, JPEG or WebP",
+        "unsupported_image_type",
+        "image must be a PNG, JPEG or WebP file, whatever its name.",
+        "image",
     ),
 }
 

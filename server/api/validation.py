@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,6 +13,8 @@ from server.errors import InvalidRequestError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _RANGE_ERRORS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
 _TYPE_WORDS = {
@@ -38,6 +41,26 @@ def validate(schema: type[ModelT], body: dict[str, Any]) -> ModelT:
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
     raise _refusal(schema, next((d for d in details if _is_unknown(d)), details[0]))
+
+
+def form_values(schema: type[BaseModel], texts: Mapping[str, str]) -> dict[str, Any]:
+    """The texts of a form as JSON would hold them: numbers and booleans by the schema's types.
+
+    What is no number stays text, and ``validate`` then says what its field must be.
+    """
+    return {name: _value(schema, name, text) for name, text in texts.items()}
+
+
+def _value(schema: type[BaseModel], name: str, text: str) -> Any:
+    info = schema.model_fields.get(name)
+    kinds = get_args(info.annotation) if info is not None else ()
+    if int in kinds and _INTEGER.fullmatch(text):
+        return int(text)
+    if float in kinds and _NUMBER.fullmatch(text):
+        return float(text)
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text
 
 
 def _refusal(schema: type[BaseModel], detail: ErrorDetails) -> InvalidRequestError:

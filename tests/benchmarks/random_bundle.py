@@ -20,20 +20,23 @@ from diffusers import UNet2DConditionModel
 from distill_jobs.data.digits import CLASSES, WIDTH
 from distill_jobs.export import (
     DECODE_LIMIT,
+    ENCODE_LIMIT,
     PARITY_BATCHES,
     STEP_LIMIT,
     TOKENIZER_FILE,
+    parity_images,
     parity_latents,
     parity_rows,
     vocabulary,
     write_checked,
 )
-from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
+from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
 from distill_jobs.student import new_teacher, student_of
 from engines.bundle import Bundle, file_records, write_bundle
 from engines.manifest import (
     CONDITION_GRAPH,
     DECODE_GRAPH,
+    ENCODE_GRAPH,
     BundleManifest,
     ConditionSpec,
     Evaluation,
@@ -122,6 +125,10 @@ def _write_graphs(folder: Path, options: RandomOptions) -> dict[str, GraphSpec]:
     at = folder / f"{DECODE_GRAPH}.onnx"
     specs = decode.inputs(*size), decode.outputs(*size)
     graphs[DECODE_GRAPH] = write_checked(decode, [latents], *specs, at, DECODE_LIMIT)
+    encode = EncodeGraph(channels, UPSCALE)
+    at, specs = folder / f"{ENCODE_GRAPH}.onnx", (encode.inputs(*size), encode.outputs(*size))
+    images = parity_images(count, specs[0][0].shape[1:])
+    graphs[ENCODE_GRAPH] = write_checked(encode, [images], *specs, at, ENCODE_LIMIT)
     for steps in options.steps:
         step = StepGraph(random_student(options, steps))
         rows = parity_rows(plan(steps), GUIDANCE, shape, count)

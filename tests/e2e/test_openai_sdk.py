@@ -103,7 +103,11 @@ def test_models_are_listed_with_what_they_can_do(sdk: OpenAI) -> None:
     model = sdk.models.retrieve("toy-digits").model_dump()
     assert model["guidance_scale"] == {"min": 1.0, "max": 5.0, "default": 2.0}
     assert model["steps"] == {"trained": [1, 2, 4, 8], "default": 4}
-    assert (model["sizes"], model["tasks"], model["owned_by"]) == (["64x64"], ["text_to_image"], "halfstep")
+    assert (model["sizes"], model["tasks"], model["owned_by"]) == (
+        ["64x64"],
+        ["text_to_image", "edit", "inpaint"],
+        "halfstep",
+    )
     assert "seven" in model["prompts"]
 
 

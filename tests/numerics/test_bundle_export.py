@@ -19,7 +19,7 @@ from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
 from engines.bundle import Bundle, verify_bundle
 from engines.errors import BundleError, RequestError
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.numerics.conftest import EvaluatedRun
@@ -59,7 +59,7 @@ def pipeline_latents(pipeline: Pipeline, steps: int) -> np.ndarray:
 def test_the_bundle_verifies_and_describes_the_run(bundle: Bundle) -> None:
     manifest = verify_bundle(bundle.path).manifest
     assert manifest == bundle.manifest
-    assert set(manifest.graphs) == {CONDITION_GRAPH, DECODE_GRAPH, "step_2", "step_1"}
+    assert set(manifest.graphs) == {CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, "step_2", "step_1"}
     assert [(s.steps, s.sampler, s.timesteps) for s in manifest.students] == [
         (2, "deterministic", (999, 499)),
         (1, "deterministic", (999,)),

@@ -17,6 +17,7 @@ from engines.manifest import (
     CLEAN_ESTIMATE,
     CONDITION,
     DECODE_GRAPH,
+    ENCODE_GRAPH,
     IMAGE,
     LATENT,
     NEXT_LATENT,
@@ -72,7 +73,7 @@ class Bench:
         manifest = verified.manifest
 
         def load(graph: str) -> FakeEngine:
-            runs: dict[str, Run] = {CONDITION: _condition, DECODE_GRAPH: _decode}
+            runs: dict[str, Run] = {CONDITION: _condition, DECODE_GRAPH: _decode, ENCODE_GRAPH: _encode}
             return FakeEngine(manifest.graphs[graph], runs.get(graph, lambda rows: self._step(graph, rows)))
 
         self.pipeline = Pipeline(verified, load, RUNGS)
@@ -107,3 +108,8 @@ def _condition(rows: Rows) -> dict[str, NDArray[Any]]:
 def _decode(rows: Rows) -> dict[str, NDArray[Any]]:
     grey = np.clip(rows[LATENT][:, 0, :, :, None] * 100 + 128, 0, 255).astype(np.uint8)
     return {IMAGE: np.broadcast_to(grey, (*grey.shape[:3], 3))}
+
+
+def _encode(rows: Rows) -> dict[str, NDArray[Any]]:
+    grey = rows[IMAGE][:, ::8, ::8, 0].astype(np.float32)
+    return {LATENT: (grey / 127.5 - 1)[:, None]}

@@ -15,6 +15,7 @@ from engines.condition import LabelClass, LabelVocabulary
 from engines.manifest import (
     CONDITION_GRAPH,
     DECODE_GRAPH,
+    ENCODE_GRAPH,
     BundleManifest,
     ConditionSpec,
     Evaluation,
@@ -31,7 +32,7 @@ from engines.manifest import (
 )
 from engines.sampler import Sampler, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
-from tests.support.toy_graphs import LATENT_PX, WIDTH, condition_graph, decode_graph, step_graph
+from tests.support.toy_graphs import LATENT_PX, WIDTH, condition_graph, decode_graph, encode_graph, step_graph
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -74,7 +75,7 @@ def _vocabulary() -> LabelVocabulary:
 
 def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
     students = [("step", 0)] if options.shared else [(f"step_{n}", n) for n in options.steps]
-    models = {CONDITION_GRAPH: condition_graph(), DECODE_GRAPH: decode_graph()}
+    models = {CONDITION_GRAPH: condition_graph(), DECODE_GRAPH: decode_graph(), ENCODE_GRAPH: encode_graph()}
     for name, n in students:
         models[name] = step_graph(
             seed=1000 * options.weights_seed + n,

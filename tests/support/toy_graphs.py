@@ -109,6 +109,18 @@ def decode_graph() -> ToyGraph:
     return build.finish((_spec(LATENT, _ROW),), (_spec(IMAGE, (-1, 64, 64, 3), "uint8"),))
 
 
+def encode_graph() -> ToyGraph:
+    """image (B, 64, 64, 3) uint8 → latent (B, 1, 8, 8): the mean luma of each 8 × 8 block, in [-1, 1]."""
+    build = _Builder()
+    planes = build.op("Transpose", build.op("Cast", IMAGE, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    blocks = build.op("Reshape", planes, build.ints(-1, 3, LATENT_PX, 8, LATENT_PX, 8))
+    means = build.op("ReduceMean", blocks, build.ints(3, 5), keepdims=0)
+    luma = build.const(np.array([0.299, 0.587, 0.114], np.float32).reshape(1, 3, 1, 1))
+    grey = build.op("Conv", means, luma)
+    build.op("Sub", build.op("Div", grey, build.scalar(127.5)), build.scalar(1), result=LATENT)
+    return build.finish((_spec(IMAGE, (-1, 64, 64, 3), "uint8"),), (_spec(LATENT, _ROW),))
+
+
 def step_graph(*, seed: int, channels: int, depth: int, nan_class: int | None, grid: bool) -> ToyGraph:
     """One denoising step of a network drawn from ``seed``; see ``ToyOptions`` for the rest."""
     build = _Builder()

@@ -25,7 +25,7 @@ def run(*arguments: object) -> Result:
 def test_verify_names_what_the_bundle_holds(toy: Bundle) -> None:
     result = run("verify", toy.path)
     assert result.exit_code == 0
-    assert "toy-digits: 7 files" in result.stdout
+    assert "toy-digits: 8 files" in result.stdout
     assert "guidance_scale 1 to 5" in result.stdout
 
 
@@ -87,7 +87,7 @@ def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:
 def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:
     result = run("compare", toy.path, "--backend", "openvino", "--rows", 4, "--tolerance", 0)
     assert result.exit_code == 1
-    assert "fails on graph 'step_" in result.stderr
+    assert "fails on graph '" in result.stderr
 
 
 def test_a_difference_passes_only_with_equal_rows_and_one_level_at_most() -> None:

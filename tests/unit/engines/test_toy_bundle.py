@@ -45,7 +45,7 @@ def test_one_class_can_be_poisoned_without_touching_its_companions(tmp_path: Pat
 
 def test_a_shared_student_serves_every_step_count_from_one_graph(tmp_path: Path) -> None:
     bundle = make_toy_bundle(tmp_path / "bundle", ToyOptions(shared=True))
-    assert verify_bundle(bundle.path).manifest.graphs.keys() == {"condition", "decode", "step"}
+    assert verify_bundle(bundle.path).manifest.graphs.keys() == {"condition", "decode", "encode", "step"}
     pipeline = open_pipeline(bundle.path, "onnxruntime", rungs=(2,))
     one, four = (pipeline.start(pipeline.condition(["six"])[0], 2.0, 5, pipeline.student(n)) for n in (1, 4))
     assert one.batch_key == four.batch_key

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
 from server.app import create_app
-from server.jobs import Backlog, Job, JobFailure, Submission
+from server.jobs import Backlog, IdempotencyKey, Job, JobFailure, Submission
 from server.service import Service
 from tests.support.offline import offline_client, offline_service
 
@@ -69,8 +69,8 @@ def test_an_accepted_request_that_fails_is_no_refusal(
 ) -> None:
     submit = service.store.submit
 
-    async def submit_and_fail(job: Job) -> Submission:
-        submission = await submit(job)
+    async def submit_and_fail(job: Job, key: IdempotencyKey | None = None) -> Submission:
+        submission = await submit(job, key)
         await service.store.abandon(job.id, JobFailure(code="engine_error", message="It failed."))
         return submission
 

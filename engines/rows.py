@@ -1,0 +1,165 @@
+"""One image in the making, and where it may begin: at noise, at a noised image, or at an inverted one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import RequestError
+from engines.guidance import weight_from_scale
+from engines.manifest import BundleManifest, Size, StudentSpec
+from engines.noise import Purpose, row_noise
+from engines.sampler import SamplerPlan, Step, entry_point
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """A stretch of a row's way on one step graph. condition: (T, D); w: guidance weight."""
+
+    student: StudentSpec
+    plan: SamplerPlan
+    w: float
+    condition: Floats
+
+
+@dataclass(eq=False)
+class Row:
+    """One image in the making; ``Pipeline.step`` advances it along its legs.
+
+    latent, clean: (C, h, w) current latent and last clean estimate; noise: (C, h, w), the row's own, which also
+    re-noises known regions; known, mask: (C, h, w) and (1, h, w), mask 1 where the image is generated;
+    position: steps done, over all legs.
+    """
+
+    legs: tuple[Leg, ...]
+    seed: int
+    latent: Floats
+    noise: Floats
+    known: Floats
+    mask: Floats
+    clean: Floats
+    position: int = 0
+
+    @property
+    def leg(self) -> Leg:
+        """The leg of the next step; of a finished row, the last."""
+        return self.legs[self._at()[0]]
+
+    @property
+    def step(self) -> Step:
+        """The next step."""
+        leg, index = self._at()
+        return self.legs[leg].plan.steps[index]
+
+    @property
+    def batch_key(self) -> tuple[str, tuple[int, ...]]:
+        """Rows with equal keys share a step: (step graph, latent shape)."""
+        return self.leg.student.graph, self.latent.shape
+
+    @property
+    def steps(self) -> int:
+        """Steps of all legs."""
+        return sum(len(leg.plan) for leg in self.legs)
+
+    @property
+    def steps_left(self) -> int:
+        return self.steps - self.position
+
+    @property
+    def done(self) -> bool:
+        return self.steps_left == 0
+
+    def step_noise(self) -> Floats:
+        """(C, h, w): fresh where the next step adds some; else the row's own."""
+        _, index = self._at()
+        if self.step.stochastic:
+            return row_noise(self.seed, self.latent.shape, Purpose.STEP, index)
+        return self.noise
+
+    def _at(self) -> tuple[int, int]:
+        """(leg, step within it) of the next step."""
+        index, last = self.position, len(self.legs) - 1
+        for number, leg in enumerate(self.legs):
+            if index < len(leg.plan) or number == last:
+                return number, index
+            index -= len(leg.plan)
+        raise AssertionError("a row has at least one leg")
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What all images of a request share. condition: (T, D) of the prompt; guidance_scale: as users give it."""
+
+    manifest: BundleManifest
+    student: StudentSpec
+    condition: Floats
+    guidance_scale: float
+
+    def from_noise(self, seed: int, size: Size | None = None) -> Row:
+        """Text to image: all steps of the student, from pure noise."""
+        at = size or self.manifest.sizes[0]
+        noise = self._noise(seed, (self.manifest.latent.channels, at.latent_height, at.latent_width))
+        return _row((self._leg(),), seed, noise, noise)
+
+    def from_image(self, seed: int, known: Floats, strength: float, mask: Floats | None = None) -> Row:
+        """Editing by noising (SDEdit), and inpainting where there is a mask.
+
+        known: (C, h, w) clean latent of the image; strength: (0, 1], entered at grid point
+        max(1, floor(strength·N)); mask: (1, h, w), 1 where the image is generated.
+        """
+        point = entry_point(self.student.steps, strength)
+        leg = self._leg(point)
+        alpha, sigma = self.manifest.noise_level(leg.plan.steps[0].timestep)
+        noise = self._noise(seed, known.shape)
+        latent = (alpha * known + sigma * noise).astype(np.float32)
+        return _row((leg,), seed, latent, noise, known, mask)
+
+    def from_inversion(self, seed: int, known: Floats, encoder: StudentSpec, source: Floats) -> Row:
+        """Editing by inversion: encode under the source prompt's condition with guidance off, then draw.
+
+        known: (C, h, w) clean latent of the image; source: (T, D).
+        """
+        invert = Leg(encoder, self.manifest.inversion(encoder), 0.0, source)
+        return _row((invert, self._leg()), seed, known, self._noise(seed, known.shape), known)
+
+    def _leg(self, start: int | None = None) -> Leg:
+        plan = self.manifest.plan(self.student, start)
+        return Leg(self.student, plan, weight_from_scale(self.guidance_scale), self.condition)
+
+    def _noise(self, seed: int, shape: tuple[int, ...]) -> Floats:
+        return row_noise(seed, shape, Purpose.INITIAL)
+
+
+def find_encoder(manifest: BundleManifest, steps: int) -> StudentSpec:
+    """The encoder to go with a student of ``steps``: of as many steps, else of the most.
+
+    Raises: RequestError when the bundle has none.
+    """
+    if not manifest.encoders:
+        message = "mode invert needs a model with an encoder, and this one has none; use mode noise."
+        raise RequestError("mode", "unsupported_value", message)
+    same = [encoder for encoder in manifest.encoders if encoder.steps == steps]
+    return same[0] if same else max(manifest.encoders, key=lambda encoder: encoder.steps)
+
+
+def _row(
+    legs: tuple[Leg, ...],
+    seed: int,
+    latent: Floats,
+    noise: Floats,
+    known: Floats | None = None,
+    mask: Floats | None = None,
+) -> Row:
+    return Row(
+        legs=legs,
+        seed=seed,
+        latent=latent,
+        noise=noise,
+        known=np.zeros_like(latent) if known is None else known,
+        mask=np.ones((1, *latent.shape[1:]), np.float32) if mask is None else mask,
+        clean=np.zeros_like(latent),
+    )

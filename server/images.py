@@ -1,0 +1,194 @@
+"""Callers' images: what is accepted at all, limits before anything is decoded, and one fixed conversion to RGB.
+
+Conversion: EXIF rotation applied; an ICC profile converted to sRGB, one that cannot be is ignored; 16-bit scaled
+to 8; grey, palette and CMYK to RGB; transparency flattened on white. Metadata and trailing bytes do not survive.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
+
+from server.errors import ApiError, InvalidRequestError
+
+MAX_IMAGE_BYTES = 8 * 1024 * 1024
+MAX_PIXELS = 4096 * 4096
+MIN_SIDE_PX = 8
+MAX_ASPECT = 16
+_MAX_PROFILE_BYTES = 1024 * 1024
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_OTHER_FORMATS = (
+    *(b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"8BPS", b"%!PS", b"%PDF", b"\0\0\1\0", b"\0\0\2\0"),
+    *(b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL"),
+)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")
+_SRGB = ImageCms.createProfile("sRGB")
+_WHITE = (255, 255, 255)
+
+Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` is the limit, with an answer of its own
+
+
+def open_image(data: bytes, param: str) -> Image.Image:
+    """A decoded PNG, JPEG or WebP in its own mode, turned as its EXIF says. param: the field, for errors.
+
+    Raises: ApiError 413 image_too_large (bytes or pixels, before decoding), 415 unsupported_image_type;
+    InvalidRequestError invalid_image (also when animated) or out_of_range (its sides).
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise image_too_large(param)
+    _check_type(data, param)
+    if data.startswith(_PNG_SIGNATURE):
+        _check_png(data, param)
+    elif data.startswith(b"RIFF"):
+        _check_size(*_webp_size(data), param)  # its decoder takes memory for the pixels already when opened
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        _check_size(*image.size, param)
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            message = f"{param} is animated; send one still image."
+            raise InvalidRequestError("invalid_image", message, param=param)
+        image.load()
+    except ApiError:
+        raise
+    except Exception:  # decoders raise whatever they like on damaged files
+        _invalid(param)
+    return _turned(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit sRGB by the fixed conversion above."""
+    alpha = alpha_of(image)
+    rgb = _to_srgb(_eight_bit(image))
+    if alpha is None:
+        return rgb
+    flat = Image.new("RGB", rgb.size, _WHITE)
+    flat.paste(rgb, mask=alpha)
+    return flat
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """8-bit grey without its transparency: a mask's own levels, which no profile changes."""
+    plain = _eight_bit(image)
+    return plain if plain.mode == "L" else plain.convert("RGB").convert("L")
+
+
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """The 8-bit transparency, or None where the file has none."""
+    if not image.has_transparency_data:
+        return None
+    return image.convert("RGBA").getchannel("A")
+
+
+def write_png(image: Image.Image) -> bytes:
+    """A canonical PNG: pixels and nothing else."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def read_image(png: bytes) -> NDArray[np.uint8]:
+    """(H, W, 3) of a PNG that ``write_png`` made."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_mask(png: bytes) -> NDArray[np.bool_]:
+    """(H, W) of a mask PNG that ``write_png`` made: True where the image is generated."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return np.asarray(image.convert("L")) >= 128
+
+
+def image_too_large(param: str) -> ApiError:
+    """For a file over the limit, noticed while it arrives or after."""
+    message = f"{param} must be at most {MAX_IMAGE_BYTES} bytes."
+    return ApiError(413, "image_too_large", message, param=param)
+
+
+def _check_type(data: bytes, param: str) -> None:
+    webp = data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+    if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")) or webp:
+        return
+    start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if data.startswith(_OTHER_FORMATS) or start.startswith(_OTHER_FORMATS) or data[4:8] == b"ftyp":
+        message = f"{param} must be a PNG, JPEG or WebP file, whatever its name."
+        raise ApiError(415, "unsupported_image_type", message, param=param)
+    _invalid(param)
+
+
+def _check_png(data: bytes, param: str) -> None:
+    """Every chunk's length and CRC up to IEND; Pillow leaves those of the pixels unchecked."""
+    at, kind = len(_PNG_SIGNATURE), b""
+    view = memoryview(data)
+    while kind != b"IEND":
+        if at + _CHUNK.size + 4 > len(data):
+            _invalid(param)
+        length, kind = _CHUNK.unpack_from(data, at)
+        end = at + _CHUNK.size + length
+        if end + 4 > len(data) or zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            _invalid(param)
+        if kind == b"acTL":
+            message = f"{param} is animated; send one still image."
+            raise InvalidRequestError("invalid_image", message, param=param)
+        at = end + 4
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) from a WebP header, (0, 0) where there is none. Source: RFC 9649."""
+    kind, head = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(head[k : k + 2], "little") & 0x3FFF for k in (6, 8))
+    return width, height
+
+
+def _check_size(width: int, height: int, param: str) -> None:
+    if width * height > MAX_PIXELS:
+        message = f"{param} must have at most {MAX_PIXELS} pixels."
+        raise ApiError(413, "image_too_large", message, param=param)
+    short, long = sorted((width, height))
+    if short < MIN_SIDE_PX or long > MAX_ASPECT * short:
+        message = f"{param} must be at least {MIN_SIDE_PX} pixels wide and high, and no longer than {MAX_ASPECT}:1."
+        raise InvalidRequestError("out_of_range", message, param=param)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    with suppress(Exception):  # damaged EXIF is no reason to refuse the pixels
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Without transparency, in L, RGB or CMYK."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.mode in {"1", "L", "LA", "La"}:
+        return image.convert("L")
+    return image if image.mode == "CMYK" else image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and 0 < len(profile) <= _MAX_PROFILE_BYTES:
+        with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+            if converted is not None:
+                return converted
+    return image.convert("RGB")
+
+
+def _invalid(param: str) -> NoReturn:
+    message = f"{param} is not a readable PNG, JPEG or WebP file."
+    raise InvalidRequestError("invalid_image", message, param=param)

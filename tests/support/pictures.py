@@ -1,0 +1,52 @@
+"""Images as callers send them, good and bad."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIZE = (64, 64)
+
+
+def photo(size: tuple[int, int] = SIZE, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """Smooth random colours: nothing that a resize or JPEG would destroy."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def mask_file(box: tuple[int, int, int, int] = (16, 16, 40, 48), size: tuple[int, int] = SIZE) -> bytes:
+    """OpenAI's mask: transparent inside box (left, top, right, bottom)."""
+    mask = Image.new("RGBA", size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), box)
+    return file_of(mask)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A valid header of that size, and hardly any pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(b"\0"))
+        + _chunk(b"IEND", b"")
+    )
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    return png[:33] + _chunk(kind, data) + png[33:]
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,0 +1,119 @@
+"""Rows that start from an image: entry by noising, inpainting, inversion, and the pixels that must not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.errors import RequestError
+from engines.masks import latent_mask, paste_known
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
+from engines.rows import Drawing, Row, find_encoder
+from engines.sampler import encoder_plan
+from engines.schedule import NoiseSchedule, ScheduleSpec
+from tests.support.pictures import photo
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy_bundle: Path) -> Pipeline:
+    return open_pipeline(toy_bundle, rungs=(1, 2, 4, 8), warm=False)
+
+
+@pytest.fixture(scope="module")
+def known(pipeline: Pipeline) -> np.ndarray:
+    return pipeline.encode([np.asarray(photo())])[0]
+
+
+def drawing(pipeline: Pipeline, prompt: str = "seven", guidance_scale: float = 2.0, steps: int = 4) -> Drawing:
+    return Drawing(pipeline.manifest, pipeline.student(steps), pipeline.condition([prompt])[0], guidance_scale)
+
+
+def run(pipeline: Pipeline, rows: list[Row]) -> list[bytes]:
+    while alive := [row for row in rows if not row.done]:
+        for key in {row.batch_key for row in alive}:
+            pipeline.step([row for row in alive if row.batch_key == key])
+    return [row.latent.tobytes() for row in rows]
+
+
+def test_encoding_undoes_decoding(pipeline: Pipeline) -> None:
+    latents = np.random.default_rng(0).uniform(-1, 1, (3, 1, 8, 8)).astype(np.float32)
+    again = pipeline.encode(list(pipeline.decode(list(latents))))
+    assert np.abs(again - latents).max() <= 1 / 127.5
+
+
+@pytest.mark.parametrize(("strength", "left"), [(1.0, 4), (0.99, 3), (0.75, 3), (0.5, 2), (0.3, 1), (0.01, 1)])
+def test_strength_enters_at_a_trained_point(
+    pipeline: Pipeline, known: np.ndarray, strength: float, left: int
+) -> None:
+    row = drawing(pipeline).from_image(7, known, strength)
+    assert row.steps_left == left
+    alpha, sigma = pipeline.manifest.noise_level(row.step.timestep)
+    assert np.allclose(row.latent, alpha * known + sigma * row.noise, atol=1e-6)
+
+
+def test_rows_of_every_task_share_batches_and_keep_their_bytes(pipeline: Pipeline, known: np.ndarray) -> None:
+    mask = np.zeros((1, 8, 8), np.float32)
+    mask[:, 2:6, 1:7] = 1
+
+    def everyone() -> list[Row]:
+        return [
+            drawing(pipeline).from_noise(1),
+            drawing(pipeline, "three", 4.5).from_image(2, known, 0.75),
+            drawing(pipeline, "nine", 1.0).from_image(3, known, 1.0, mask),
+            drawing(pipeline, "two", 3.0).from_image(4, known, 0.5, mask),
+        ]
+
+    rows = everyone()
+    assert len({row.batch_key for row in rows}) == 1
+    together = run(pipeline, rows)
+    alone = [run(pipeline, [row])[0] for row in everyone()]
+    assert together == alone
+
+
+def test_inpainting_ends_on_the_known_latent_outside_the_mask(pipeline: Pipeline, known: np.ndarray) -> None:
+    mask = np.zeros((1, 8, 8), np.float32)
+    mask[:, 2:6, 1:7] = 1
+    row = drawing(pipeline).from_image(3, known, 1.0, mask)
+    run(pipeline, [row])
+    outside = mask[0] == 0
+    assert np.abs(row.latent[0][outside] - known[0][outside]).max() < 1e-6
+    assert np.abs(row.latent[0][~outside] - known[0][~outside]).max() > 0.01
+
+
+def test_a_cell_is_generated_if_any_of_its_pixels_is(pipeline: Pipeline) -> None:
+    generated = np.zeros((64, 64), np.bool_)
+    generated[8, 15] = True
+    cells = latent_mask(generated, pipeline.manifest.sizes[0])
+    assert cells.sum() == 1
+    assert cells[0, 1, 1] == 1
+
+
+def test_known_pixels_come_back_exactly_and_the_seam_is_inside() -> None:
+    known, drawn = np.asarray(photo(seed=1)), np.asarray(photo(seed=2))
+    generated = np.zeros((64, 64), np.bool_)
+    generated[10:50, 20:60] = True
+    pasted = paste_known(drawn, known, generated)
+    assert (pasted[~generated] == known[~generated]).all()
+    assert (pasted[12:48, 22:58] == drawn[12:48, 22:58]).all()
+    assert not (pasted[10, 20:60] == drawn[10, 20:60]).all()
+
+
+def test_a_mask_of_everything_has_no_seam() -> None:
+    known, drawn = np.asarray(photo(seed=1)), np.asarray(photo(seed=2))
+    assert (paste_known(drawn, known, np.ones((64, 64), np.bool_)) == drawn).all()
+
+
+def test_inversion_needs_an_encoder(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="mode noise"):
+        find_encoder(pipeline.manifest, 4)
+
+
+def test_an_encoder_goes_from_the_clean_end_to_noise() -> None:
+    plan = encoder_plan(NoiseSchedule(ScheduleSpec()), 4)
+    assert plan.timesteps == (0, 249, 499, 749)
+    assert [step.target for step in plan] == [249, 499, 749, 999]
+    with pytest.raises(ValueError, match="fewer than"):
+        encoder_plan(NoiseSchedule(ScheduleSpec()), 1000)

@@ -1,0 +1,181 @@
+"""Callers' images: everything on the list of bad ones is refused by status and code, the rest converted one way."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from engines.manifest import Size
+from server.errors import ApiError
+from server.fitting import alpha_is_edit, fit_image, nearest_size, white_is_edit, white_or_opaque_is_edit
+from server.images import MAX_IMAGE_BYTES, open_image, read_image, read_mask, to_rgb, write_png
+from tests.support.pictures import SIZE, file_of, mask_file, photo, png_claiming, with_chunk
+
+AT = Size(width=64, height=64, latent_width=8, latent_height=8)
+GOOD = file_of(photo())
+BOMB = zlib.compress(bytes(80_000_000))
+
+
+def flipped(png: bytes) -> bytes:
+    """One bit of the pixels changed, the CRC left."""
+    at = png.index(b"IDAT") + 20
+    return png[:at] + bytes([png[at] ^ 1]) + png[at + 1 :]
+
+
+def animated() -> bytes:
+    return file_of(photo(), "WEBP", save_all=True, append_images=[photo(seed=1)])
+
+
+BAD: list[tuple[str, Callable[[], bytes], int, str]] = [
+    ("nothing", lambda: b"", 400, "invalid_image"),
+    ("text", lambda: b"not an image at all", 400, "invalid_image"),
+    ("a URL", lambda: b"http://example.com/cat.png", 400, "invalid_image"),
+    ("truncated PNG", lambda: GOOD[: len(GOOD) // 2], 400, "invalid_image"),
+    ("truncated JPEG", lambda: file_of(photo(), "JPEG")[:200], 400, "invalid_image"),
+    ("bad CRC", lambda: flipped(GOOD), 400, "invalid_image"),
+    ("GIF", lambda: file_of(photo(), "GIF"), 415, "unsupported_image_type"),
+    ("BMP", lambda: file_of(photo(), "BMP"), 415, "unsupported_image_type"),
+    ("TIFF", lambda: file_of(photo(), "TIFF"), 415, "unsupported_image_type"),
+    ("ICO", lambda: file_of(photo(), "ICO"), 415, "unsupported_image_type"),
+    ("EPS", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n", 415, "unsupported_image_type"),
+    ("PSD", lambda: b"8BPS\0\1", 415, "unsupported_image_type"),
+    ("SVG", lambda: b"<?xml version='1.0'?><svg/>", 415, "unsupported_image_type"),
+    ("PDF", lambda: b"%PDF-1.7\n", 415, "unsupported_image_type"),
+    ("144 megapixels", lambda: png_claiming(12_000, 12_000), 413, "image_too_large"),
+    ("a line", lambda: png_claiming(20_000, 1), 400, "out_of_range"),
+    ("a point", lambda: file_of(photo((1, 1))), 400, "out_of_range"),
+    ("animated PNG", lambda: with_chunk(GOOD, b"acTL", bytes(8)), 400, "invalid_image"),
+    ("animated WebP", animated, 400, "invalid_image"),
+    ("too many bytes", lambda: GOOD + bytes(MAX_IMAGE_BYTES), 413, "image_too_large"),
+    (
+        "text bomb",
+        lambda: with_chunk(GOOD, b"zTXt", b"k\0\0" + zlib.compress(bytes(80_000_000))),
+        400,
+        "invalid_image",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "status", "code"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_bad_image_is_refused_by_name(make: Callable[[], bytes], status: int, code: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        to_rgb(open_image(make(), "image"))
+    assert (refused.value.status, refused.value.code, refused.value.param) == (status, code, "image")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *(("JPEG", mode) for mode in ("L", "RGB", "CMYK")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_every_mode_is_converted(kind: str, mode: str) -> None:
+    if mode == "I;16":
+        grey = photo(mode="L")
+        image, expected = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), grey.convert("RGB")
+    else:
+        image = photo(mode=mode)
+        expected = image.convert("RGB")
+    got = np.asarray(to_rgb(open_image(file_of(image, kind, quality=100, lossless=True), "image")))
+    assert got.shape == (*SIZE, 3)
+    assert np.abs(got.astype(int) - np.asarray(expected)).max() <= (12 if kind == "JPEG" else 1)
+
+
+def test_transparency_is_flattened_on_white() -> None:
+    clear = Image.new("RGBA", SIZE, (10, 20, 30, 0))
+    assert np.asarray(to_rgb(open_image(file_of(clear), "image"))).min() == 255
+
+
+def test_exif_turns_the_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise
+    turned = open_image(file_of(photo((64, 32)), "JPEG", exif=exif), "image")
+    assert turned.size == (32, 64)
+
+
+def test_a_profile_is_applied_and_a_broken_one_ignored() -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = to_rgb(open_image(file_of(photo(), icc_profile=lab), "image"))
+    broken = to_rgb(open_image(file_of(photo(), icc_profile=b"no profile"), "image"))
+    plain = np.asarray(photo()).astype(int)
+    assert np.abs(np.asarray(same) - plain).max() <= 1
+    assert (np.asarray(broken) == plain).all()
+
+
+def test_what_trails_the_pixels_does_not_survive() -> None:
+    clean = write_png(to_rgb(open_image(GOOD + b"<script>", "image")))
+    assert b"script" not in clean
+    assert (read_image(clean) == np.asarray(photo())).all()
+
+
+def fitted_mask(mask: bytes, rule: Callable[[Image.Image], Image.Image] = alpha_is_edit) -> np.ndarray:
+    fitted = fit_image(GOOD, mask, rule, lambda w, h: AT)
+    assert fitted.mask is not None
+    return read_mask(fitted.mask)
+
+
+def test_the_transparent_part_is_edited() -> None:
+    edited = fitted_mask(mask_file((16, 16, 40, 48)))
+    assert edited[16:48, 16:40].all()
+    assert edited.sum() == 32 * 24
+
+
+def test_white_is_edited_in_the_other_conventions() -> None:
+    grey = Image.new("L", SIZE, 0)
+    grey.paste(255, (0, 0, 32, 64))
+    for rule in (white_is_edit, white_or_opaque_is_edit):
+        edited = fitted_mask(file_of(grey), rule)
+        assert edited[:, :32].all()
+        assert not edited[:, 32:].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "code"),
+    [
+        (mask_file(size=(32, 64)), "mask_size_mismatch"),
+        (mask_file((0, 0, 0, 0)), "empty_mask"),
+        (file_of(Image.new("L", SIZE, 255)), "opaque_mask"),
+        (b"junk", "invalid_image"),
+    ],
+)
+def test_a_bad_mask_is_refused_by_name(mask: bytes, code: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        fitted_mask(mask)
+    assert (refused.value.code, refused.value.param) == (code, "mask")
+
+
+def test_a_mask_of_everything_is_accepted() -> None:
+    assert fitted_mask(mask_file((0, 0, 64, 64))).all()
+
+
+def test_a_soft_mask_is_edited_from_half_way() -> None:
+    soft = Image.new("RGBA", SIZE, (0, 0, 0, 255))
+    soft.paste((0, 0, 0, 127), (0, 0, 32, 64))
+    soft.paste((0, 0, 0, 128), (32, 0, 64, 64))
+    edited = fitted_mask(file_of(soft))
+    assert edited[:, :32].all()
+    assert not edited[:, 32:].any()
+
+
+def test_an_image_is_cut_about_its_centre() -> None:
+    wide = Image.new("RGB", (128, 64), "red")
+    wide.paste("blue", (32, 0, 96, 64))
+    cut = read_image(fit_image(file_of(wide), None, alpha_is_edit, lambda w, h: AT).image)
+    assert (cut == (0, 0, 255)).all()
+
+
+def test_the_nearest_aspect_is_chosen() -> None:
+    sizes = (AT, AT.model_copy(update={"width": 96, "latent_width": 12}))
+    assert nearest_size(sizes, 640, 480).width == 96
+    assert nearest_size(sizes, 500, 480).width == 64
+
+
+def test_a_canonical_png_is_what_was_drawn() -> None:
+    assert Image.open(io.BytesIO(write_png(photo()))).info == {}
