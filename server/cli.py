@@ -14,6 +14,7 @@ from engines.errors import HalfstepError
 from server.keys_cli import keys_app
 from server.logs import configure_logs
 from server.settings import Settings
+from server.tracing import start_tracing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -114,6 +115,8 @@ def _run(command: str, **flags: Any) -> None:
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         configure_logs(settings.log_level)
+        if settings.traces_endpoint is not None:
+            start_tracing(settings.traces_endpoint, command)
         fault = getattr(import_module("server.start"), command)(settings)
     except ValidationError as error:
         _fail(_wrong_setting(error))

@@ -125,7 +125,7 @@ class EngineThread:
         for work in [*self._newcomers, *self._works.values()]:
             if work.deadline_s is not None and work.deadline_s <= now:
                 self._drop(work.token)
-                self._events.append(Late(work.token))
+                self._events.append(Late(work.token, work.spans))
 
     def _start(self, model: str, works: list[Work]) -> None:
         begun = time.perf_counter()

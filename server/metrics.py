@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from engines.manifest import BundleManifest
-from server.jobs import Backlog, Timing, Total
+from server.jobs import Backlog, JobStatus, Timing, Total
 from server.work import Dropped, Stepped
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -39,13 +39,21 @@ class StoreTotals(Collector):
         ended = CounterMetricFamily(
             "halfstep_jobs", "Jobs that ended, by status", labels=["model", "task", "status"]
         )
+        missed = CounterMetricFamily(
+            "halfstep_deadline_misses",
+            "Jobs whose deadline passed before they were made",
+            labels=["model", "task"],
+        )
         for total in self._totals:
+            if total.status is JobStatus.EXPIRED:
+                missed.add_metric([total.model, total.task], total.count)
             if total.status is None:
                 accepted.add_metric([total.model, total.task], total.count)
             else:
                 ended.add_metric([total.model, total.task, total.status.value], total.count)
         yield accepted
         yield ended
+        yield missed
 
 
 class Metrics:
@@ -69,8 +77,6 @@ class Metrics:
         self.requests = count("halfstep_requests_total", "Accepted requests by terminal status", ended)
         self.rejected = count("halfstep_requests_rejected_total", "Refused requests by reason", ["reason"])
         self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", request, _REQUEST_S)
-        misses = "Accepted requests whose deadline passed before they were made"
-        self.deadline_misses = count("halfstep_deadline_misses_total", misses, request)
         queued = "Predicted engine seconds of accepted, unfinished work"
         self.queued_s = gauge("halfstep_queued_seconds", queued, [])
         self.store_up = gauge("halfstep_store_up", "Whether the job store answered (1) or not (0)", [])

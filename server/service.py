@@ -21,6 +21,7 @@ from server.schemas import Readiness
 from server.settings import Settings
 from server.signing import Signer
 from server.stores.base import JobStore, StoreUnavailableError
+from server.tracing import carrier
 from server.webhooks import Webhooks
 
 DRAINING = JobFailure(
@@ -152,6 +153,7 @@ class Service:
             priority=priority,
             deadline_ms=deadline_ms,
             webhook_url=webhook_url,
+            trace=carrier(),
         )
         try:
             return job, await self.store.submit(job, key)

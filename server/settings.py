@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(
         30.0, gt=3 * HEARTBEAT_S, description="silence after which a worker's job is given to another"
     )
+    traces_endpoint: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="where traces go by OTLP, as http://host:4318/v1/traces"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
     @field_validator("cache_dir", mode="before")

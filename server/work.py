@@ -102,6 +102,7 @@ class Late:
     """A job whose deadline passed; its rows left before the next step."""
 
     token: str
+    spans: Spans = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ meanwhile are found lost.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from server.metrics import Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
 from server.stores.base import JobStore
+from server.tracing import record_job
 from server.work import Crashed, Died, Dropped, Event, Failed, Late, Made, Progress, Started, Stepped
 
 IDLE_CLAIM_S = 1.0
@@ -212,10 +214,12 @@ class Worker:
         if isinstance(event, Started):
             self._metrics.queue_wait_s.labels(request.model, request.task).observe(event.queue_ms / 1000)
         elif isinstance(event, Late):
+            record_job(lease, "expired", event.spans)
             await self._end(held, lambda: self._store.expire(lease))
         elif isinstance(event, Failed):
             failure = event.failure
             self._metrics.poison.labels(request.model, event.stage).inc()
+            record_job(lease, "failed", event.spans)
             await self._end(held, lambda: self._store.fail(lease, failure))
         elif isinstance(event, Made):
             self._follow(held, group, self._finish(held, event))
@@ -246,13 +250,15 @@ class Worker:
             self._stop(await self._store.progress([Report(lease=lease, step=event.step, previews=previews)]))
 
     async def _finish(self, held: _Held, made: Made) -> None:
-        lease = held.lease
+        lease, begun = held.lease, time.perf_counter()
         try:
             result = await self._finisher.result(lease.job.request, made)
         except (OSError, ValueError) as error:  # what Pillow raises
             failure = failure_of(error)
+            record_job(lease, "failed", made.spans)
             await self._end(held, lambda: self._store.fail(lease, failure))
             return
+        record_job(lease, "succeeded", {**made.spans, "encode": (begun, time.perf_counter())})
         await self._end(held, lambda: self._store.finish(lease, result))
         self._metrics.made(lease.job.request.model, result.timing)
 
@@ -262,6 +268,7 @@ class Worker:
             held = self._held.get(token)
             if held is not None:
                 lease = held.lease
+                record_job(lease, "lost", {})
                 await self._end(held, lambda lease=lease: self._store.give_back(lease, crashed=True))  # type: ignore[misc]
 
     async def _end(self, held: _Held, transition: Callable[[], Awaitable[bool]]) -> None:

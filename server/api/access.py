@@ -8,6 +8,9 @@ import time
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+
+from server.tracing import request_span
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
@@ -42,11 +45,16 @@ class AccessLog:
                 sent_bytes += len(message.get("body", b""))
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        traced = scope["path"] not in _QUIET
+        with (
+            request_span(scope["method"], scope["headers"], traced=traced) as span,
+            bound_contextvars(request_id=request_id, **span.names),
+        ):
             try:
                 await self._app(scope, receive, counted)
             finally:
                 route = getattr(scope.get("route"), "path", "none")
+                span.answered(route, status)
                 log = _log.debug if route in _QUIET and status < 400 else _log.info
                 log(
                     "request",
