@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
+from server.api.a1111 import a1111_routes
 from server.api.access import AccessLog
 from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
@@ -40,7 +41,7 @@ def create_app(service: Service) -> ASGIApp:
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Every route there is, but for ``/openapi.json``."""
     operations = operations_routes(service.metrics, service.store, service.readiness)
-    return openai_routes(service), job_routes(service), operations, page_routes()
+    return openai_routes(service), job_routes(service), a1111_routes(service), operations, page_routes()
 
 
 def create_api(service: Service) -> FastAPI:

@@ -31,12 +31,19 @@ def resolve(body: GenerationBody, catalogue: Catalogue) -> DenoiseRequest:
 
 
 def resolve_edit(
-    body: EditBody, image: bytes, mask: bytes | None, rule: MaskRule, catalogue: Catalogue, *, fit: Fit = "crop"
+    body: EditBody,
+    image: bytes,
+    mask: bytes | None,
+    rule: MaskRule,
+    catalogue: Catalogue,
+    *,
+    fit: Fit = "crop",
+    invert: bool = False,
 ) -> DenoiseRequest:
     """An edit, or with a mask an inpainting; decodes the files, so call it beside the event loop.
 
-    rule: what of the mask is edited; fit: how the image comes to the size. Raises: as ``resolve``, and as
-    ``fit_image``.
+    rule: what of the mask is edited, the rest with invert; fit: how the image comes to the size.
+    Raises: as ``resolve``, and as ``fit_image``.
     """
     model = catalogue.find(body.model)
     task: Task = "edit" if mask is None else "inpaint"
@@ -47,7 +54,11 @@ def resolve_edit(
     shared = _shared(body, model)
     entry = _entry(body, model, shared["steps"], masked=mask is not None)
     sizes = model.manifest.sizes if body.size in (None, "auto") else (_found_size(body.size or "", model),)
-    fitted = fit_image(image, mask, rule, lambda width, height: nearest_size(sizes, width, height), fit=fit)
+
+    def choose(width: int, height: int) -> Size:
+        return nearest_size(sizes, width, height)
+
+    fitted = fit_image(image, mask, rule, choose, fit=fit, invert=invert)
     return DenoiseRequest(
         **shared,
         **entry,

@@ -11,14 +11,17 @@ from server.settings import Settings
 from server.strict_json import parse_object
 
 
-async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
-    """The JSON object a client sent. Raises: ApiError 400, 413 or 415."""
+async def read_object(request: Request, settings: Settings, *, limit_bytes: int | None = None) -> dict[str, Any]:
+    """The JSON object a client sent. limit_bytes: where images come in it; else the setting's.
+
+    Raises: ApiError 400, 413 or 415.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = "The body must be JSON: send it with the header Content-Type: application/json."
         raise ApiError(415, "unsupported_media_type", message)
     try:
-        return parse_object(await _read(request, settings.max_body_bytes))
+        return parse_object(await _read(request, limit_bytes or settings.max_body_bytes))
     except ClientDisconnect:
         raise client_gone() from None
 

@@ -83,7 +83,7 @@ async def _answer(service: Service, request: Request, wanted: DenoiseRequest, *,
     """Have it made, and answer with the images or with events."""
     if stream:
         return await _stream(service, request, wanted)
-    async with service.accepted(wanted) as job_id, _cancelled_when_gone(service, request, job_id):
+    async with service.accepted(wanted) as job_id, cancelled_when_gone(service, request, job_id):
         state = await service.store.wait(job_id)
         if state.status is JobStatus.CANCELLED:
             raise client_gone()
@@ -111,7 +111,7 @@ async def _stream(service: Service, request: Request, wanted: DenoiseRequest) ->
     job_id = await accepted.__aenter__()
 
     async def events() -> AsyncIterator[str]:
-        async with _cancelled_when_gone(service, request, job_id):
+        async with cancelled_when_gone(service, request, job_id):
             async for event in _events(service, job_id, wanted):
                 yield event
 
@@ -142,7 +142,7 @@ def _event(name: str, body: BaseModel) -> str:
 
 
 @asynccontextmanager
-async def _cancelled_when_gone(service: Service, request: Request, job_id: str) -> AsyncIterator[None]:
+async def cancelled_when_gone(service: Service, request: Request, job_id: str) -> AsyncIterator[None]:
     """Cancel the job as soon as its client disconnects; its rows leave at the next step."""
 
     async def watch() -> None:

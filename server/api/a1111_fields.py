@@ -1,0 +1,193 @@
+"""AUTOMATIC1111's request fields: what they are brought to, and which ask for nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.noise import MAX_SEED
+from server.catalogue import Catalogue, Model
+from server.errors import InvalidRequestError
+from server.fitting import nearest_size, white_or_opaque_is_edit
+from server.request import MAX_IMAGES, DenoiseRequest
+from server.resolve import resolve_edit
+from server.schemas import EditBody, GenerationBody
+
+_SAMPLER_ALIASES = {"ddim": "deterministic"}
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "negative_prompt": ("", None),
+    "enable_hr": (False, None),
+    "styles": ([], None),
+    "subseed": (-1, None),
+    "subseed_strength": (0, None),
+    "seed_resize_from_h": (0, -1, None),
+    "seed_resize_from_w": (0, -1, None),
+    "restore_faces": (False, None),
+    "tiling": (False, None),
+    "eta": (0, 1, None),
+    "s_churn": (0, None),
+    "s_tmax": (0, None),
+    "s_tmin": (0, None),
+    "s_noise": (1, None),
+    "override_settings": ({}, None),
+    "script_name": ("", None),
+    "script_args": ([], None),
+    "scheduler": ("automatic", "Automatic", None),
+    "save_images": (False, None),
+    "image_cfg_scale": (0, 1.5, None),
+    "inpainting_fill": (0, 1, None),
+    "initial_noise_multiplier": (1, None),
+    "include_init_images": (False, None),
+}
+"""Values with which a field changes nothing here."""
+
+_IDLE = frozenset(
+    {
+        *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name"),
+        *("hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "firstphase_width"),
+        *("firstphase_height", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards"),
+    }
+)
+"""Fields that say how to do what is off here (a second pass, saving on the server)."""
+
+
+class TextWish(BaseModel):
+    """Body of ``txt2img``: the fields that matter; ``check_rest`` has the others."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    prompt: str = ""
+    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1 is random")
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
+    n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
+    steps: int | None = Field(None, ge=1, le=1000)
+    cfg_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    width: int | None = Field(None, ge=1, le=16384)
+    height: int | None = Field(None, ge=1, le=16384)
+    denoising_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
+    send_images: bool = True
+
+
+class ImageWish(TextWish):
+    """Body of ``img2img``. White of the mask is edited."""
+
+    init_images: list[str] = Field(default_factory=list)
+    mask: str | None = None
+    mask_blur: int | None = Field(None, ge=0, le=64)
+    inpainting_mask_invert: int = Field(0, ge=0, le=1)
+    inpaint_full_res: bool | int = False
+    inpaint_full_res_padding: int | None = Field(None, ge=0)
+    resize_mode: int = Field(0, ge=0, le=1, description="0 stretches, 1 cuts about the centre")
+
+
+def adjusted_text(wish: TextWish, catalogue: Catalogue) -> tuple[GenerationBody, dict[str, Any]]:
+    """The native body, and what was changed on the way there, by field.
+
+    Raises: InvalidRequestError naming a field that asks for what is not here.
+    """
+    _check_rest(wish)
+    model = catalogue.default
+    adjusted: dict[str, Any] = {}
+    fields = _brought(wish, model, adjusted)
+    width, height = wish.width or 512, wish.height or 512
+    size = nearest_size(model.manifest.sizes, width, height)
+    _note(adjusted, "width", width, size.width)
+    _note(adjusted, "height", height, size.height)
+    return GenerationBody(**fields, size=str(size)), adjusted
+
+
+def resolve_image(
+    wish: ImageWish, image: bytes, mask: bytes | None, catalogue: Catalogue
+) -> tuple[DenoiseRequest, dict[str, Any]]:
+    """The request, and what was changed. Decodes the files, so call it beside the event loop."""
+    _check_rest(wish)
+    model = catalogue.default
+    adjusted: dict[str, Any] = {}
+    fields = _brought(wish, model, adjusted)
+    strength = 0.75 if wish.denoising_strength is None else wish.denoising_strength
+    body = EditBody(**fields, strength=strength)
+    wanted = resolve_edit(
+        body,
+        image,
+        mask,
+        white_or_opaque_is_edit,
+        catalogue,
+        fit="crop" if wish.resize_mode else "stretch",
+        invert=bool(wish.inpainting_mask_invert),
+    )
+    _note(adjusted, "width", wish.width or wanted.width, wanted.width)
+    _note(adjusted, "height", wish.height or wanted.height, wanted.height)
+    _note(adjusted, "denoising_strength", strength, wanted.effective_strength)
+    if mask is not None:
+        _note(adjusted, "inpaint_full_res", bool(wish.inpaint_full_res), False)
+        _note(adjusted, "mask_blur", wish.mask_blur or 0, 0)
+    return wanted, adjusted
+
+
+def decode_file(text: str, param: str) -> bytes:
+    """Base64 or a data URL. Raises: InvalidRequestError; nothing is ever fetched."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        message = f"{param} must be base64 or a data URL of a PNG, JPEG or WebP file; addresses are not fetched."
+        raise InvalidRequestError("invalid_image", message, param=param) from None
+
+
+def _brought(wish: TextWish, model: Model, adjusted: dict[str, Any]) -> dict[str, Any]:
+    """Steps, guidance and sampler at what was trained; the rest under its native name."""
+    manifest = model.manifest
+    steps = wish.steps or manifest.default_steps
+    trained = min((s.steps for s in manifest.students), key=lambda n: (abs(n - steps), n))
+    _note(adjusted, "steps", steps, trained)
+    scale = manifest.guidance.default if wish.cfg_scale is None else wish.cfg_scale
+    guidance = min(max(scale, manifest.guidance.min), manifest.guidance.max)
+    _note(adjusted, "cfg_scale", scale, guidance)
+    name = wish.sampler_name or wish.sampler_index
+    offered = [s.sampler for s in manifest.students if s.steps == trained]
+    wanted = _SAMPLER_ALIASES.get((name or "").lower(), (name or "").lower())
+    sampler = next((s for s in offered if s == wanted), offered[0])
+    if name is not None and sampler != wanted:
+        adjusted["sampler_name"] = {"from": name[:64], "to": sampler}
+    n = wish.batch_size * wish.n_iter
+    if n > MAX_IMAGES:
+        message = f"batch_size times n_iter must be at most {MAX_IMAGES}."
+        raise InvalidRequestError("out_of_range", message, param="batch_size")
+    seed = secrets.randbelow(2**32) if wish.seed == -1 else wish.seed
+    return {
+        "prompt": wish.prompt,
+        "n": n,
+        "seed": seed,
+        "steps": trained,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "output_format": "png",
+    }
+
+
+def _check_rest(wish: TextWish) -> None:
+    """Every other field must ask for nothing."""
+    for name, value in (wish.model_extra or {}).items():
+        if name in _IDLE or (name in _ASKS_NOTHING and value in _ASKS_NOTHING[name]):
+            continue
+        if name in _ASKS_NOTHING:
+            message = f"{name} is not supported here; leave it at its default."
+            raise InvalidRequestError("unsupported_value", message, param=name)
+        raise InvalidRequestError("unknown_field", "The body has a field that this API does not have.")
+    for script in wish.alwayson_scripts.values():
+        if not isinstance(script, dict) or script.get("args") not in ([], [False], None):
+            message = "alwayson_scripts must be empty or off: there are no scripts here."
+            raise InvalidRequestError("unsupported_value", message, param="alwayson_scripts")
+
+
+def _note(adjusted: dict[str, Any], name: str, wanted: Any, used: Any) -> None:
+    if wanted != used:
+        adjusted[name] = {"from": wanted, "to": used}
