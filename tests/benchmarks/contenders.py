@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
+from distill_jobs.data.source import Condition
 from distill_jobs.student import predict
 from engines.backends.base import EngineBackend
 from engines.backends.load import BackendName, PrecisionName, load_backend
@@ -71,7 +72,7 @@ class EagerTorch:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             for step in steps:
                 timestep = torch.full((len(x_t),), float(step.timestep))
-                x_t, _ = step.apply(x_t, predict(self._unet, x_t, timestep, condition, w))
+                x_t, _ = step.apply(x_t, predict(self._unet, x_t, timestep, Condition(condition), w))
         latents: Floats = x_t.numpy()
         return latents
 

@@ -74,6 +74,8 @@ CASES: list[Case] = [
     ("Softmax", X, [], {"axis": 1}),
     ("Split", X, [ints(2, 4)], {"axis": 1}),
     ("Split", X, [], {"axis": 1, "num_outputs": 2}),
+    ("ReduceMean", floats(2, 3, 4, 5), [ints(1, 3)], {"keepdims": 0}),
+    ("ReduceMean", floats(2, 3), [], {}),
     ("Squeeze", floats(2, 1, 3, 1), [], {}),
     ("Squeeze", floats(2, 1, 3, 1), [ints(-1)], {}),
     ("Transpose", X, [], {"perm": [0, 2, 3, 1]}),

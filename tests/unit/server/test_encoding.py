@@ -43,6 +43,7 @@ def test_parameters_make_the_image_again(output_format: OutputFormat) -> None:
     image = Image.open(io.BytesIO(encoded(output_format)))
     text = image.text["parameters"] if output_format == "png" else image.getexif()[0x010E]
     assert json.loads(text) == {
+        "task": "text_to_image",
         "prompt": "sieben é",
         "model": "m",
         "seed": 4,
