@@ -17,7 +17,7 @@ from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_teacher, student_network
 from distill_jobs.student import load_stock
 from engines.guidance import weight_from_scale
-from engines.sampler import SamplerPlan, sampler_plan
+from engines.sampler import Sampler, SamplerPlan, sampler_plan
 from engines.schedule import NoiseSchedule
 
 TEACHER, STAGE_ONE, STUDENT = "teacher", "stage one", "student"
@@ -32,11 +32,13 @@ class Contender:
     steps: int
     folder: Path
     shape: tuple[int, int, int]
+    sampler: Sampler = "deterministic"
 
     @property
     def key(self) -> str:
-        """A file-name-safe identity: ``stage_one-64``."""
-        return f"{self.role.replace(' ', '_')}-{self.steps}"
+        """A file-name-safe identity: ``stage_one-64``, ``student-4-stochastic``."""
+        name = f"{self.role.replace(' ', '_')}-{self.steps}"
+        return name if self.sampler == "deterministic" else f"{name}-{self.sampler}"
 
     @property
     def evaluations(self) -> int:
@@ -49,7 +51,7 @@ class Contender:
         return self.steps if spared else self.evaluations
 
     def plan(self, recipe: Recipe) -> SamplerPlan:
-        return sampler_plan(NoiseSchedule(recipe.schedule), self.steps, clip=recipe.clip)
+        return sampler_plan(NoiseSchedule(recipe.schedule), self.steps, self.sampler, clip=recipe.clip)
 
     def load(self) -> UNet2DConditionModel:
         return load_stock(self.folder).requires_grad_(False)
@@ -82,7 +84,7 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
         Contender("teacher", reference, folder.teacher, shape),
         *(Contender("teacher", n, folder.teacher, shape) for n in students if n != reference),
         Contender("stage one", reference, folder.stage_one, shape),
-        *(Contender("student", n, folder.student(n), shape) for n in students),
+        *(Contender("student", n, folder.student(n), shape, recipe.stage_two.sampler) for n in students),
     )
     for contender in everyone:
         contender.weights_sha256()

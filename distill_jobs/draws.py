@@ -24,6 +24,7 @@ class Draw(IntEnum):
     GUIDANCE = 2
     DROPOUT = 3
     ORDER = 4
+    GRID = 5
 
 
 @dataclass(frozen=True)

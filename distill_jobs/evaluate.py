@@ -92,6 +92,7 @@ def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell,
         model=contender.role,
         steps=contender.steps,
         evaluations=contender.evaluations,
+        sampler=contender.sampler,
         guidance_scale=scale,
         metrics={n: Measured(mean=sum(v) / len(v), spread=max(v) - min(v)) for n, v in values.items()},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGr
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report
+from distill_jobs.run_folder import RunFolder
+from distill_jobs.student import load_stock
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.condition import LabelClass, LabelVocabulary
 from engines.guidance import weight_from_scale
@@ -38,6 +40,7 @@ from engines.manifest import (
 from engines.sampler import SamplerPlan
 
 TOKENIZER_FILE = "tokenizer.json"
+SHARED_GRAPH = "step"
 STEP_LIMIT = 1e-4
 DECODE_LIMIT = 1.0  # grey levels
 ENCODE_LIMIT = 1e-5
@@ -74,12 +77,14 @@ def export_run(
         )
     students = [c for c in everyone if c.role == STUDENT]
     display = progress or Progress(disable=True)
-    task = display.add_task("export", total=len(students) + 3, loss="")
+    task = display.add_task(
+        "export", total=(1 if recipe.stage_two.weights == "shared" else len(students)) + 3, loss=""
+    )
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        graphs = _write_graphs(staging, recipe, students, lambda: display.advance(task))
+        graphs = _write_graphs(staging, RunFolder(run_dir), recipe, students, lambda: display.advance(task))
         (staging / TOKENIZER_FILE).write_text(vocabulary().model_dump_json(indent=1), encoding="utf-8")
         return write_bundle(staging, bundle_dir, _manifest(staging, recipe, report, students, graphs))
     finally:
@@ -118,6 +123,16 @@ def parity_rows(plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, in
     ]
 
 
+def shared_parity_rows(
+    plans: Sequence[SamplerPlan], guidance: GuidanceRange, shape: tuple[int, int, int], rows: int
+) -> list[Tensor]:
+    """Random inputs of the one step graph of several plans, in its order, the plans mixed in every batch."""
+    each = [parity_rows(plan, guidance, shape, rows) for plan in plans]
+    chosen = [divmod(i, len(plans)) for i in range(rows)]
+    mixed = [torch.stack([of_plans[which][at] for at, which in chosen]) for of_plans in zip(*each, strict=True)]
+    return [*mixed, torch.tensor([float(len(plans[which])) for _, which in chosen])]
+
+
 def write_checked(
     module: nn.Module,
     rows: list[Tensor],
@@ -147,7 +162,7 @@ def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> R
 
 
 def _write_graphs(
-    folder: Path, recipe: Recipe, students: list[Contender], advance: Callable[[], None]
+    folder: Path, run: RunFolder, recipe: Recipe, students: list[Contender], advance: Callable[[], None]
 ) -> dict[str, GraphSpec]:
     channels, height, width = shape = latent_shape(recipe)
     count = sum(PARITY_BATCHES)
@@ -167,14 +182,20 @@ def _write_graphs(
         encode, [photos], encode.inputs(*size), encode.outputs(*size), at, ENCODE_LIMIT
     )
     advance()
-    for student in students:
-        step = StepGraph(student.load())
-        rows = parity_rows(student.plan(recipe), recipe.guidance, shape, count)
-        at = folder / f"{_graph(student)}.onnx"
-        graphs[_graph(student)] = write_checked(
-            step, rows, step.inputs(*size, tokens=1), step.outputs(*size), at, STEP_LIMIT
-        )
+
+    def add(name: str, step: StepGraph, rows: list[Tensor]) -> None:
+        inputs, outputs = step.inputs(*size, tokens=1), step.outputs(*size)
+        graphs[name] = write_checked(step, rows, inputs, outputs, folder / f"{name}.onnx", STEP_LIMIT)
         advance()
+
+    if recipe.stage_two.weights == "shared":
+        plans = [student.plan(recipe) for student in students]
+        rows = shared_parity_rows(plans, recipe.guidance, shape, count)
+        add(SHARED_GRAPH, StepGraph(load_stock(run.shared(recipe.stage_two.halvings[-1].steps))), rows)
+        return graphs
+    for student in students:
+        rows = parity_rows(student.plan(recipe), recipe.guidance, shape, count)
+        add(f"step_{student.steps}", StepGraph(student.load()), rows)
     return graphs
 
 
@@ -189,8 +210,15 @@ def parity_images(rows: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randint(0, 256, (rows, *shape), generator=generator, dtype=torch.uint8)
 
 
-def _graph(student: Contender) -> str:
-    return f"step_{student.steps}"
+def _student(student: Contender, recipe: Recipe) -> StudentSpec:
+    shared = recipe.stage_two.weights == "shared"
+    return StudentSpec(
+        steps=student.steps,
+        sampler=student.sampler,
+        graph=SHARED_GRAPH if shared else f"step_{student.steps}",
+        timesteps=student.plan(recipe).timesteps,
+        grid=float(student.steps) if shared else None,
+    )
 
 
 def _manifest(
@@ -211,9 +239,7 @@ def _manifest(
         sizes=(Size(width=width * scale, height=height * scale, latent_width=width, latent_height=height),),
         condition=ConditionSpec(kind="labels", tokenizer=TOKENIZER_FILE, tokens=1, width=WIDTH),
         graphs=graphs,
-        students=tuple(
-            StudentSpec(steps=s.steps, graph=_graph(s), timesteps=s.plan(recipe).timesteps) for s in students
-        ),
+        students=tuple(_student(student, recipe) for student in students),
         default_steps=recipe.export.default_steps,
         evaluation=report.evaluation,
         recipe=RecipeRecord(name=recipe.name, sha256=recipe.sha256(), text=recipe.to_yaml()),

@@ -11,11 +11,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.data.source import Condition
-from distill_jobs.student import predict
+from distill_jobs.student import predict, takes_grid
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
     CONDITION,
+    GRID,
     GUIDANCE,
     IMAGE,
     KNOWN,
@@ -51,13 +52,15 @@ class StepGraph(nn.Module):
         noise: Tensor,
         known: Tensor,
         mask: Tensor,
+        grid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(next latent, clean estimate), both (B, C, h, w).
 
         latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
-        condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated.
+        condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated; grid: (B,)
+        step counts N, for a student with one set of weights for all of them.
         """
-        out = predict(self.unet, latent, timestep, Condition(condition), guidance)
+        out = predict(self.unet, latent, timestep, Condition(condition), guidance, grid=grid)
         p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
         clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
         update = a * latent + b * clean + d * out + c * noise
@@ -76,6 +79,8 @@ class StepGraph(nn.Module):
             KNOWN: latent,
             MASK: (-1, 1, height, width),
         }
+        if takes_grid(self.unet):
+            shapes[GRID] = (-1,)
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,22 +24,26 @@ from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Source
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
+from distill_jobs.halving import HalvingTables, halving_loss, target_loss
 from distill_jobs.loop import Trainer
-from distill_jobs.objectives import (
-    HalvingTables,
-    Noisy,
-    Tables,
-    guided_v,
-    halving_loss,
-    stage_one_loss,
-    teacher_loss,
-)
+from distill_jobs.objectives import Noisy, Tables, guided_v, stage_one_loss, teacher_loss
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Halving, Recipe, Training
 from distill_jobs.run_folder import Machine, RunFolder
+from distill_jobs.shared_weights import Grids
 from distill_jobs.signals import StopSignal, stop_with_launcher
 from distill_jobs.state import Loss, Phase, RowLoss
-from distill_jobs.student import load_stock, new_teacher, predict, save_stock, student_of, with_weights
+from distill_jobs.student import (
+    fold_grid,
+    load_stock,
+    new_teacher,
+    predict,
+    save_stock,
+    student_of,
+    takes_grid,
+    told_its_grid,
+    with_weights,
+)
 from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
 
@@ -91,6 +96,9 @@ class _Job:
     def run(self) -> None:
         self._teacher()
         self._stage_one()
+        if self._recipe.stage_two.weights == "shared":
+            self._shared_halvings()
+            return
         teacher = self._folder.stage_one
         for halving in self._recipe.stage_two.halvings:
             self._halve(teacher, halving)
@@ -126,7 +134,7 @@ class _Job:
         section, n = self._recipe.stage_two, halving.steps
         if self._stands(self._folder.student(n)):
             return
-        halves = HalvingTables.of(self._schedule, n, self._device)
+        halves = HalvingTables.of(self._schedule, n, self._device, section.sampler)
         teacher = self._processes.frozen(load_stock(source))
 
         def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
@@ -138,6 +146,47 @@ class _Job:
 
         training = section.training(halving)
         self._phase(f"d{n}", training, lambda: load_stock(source), loss, self._folder.student(n))
+
+    def _shared_halvings(self) -> None:
+        """Teach one network grid after grid; then fold it into a plain student for each."""
+        halvings = self._recipe.stage_two.halvings
+        steps = tuple(halving.steps for halving in halvings)
+        source = self._folder.stage_one
+        for position, halving in enumerate(halvings):
+            self._learn_grid(source, steps[: position + 1], halving)
+            source = self._folder.shared(halving.steps)
+        for n in steps:
+            if not self._processes.first((self._folder.student(n) / "unet").is_dir):
+                folded = fold_grid(load_stock(source), n)
+                self._processes.first(partial(self._write, self._folder.student(n), folded))
+
+    def _learn_grid(self, source: Path, steps: tuple[int, ...], halving: Halving) -> None:
+        """Train the network in ``source`` on the last of ``steps``, rehearsing the others."""
+        section, folder = self._recipe.stage_two, self._folder.shared(halving.steps)
+        if self._stands(folder):
+            return
+
+        def begin() -> UNet2DConditionModel:
+            network = load_stock(source)
+            return network if takes_grid(network) else told_its_grid(network)
+
+        grids = Grids.of(self._schedule, steps, halving.newest_share, self._device)
+        anchor = self._processes.frozen(load_stock(self._folder.stage_one))
+        snapshot = self._processes.frozen(begin())
+
+        def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
+            drawn = grids.draw(draws, update, batch)
+            rows = self._noisy(draws, update, batch, grids.tables.t[drawn.point])
+            w = self._weights(draws, update, batch, section.unguided_share)
+            z_t, _ = self._tables.noisy(rows)
+            target = grids.target(anchor, snapshot, z_t, rows, drawn, w)
+            losses = target_loss(network, self._tables, z_t, rows, w, target, drawn.grid)
+            return RowLoss(losses / (1 + w) ** section.w_power, w)
+
+        self._phase(f"d{halving.steps}", section.training(halving), begin, loss, folder)
+
+    def _write(self, folder: Path, network: UNet2DConditionModel) -> None:
+        write_folder(folder, lambda staging: save_stock(staging, network, self._schedule, self._recipe.clip))
 
     def _phase(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,12 @@ def plan_of(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises: RecipeError when diffusers refuses the network's arguments."""
     teacher = network_cost(recipe.unet)
     student = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    trained = halved = student
+    if recipe.stage_two.weights == "shared":  # learns from two: stage one, and itself as the phase found it
+        trained = network_cost({**recipe.unet, "time_cond_proj_dim": 2 * GUIDANCE_WIDTH})
+        halved = replace(trained, parameters=student.parameters + trained.parameters)
     halvings = [
-        PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), student, student, 2)
+        PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), trained, halved, 2)
         for halving in recipe.stage_two.halvings
     ]
     return Plan(

@@ -52,17 +52,26 @@ class StageOneSection(Training):
 
 
 class Halving(Section):
-    """One student of stage two: its step count and how long it trains."""
+    """One student of stage two: its step count and how long it trains.
+
+    newest_share: with shared weights, the share of rows on this grid; the others rehearse the grids before it.
+    """
 
     steps: int = Field(ge=1)
     updates: int = Field(ge=1)
+    newest_share: float = Field(0.5, gt=0, le=1)
 
 
 class StageTwoSection(Section):
-    """The chain of halvings, each starting from the one before; the first from the stage-one student."""
+    """The chain of halvings, each starting from the one before; the first from the stage-one student.
+
+    sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
+    one for all of them that is told its grid.
+    """
 
     halvings: tuple[Halving, ...] = Field(min_length=1)
     sampler: Sampler = "deterministic"
+    weights: Literal["separate", "shared"] = "separate"
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(5e-4, gt=0)
@@ -77,8 +86,14 @@ class StageTwoSection(Section):
         steps = [h.steps for h in self.halvings]
         if any(a != 2 * b for a, b in pairwise(steps)):
             raise ValueError("halvings must halve: each steps value is half of the one before")
-        if self.sampler != "deterministic":
-            raise ValueError("only the deterministic chain can be trained so far; leave sampler out")
+        if self.sampler == "stochastic" and steps[-1] == 1:
+            raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
+        if self.sampler == "stochastic" and self.weights == "shared":
+            raise ValueError("weights can be shared in the deterministic chain only")
+        if self.weights == "separate" and any(
+            h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
+        ):
+            raise ValueError("newest_share is for weights: shared")
         return self
 
     def training(self, halving: Halving) -> Training:
@@ -156,6 +171,12 @@ class Recipe(Section):
             raise ValueError(f"export.students {missing} are not among stage_two.halvings")
         if self.export.default_steps not in self.export.students:
             raise ValueError("export.default_steps must be one of export.students")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_or_shards(self) -> Recipe:
+        if self.compute.shard and self.stage_two.weights == "shared":
+            raise ValueError("compute.shard cannot go with stage_two.weights: shared")
         return self
 
     @model_validator(mode="after")

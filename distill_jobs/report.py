@@ -198,7 +198,8 @@ def _quality_table(rows: Sequence[EvaluationRow]) -> list[str]:
     ]
     for row in sorted(rows, key=lambda row: row.guidance_scale):
         cells = (f"{row.metrics[name].mean:.3f} ± {row.metrics[name].spread:.3f}" for name in COLUMNS)
-        head = f"| {row.guidance_scale:g} | {row.model} | {row.steps} | {row.evaluations} |"
+        model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
+        head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return lines
 

@@ -66,6 +66,10 @@ class RunFolder:
         """Stands when the stage-one student has passed its gate."""
         return self.path / "gate.json"
 
+    def shared(self, steps: int) -> Path:
+        """The one network for all step counts, as it was when it had learned this one."""
+        return self.path / "shared" / f"d{steps}"
+
     def student(self, steps: int) -> Path:
         return self.path / "students" / f"d{steps}"
 

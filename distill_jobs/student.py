@@ -18,6 +18,8 @@ from distill_jobs.errors import JobError, RecipeError
 from engines.schedule import NoiseSchedule
 
 GUIDANCE_WIDTH = 256
+COND_PROJ = "time_embedding.cond_proj.weight"
+FIRST_WEIGHT, FIRST_BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
 
 
 def guidance_embedding(w: Tensor) -> Tensor:
@@ -31,6 +33,11 @@ def guidance_embedding(w: Tensor) -> Tensor:
     )
     angles = (w.to(torch.float32) * 1000.0)[:, None] * frequencies[None, :]
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+
+
+def grid_embedding(n: Tensor) -> Tensor:
+    """(B, 256) float32 Fourier embedding of log2 N, for step counts n: (B,)."""
+    return guidance_embedding(torch.log2(n.to(torch.float32)))
 
 
 def new_teacher(config: dict[str, Any], seed: int) -> UNet2DConditionModel:
@@ -55,10 +62,43 @@ def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     with torch.random.fork_rng():  # initialisation that is overwritten below must not move the caller's RNG
         student = UNet2DConditionModel(**{**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if unexpected or set(missing) != {"time_embedding.cond_proj.weight"}:
+    if unexpected or set(missing) != {COND_PROJ}:
         raise JobError(f"the teacher's weights do not fit its student: {sorted([*missing, *unexpected])}")
     nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student
+
+
+def told_its_grid(student: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy of a student that takes its grid too: exactly the student at initialisation, whatever the grid is.
+
+    Its ``cond_proj`` reads [embed(w); embed(log2 N)]; the columns of the second half start at zero.
+    """
+    config = {k: v for k, v in student.config.items() if not k.startswith("_")}
+    wide = {**config, "time_cond_proj_dim": 2 * GUIDANCE_WIDTH}
+    weights = dict(student.state_dict())
+    columns = weights[COND_PROJ]
+    weights[COND_PROJ] = torch.cat([columns, torch.zeros_like(columns)], dim=1)
+    return with_weights(UNet2DConditionModel.from_config(wide), weights)
+
+
+def fold_grid(shared: UNet2DConditionModel, n: int) -> UNet2DConditionModel:
+    """The student that ``shared`` is on the n-step grid, as a plain w-conditioned network; equal to rounding.
+
+    For a fixed grid its columns add a constant before ``linear_1``, which goes into that layer's bias.
+    """
+    config = {k: v for k, v in shared.config.items() if not k.startswith("_")}
+    weights = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
+    of_w, of_grid = weights[COND_PROJ].split(GUIDANCE_WIDTH, dim=1)
+    added = of_grid.double() @ grid_embedding(torch.tensor([n]))[0].double()
+    bias = weights[FIRST_BIAS].double() + weights[FIRST_WEIGHT].double() @ added
+    weights |= {COND_PROJ: of_w.contiguous(), FIRST_BIAS: bias.float()}
+    narrow = {**config, "time_cond_proj_dim": GUIDANCE_WIDTH}
+    return with_weights(UNet2DConditionModel.from_config(narrow), weights)
+
+
+def takes_grid(unet: UNet2DConditionModel) -> bool:
+    """Whether a network is one for all step counts."""
+    return bool(unet.config.time_cond_proj_dim == 2 * GUIDANCE_WIDTH)
 
 
 def with_weights(network: UNet2DConditionModel, weights: dict[str, Tensor]) -> UNet2DConditionModel:
@@ -76,10 +116,12 @@ def predict(
     condition: Condition,
     w: Tensor | None = None,
     extra: Tensor | None = None,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """Network output, float32 and shaped as x_t: (B, C, h, w).
 
-    timestep: (B,); w: (B,) guidance weights, for students; extra: (B, K, h, w) further input channels.
+    timestep: (B,); w: (B,) guidance weights, for students; extra: (B, K, h, w) further input channels; grid: (B,)
+    step counts, for students with one set of weights for all of them.
     """
     added = None
     if condition.pooled is not None:
@@ -88,11 +130,16 @@ def predict(
         x_t if extra is None else torch.cat([x_t, extra], dim=1),
         timestep,
         encoder_hidden_states=condition.tokens,
-        timestep_cond=None if w is None else guidance_embedding(w),
+        timestep_cond=None if w is None else _timestep_cond(w, grid),
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
     return out.to(torch.float32)
+
+
+def _timestep_cond(w: Tensor, grid: Tensor | None) -> Tensor:
+    guidance = guidance_embedding(w)
+    return guidance if grid is None else torch.cat([guidance, grid_embedding(grid)], dim=1)
 
 
 def stock_scheduler(schedule: NoiseSchedule, clip: float | None) -> DDIMScheduler:

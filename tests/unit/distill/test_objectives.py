@@ -6,15 +6,8 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 
 from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
 from distill_jobs.errors import JobError
-from distill_jobs.objectives import (
-    HalvingTables,
-    Noisy,
-    Tables,
-    guided_v,
-    stage_one_loss,
-    teacher_loss,
-    two_step_target,
-)
+from distill_jobs.halving import HalvingTables, two_step_target
+from distill_jobs.objectives import Noisy, Tables, guided_v, stage_one_loss, teacher_loss
 from distill_jobs.recipe import read_recipe
 from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
 from engines.sampler import deterministic_step
@@ -127,6 +120,40 @@ def test_one_step_with_the_target_lands_where_two_teacher_steps_do(
         target = two_step_target(student, halving, rows.noise, here, point, w)
     landed, _ = whole.apply(rows.noise, target)
     assert torch.allclose(landed, end, atol=2e-6)
+
+
+def test_a_stochastic_students_step_lands_where_two_teacher_steps_of_its_own_grid_do(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    n, w = 4, torch.full((B,), 2.0)
+    student, halving, grid = (
+        student_of(teacher).eval(),
+        HalvingTables.of(schedule, 4, sampler="stochastic"),
+        schedule.grid(4),
+    )
+    for i in range(2, n + 1):
+        point = torch.full((B,), i - 1)
+        here = Noisy(rows.x, rows.condition, rows.null, rows.noise, halving.t[point])
+        z = rows.noise
+        with torch.no_grad():
+            for t, s in ((grid[i], grid[i - 1]), (grid[i - 1], grid[i - 2])):
+                v = predict(student, z, torch.full((B,), t), rows.condition, w)
+                z, _ = deterministic_step(schedule, t, s).apply(z, v)
+            target = two_step_target(student, halving, rows.noise, here, point, w)
+        landed, _ = deterministic_step(schedule, grid[i], grid[i - 2]).apply(rows.noise, target)
+        assert torch.allclose(landed, z, atol=2e-6)
+
+
+def test_a_stochastic_students_last_step_is_its_teachers(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    student, halving = student_of(teacher).eval(), HalvingTables.of(schedule, 4, sampler="stochastic")
+    point, w, t = torch.zeros(B, dtype=torch.long), torch.full((B,), 2.0), torch.full((B,), schedule.grid(4)[1])
+    here = Noisy(rows.x, rows.condition, rows.null, rows.noise, halving.t[point])
+    assert torch.equal(here.t, t)
+    with torch.no_grad():
+        own = predict(student, rows.noise, t, rows.condition, w)
+        assert torch.equal(two_step_target(student, halving, rows.noise, here, point, w), own)
 
 
 def test_a_stock_folder_brings_the_same_network_back(

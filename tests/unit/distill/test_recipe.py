@@ -42,7 +42,9 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("export.students=[3]", "export.students"),
         ("export.default_steps=16", "default_steps"),
         ("guidance.default=9", "guidance"),
-        ("stage_two.sampler=stochastic", "deterministic"),
+        ("stage_two.sampler=stochastic", "ends at 2 steps"),
+        ("stage_two={weights: shared, sampler: stochastic, halvings: [{steps: 2, updates: 1}]}", "deterministic"),
+        ("stage_two.halvings=[{steps: 1, updates: 1, newest_share: 0.9}]", "weights: shared"),
         ("schedule.kind=polynomial", "schedule.kind"),
         ("unet.sample_size=16", "unet.sample_size"),
         ("unet.time_cond_proj_dim=256", "time_cond_proj_dim"),
@@ -95,3 +97,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="UTF-8"):
         read_recipe(file)
+
+
+def test_shared_weights_and_sharding_exclude_each_other() -> None:
+    with pytest.raises(RecipeError, match=r"compute\.shard"):
+        read_recipe("digits-shared", ["compute.shard=true"])

@@ -1,0 +1,129 @@
+"""Stage two: the target of one student step, from the steps its teacher takes over the same stretch.
+
+Sources: Meng et al. 2023, Alg. 2 (deterministic) and section 3.2 (stochastic); Salimans & Ho 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill_jobs.objectives import Noisy, Tables, float32, row_mse, wide
+from distill_jobs.student import predict
+from engines.sampler import Sampler, compose, deterministic_step
+from engines.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class HalvingTables:
+    """Coefficients of a student's targets, indexed by grid point i - 1: two teacher steps and what they compose to.
+
+    t, middle: (N,) table indices of point i and of where the first teacher step ends; a, d: that step;
+    target_x, target_first, target_second: weights of z, v1, v2 in the target v.
+    """
+
+    t: Tensor
+    middle: Tensor
+    a: Tensor
+    d: Tensor
+    target_x: Tensor
+    target_first: Tensor
+    target_second: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        schedule: NoiseSchedule,
+        n: int,
+        device: torch.device | None = None,
+        sampler: Sampler = "deterministic",
+    ) -> HalvingTables:
+        """Tables for the n-step student of a teacher of 2n steps.
+
+        Deterministic: a student step spans two teacher steps of 1/2n. Stochastic: from points i ≥ 2 it spans two
+        steps of 1/n, the double length its sampler walks before the noisy step back; from point 1 the teacher
+        itself reaches the end in one step.
+        """
+        if sampler == "stochastic":
+            grid = schedule.grid(n)
+            rows = [(grid[1], grid[1], 1.0, 0.0, 0.0, 1.0, 0.0)]
+            rows += [_two_steps(schedule, grid[i], grid[i - 1], grid[i - 2]) for i in range(2, n + 1)]
+        else:
+            grid = schedule.grid(2 * n)
+            rows = [_two_steps(schedule, grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]) for i in range(1, n + 1)]
+        t, middle, *coefficients = zip(*rows, strict=True)
+        at = (torch.tensor(t, device=device), torch.tensor(middle, device=device))
+        return cls(*at, *(float32(list(column)).to(device) for column in coefficients))
+
+    @classmethod
+    def cat(cls, tables: Sequence[HalvingTables]) -> HalvingTables:
+        """The points of several grids, one grid after the other."""
+        return cls(**{name: torch.cat([getattr(each, name) for each in tables]) for name in cls.__annotations__})
+
+
+def halving_loss(
+    student: nn.Module,
+    teacher: nn.Module,
+    tables: Tables,
+    halving: HalvingTables,
+    rows: Noisy,
+    point: Tensor,
+    w: Tensor,
+) -> Tensor:
+    """(B,) truncated-SNR loss against the teacher's steps, at the same w. point: (B,) rows of ``halving``.
+
+    rows.t must be ``halving.t[point]``.
+    """
+    z_t, _ = tables.noisy(rows)
+    with torch.no_grad():
+        target = two_step_target(teacher, halving, z_t, rows, point, w)
+    return target_loss(student, tables, z_t, rows, w, target)
+
+
+def target_loss(
+    student: nn.Module,
+    tables: Tables,
+    z_t: Tensor,
+    rows: Noisy,
+    w: Tensor,
+    target: Tensor,
+    grid: Tensor | None = None,
+) -> Tensor:
+    """(B,) truncated-SNR loss against a target v. grid: (B,) step counts, for shared weights."""
+    prediction = predict(student, z_t, rows.t, rows.condition, w, rows.extra, grid)
+    return tables.truncated_snr(rows.t) * row_mse(prediction, target)
+
+
+def two_step_target(
+    teacher: nn.Module,
+    halving: HalvingTables,
+    z_t: Tensor,
+    rows: Noisy,
+    point: Tensor,
+    w: Tensor,
+    grid: Tensor | None = None,
+) -> Tensor:
+    """The v with which one step lands where the teacher's two steps do, shaped as z_t; from unclipped outputs.
+
+    grid: (B,) the teacher's step counts, for shared weights.
+    """
+    first = predict(teacher, z_t, rows.t, rows.condition, w, rows.extra, grid)
+    z_middle = wide(halving.a[point], z_t) * z_t + wide(halving.d[point], z_t) * first
+    second = predict(teacher, z_middle, halving.middle[point], rows.condition, w, rows.extra, grid)
+    return (
+        wide(halving.target_x[point], z_t) * z_t
+        + wide(halving.target_first[point], z_t) * first
+        + wide(halving.target_second[point], z_t) * second
+    )
+
+
+def _two_steps(
+    schedule: NoiseSchedule, t: int, middle: int, s: int
+) -> tuple[int, int, float, float, float, float, float]:
+    first, second = deterministic_step(schedule, t, middle), deterministic_step(schedule, middle, s)
+    composed = compose(first, second, deterministic_step(schedule, t, s))
+    k = first.coefficients
+    return t, middle, k.a, k.d, composed.x, composed.first, composed.second

@@ -1,0 +1,73 @@
+"""The other chains, from job to bundle: what the pipeline draws is what the trained students draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.progress import Progress
+
+from distill_jobs.classifier import save_classifier, split_digits, train_classifier
+from distill_jobs.contenders import STUDENT, contenders
+from distill_jobs.data.digits import Digits, class_condition
+from distill_jobs.evaluate import evaluate_run
+from distill_jobs.export import export_run
+from distill_jobs.job import run_job
+from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.sampling import sample
+from engines.manifest import GRID
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
+from tests.support.tiny_recipe import OVERRIDES
+
+SEEDS, LABELS = (0, 7, 3), torch.tensor([3, 1, 4])
+SHORT = [
+    *OVERRIDES,
+    "stage_two.halvings=[{steps: 4, updates: 3}, {steps: 2, updates: 3}]",
+    "export={name: tiny, students: [4, 2], default_steps: 4}",
+    "evaluation={samples: 20, seeds: [1], guidance_scales: [2.0], teacher_steps: 4, batch_size: 20}",
+]
+
+
+def exported(name: str, folder: Path) -> tuple[Recipe, Pipeline]:
+    recipe = read_recipe(name, SHORT)
+    run = run_job(recipe, folder / "run", resume=False, progress=Progress(disable=True)).path
+    rough = train_classifier(split_digits(Digits.load())[0], epochs=1)
+    save_classifier(rough, run / "classifier" / "classifier.safetensors")
+    evaluate_run(run, recipe)
+    bundle = export_run(run, folder / "bundle", recipe, despite_gates=True)
+    return recipe, open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("digits-shared", "deterministic"), ("digits-stochastic", "stochastic")]
+)
+def test_the_pipeline_draws_what_the_students_draw(name: str, sampler: str, tmp_path: Path) -> None:
+    recipe, pipeline = exported(name, tmp_path)
+    manifest = pipeline.manifest
+    assert {s.sampler for s in manifest.students} == {sampler}
+    assert {row.sampler for row in manifest.evaluation.rows if row.model == STUDENT} == {sampler}
+    conditions = pipeline.condition([f"the digit {int(label)}" for label in LABELS])
+    for contender in (c for c in contenders(tmp_path / "run", recipe) if c.role == STUDENT):
+        student = pipeline.student(contender.steps)
+        rows = [pipeline.start(c, 3.0, s, student) for c, s in zip(conditions, SEEDS, strict=True)]
+        while not rows[0].done:
+            pipeline.step(rows)
+        network = contender.network(contender.load(), 3.0)
+        want = sample(network, contender.plan(recipe), class_condition(LABELS), SEEDS, contender.shape)
+        np.testing.assert_allclose(np.stack([row.latent for row in rows]), want.numpy(), rtol=0, atol=1e-4)
+
+
+def test_shared_weights_are_one_graph_whose_rows_of_all_step_counts_share_a_batch(tmp_path: Path) -> None:
+    _, pipeline = exported("digits-shared", tmp_path)
+    assert {s.graph for s in pipeline.manifest.students} == {"step"}
+    assert GRID in {spec.name for spec in pipeline.manifest.graphs["step"].inputs}
+    [condition] = pipeline.condition(["seven"])
+    four, two = (pipeline.start(condition, 2.0, 5, pipeline.student(n)) for n in (4, 2))
+    assert four.batch_key == two.batch_key
+    pipeline.step([four, two])
+    alone = pipeline.start(condition, 2.0, 5, pipeline.student(2))
+    pipeline.step([alone])
+    np.testing.assert_allclose(two.latent, alone.latent, rtol=0, atol=1e-5)

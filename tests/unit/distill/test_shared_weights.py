@@ -1,0 +1,109 @@
+"""One set of weights for every grid: exact at its start, exact when folded, taught by the right teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from rich.progress import Progress
+
+from distill_jobs.data.digits import class_condition
+from distill_jobs.draws import Draws
+from distill_jobs.halving import HalvingTables, two_step_target
+from distill_jobs.job import run_job
+from distill_jobs.objectives import Noisy
+from distill_jobs.recipe import read_recipe
+from distill_jobs.shared_weights import GridRows, Grids
+from distill_jobs.student import COND_PROJ, fold_grid, load_stock, predict, takes_grid, told_its_grid
+from engines.schedule import NoiseSchedule, ScheduleSpec
+from tests.support.tiny_recipe import OVERRIDES
+from tests.support.tiny_run import tiny_student
+
+B = 8
+SCHEDULE = NoiseSchedule(ScheduleSpec())
+CPU = torch.device("cpu")
+
+
+def tiny_shared(seed: int) -> UNet2DConditionModel:
+    """Untrained, but answering to its grid: the new columns are random instead of zero."""
+    shared = told_its_grid(tiny_student(seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        columns = shared.get_parameter(COND_PROJ)[:, 256:]
+        columns.copy_(torch.randn(columns.shape, generator=generator) * 0.1)
+    return shared.eval()
+
+
+@pytest.fixture
+def rows() -> Noisy:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, B, 1, 8, 8, generator=generator).unbind()
+    condition = class_condition(torch.arange(B))
+    return Noisy(x, condition, class_condition(torch.full((B,), 10)), noise, torch.full((B,), 499))
+
+
+def test_a_new_shared_network_is_its_student_on_every_grid(rows: Noisy) -> None:
+    student, w = tiny_student(0), torch.linspace(0, 4, B)
+    shared = told_its_grid(student).eval()
+    assert takes_grid(shared)
+    assert not takes_grid(student)
+    with torch.no_grad():
+        expected = predict(student, rows.x, rows.t, rows.condition, w)
+        for n in (32, 4, 1):
+            got = predict(shared, rows.x, rows.t, rows.condition, w, grid=torch.full((B,), n))
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [32, 8, 2, 1])
+def test_a_folded_network_is_the_shared_one_on_its_grid(n: int, rows: Noisy) -> None:
+    shared, w = tiny_shared(1), torch.linspace(0, 4, B)
+    folded = fold_grid(shared, n).eval()
+    with torch.no_grad():
+        want = predict(shared, rows.x, rows.t, rows.condition, w, grid=torch.full((B,), n))
+        other = predict(shared, rows.x, rows.t, rows.condition, w, grid=torch.full((B,), 16))
+        got = predict(folded, rows.x, rows.t, rows.condition, w)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert float((other - want).abs().max()) > 1e-4  # the grid matters
+
+
+def test_rows_are_drawn_on_the_new_grid_by_its_share_and_on_the_others_equally() -> None:
+    grids = Grids.of(SCHEDULE, (8, 4, 2), 0.5, CPU)
+    drawn = grids.draw(Draws(0, "d2"), 3, 400)
+    assert [int((drawn.grid == n).sum()) for n in (8, 4, 2)] == [100, 100, 200]
+    for n in (8, 4, 2):
+        t = grids.tables.t[drawn.point[drawn.grid == n]]
+        assert set(t.tolist()) == set(SCHEDULE.grid(n)[1:])
+
+
+def test_the_first_phase_has_one_grid() -> None:
+    drawn = Grids.of(SCHEDULE, (8,), 0.5, CPU).draw(Draws(0, "d8"), 0, 40)
+    assert set(drawn.grid.tolist()) == {8}
+    assert set(drawn.point.tolist()) == set(range(8))
+
+
+def test_stage_one_teaches_the_first_grid_and_the_snapshot_the_others_on_grids_twice_as_fine(rows: Noisy) -> None:
+    anchor, snapshot, w = tiny_student(0), tiny_shared(1), torch.linspace(0, 4, B)
+    grids = Grids.of(SCHEDULE, (4, 2, 1), 0.5, CPU)
+    drawn = GridRows(torch.tensor([4, 4, 4, 2, 2, 1, 1, 4]), torch.tensor([0, 3, 1, 4, 5, 6, 6, 2]))
+    at = Noisy(rows.x, rows.condition, rows.null, rows.noise, grids.tables.t[drawn.point])
+    got = grids.target(anchor, snapshot, rows.noise, at, drawn, w)
+    with torch.no_grad():
+        for i in range(B):
+            n, mine = int(drawn.grid[i]), torch.arange(B) == i
+            point = drawn.point[mine] - {4: 0, 2: 4, 1: 6}[n]
+            teacher, grid = (anchor, None) if n == 4 else (snapshot, torch.tensor([2 * n]))
+            own = HalvingTables.of(SCHEDULE, n)
+            want = two_step_target(teacher, own, rows.noise[mine], at[mine], point, w[mine], grid)
+            torch.testing.assert_close(got[mine], want, rtol=0, atol=2e-6)
+
+
+def test_a_job_folds_its_last_network_into_every_student(tmp_path: Path) -> None:
+    recipe = read_recipe("digits-shared", OVERRIDES)
+    folder = run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    shared = load_stock(folder.shared(1))
+    assert bool(shared.get_parameter(COND_PROJ)[:, 256:].any())
+    for n in (4, 2, 1):
+        folded, student = fold_grid(shared, n).state_dict(), load_stock(folder.student(n)).state_dict()
+        assert all(torch.equal(folded[name], student[name]) for name in student)
