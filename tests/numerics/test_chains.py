@@ -31,26 +31,38 @@ SHORT = [
 ]
 
 
-def exported(name: str, folder: Path) -> tuple[Recipe, Pipeline]:
+Chain = tuple[Path, Recipe, Pipeline]
+
+
+def exported(name: str, folder: Path) -> Chain:
     recipe = read_recipe(name, SHORT)
     run = run_job(recipe, folder / "run", resume=False, progress=Progress(disable=True)).path
     rough = train_classifier(split_digits(Digits.load())[0], epochs=1)
     save_classifier(rough, run / "classifier" / "classifier.safetensors")
     evaluate_run(run, recipe)
     bundle = export_run(run, folder / "bundle", recipe, despite_gates=True)
-    return recipe, open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
+    return run, recipe, open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "sampler"), [("digits-shared", "deterministic"), ("digits-stochastic", "stochastic")]
-)
-def test_the_pipeline_draws_what_the_students_draw(name: str, sampler: str, tmp_path: Path) -> None:
-    recipe, pipeline = exported(name, tmp_path)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return exported("digits-shared", tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return exported("digits-stochastic", tmp_path_factory.mktemp("stochastic"))
+
+
+@pytest.mark.parametrize("name", ["shared", "stochastic"])
+def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.FixtureRequest) -> None:
+    run, recipe, pipeline = request.getfixturevalue(name)
+    sampler = "stochastic" if name == "stochastic" else "deterministic"
     manifest = pipeline.manifest
     assert {s.sampler for s in manifest.students} == {sampler}
     assert {row.sampler for row in manifest.evaluation.rows if row.model == STUDENT} == {sampler}
     conditions = pipeline.condition([f"the digit {int(label)}" for label in LABELS])
-    for contender in (c for c in contenders(tmp_path / "run", recipe) if c.role == STUDENT):
+    for contender in (c for c in contenders(run, recipe) if c.role == STUDENT):
         student = pipeline.student(contender.steps)
         rows = [pipeline.start(c, 3.0, s, student) for c, s in zip(conditions, SEEDS, strict=True)]
         while not rows[0].done:
@@ -60,8 +72,8 @@ def test_the_pipeline_draws_what_the_students_draw(name: str, sampler: str, tmp_
         np.testing.assert_allclose(np.stack([row.latent for row in rows]), want.numpy(), rtol=0, atol=1e-4)
 
 
-def test_shared_weights_are_one_graph_whose_rows_of_all_step_counts_share_a_batch(tmp_path: Path) -> None:
-    _, pipeline = exported("digits-shared", tmp_path)
+def test_shared_weights_are_one_graph_whose_rows_of_all_step_counts_share_a_batch(shared: Chain) -> None:
+    _, _, pipeline = shared
     assert {s.graph for s in pipeline.manifest.students} == {"step"}
     assert GRID in {spec.name for spec in pipeline.manifest.graphs["step"].inputs}
     [condition] = pipeline.condition(["seven"])
