@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from engines.errors import HalfstepError
+from server.generate_cli import generate
 from server.keys_cli import keys_app
 from server.logs import configure_logs
 from server.settings import Settings
@@ -31,6 +32,7 @@ def _option(field: str, *flags: str) -> Any:
 
 
 app.add_typer(keys_app, name="keys")
+app.command()(generate)
 
 
 @app.callback()
