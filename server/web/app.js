@@ -1,25 +1,37 @@
 // The playground: controls on one side, what they draw on the other, live.
 
-import { curlLine, generate, models, Refusal } from "/static/api.js";
-import { drawGrid, drawSweep, drawTiming, make, markSweep } from "/static/view.js";
+import { curlLine, generate, models, Refusal, useKey } from "/static/api.js";
+import { drawHistory, forgetAll, remember, remembered } from "/static/history.js";
+import { nearestSize, Painter } from "/static/paint.js";
+import { drawCompare, drawGrid, drawSweep, drawTiming, make, markSweep, splitCompare } from "/static/view.js";
 
 const SLIDER_PAUSE_MS = 60; // long enough to skip most positions of a drag, short enough to feel live
 const TYPING_PAUSE_MS = 450;
 const SWEEP_TILES = 9;
 const RANDOM_SEEDS = 1_000_000; // short seeds are easier to read out
+const TINY_PX = 160;
 
 const at = (id) => document.getElementById(id);
 const form = at("controls");
-const fields = { prompt: at("prompt"), guidance: at("guidance"), seed: at("seed"), n: at("n") };
+const fields = {
+  prompt: at("prompt"), guidance: at("guidance"), seed: at("seed"), n: at("n"), image: at("image"), strength: at("strength"),
+  key: at("key"),
+};
+const painter = new Painter(at("canvas"), at("brush"), () => {
+  sweepKey = "";
+  drawAfter(SLIDER_PAUSE_MS);
+});
 let model = null;
 let offered = [];
 let timer = 0;
 let running = new AbortController();
 let sweepKey = "";
+let sent = null; // the picture of the latest request
+let size = null; // of the picture to start from; null without one
 
 /** The request the controls describe. */
 function request() {
-  return {
+  const body = {
     model: model.id,
     prompt: fields.prompt.value,
     guidance_scale: Number(fields.guidance.value),
@@ -27,6 +39,7 @@ function request() {
     seed: fields.seed.value === "" ? null : Number(fields.seed.value),
     n: Number(fields.n.value),
   };
+  return size === null ? body : { ...body, size, strength: Number(fields.strength.value) };
 }
 
 /** Draw now; whatever was under way is dropped, here and on the server. */
@@ -36,17 +49,32 @@ async function draw() {
   running = new AbortController();
   const { signal } = running;
   const body = request();
-  echo(body);
-  at("grid").setAttribute("aria-busy", "true");
+  working(true);
   try {
-    const answer = await generate(body, signal);
-    show(answer, body);
-    await sweep(body, answer.seed, signal);
+    const picture = size === null ? null : await painter.files();
+    if (signal.aborted) return;
+    sent = picture;
+    echo(body, picture);
+    const answer = await generate(body, picture, signal);
+    show(answer, body, picture);
+    await sweep(body, picture, answer.seed, signal);
   } catch (error) {
     if (error.name !== "AbortError") complain(error);
   } finally {
-    if (!signal.aborted) at("grid").setAttribute("aria-busy", "false");
+    if (!signal.aborted) working(false);
   }
+}
+
+function working(busy) {
+  at("grid").setAttribute("aria-busy", String(busy));
+  at("cancel").hidden = !busy;
+}
+
+function cancel() {
+  clearTimeout(timer);
+  running.abort();
+  working(false);
+  at("status").textContent = "Cancelled";
 }
 
 function drawAfter(pauseMs) {
@@ -54,27 +82,30 @@ function drawAfter(pauseMs) {
   timer = setTimeout(draw, pauseMs);
 }
 
-function show(answer, body) {
+function show(answer, body, picture) {
   complain(null);
   if (fields.seed.value === "") fields.seed.value = answer.seed;
-  drawGrid(at("grid"), answer, body.prompt, useSeed);
+  drawGrid(at("grid"), answer, body.prompt, { seed: useSeed, image: at("picture").hidden ? null : startFrom });
+  at("compare").hidden = picture === null;
+  if (picture) drawCompare(at("compare"), painter.before, answer, at("split").value);
   drawTiming(at("bar"), at("timing"), answer);
   const count = answer.data.length === 1 ? "1 image" : `${answer.data.length} images`;
   const steps = answer.steps === 1 ? "1 step" : `${answer.steps} steps`;
   const bold = make("strong", {}, `${count} in ${answer.roundTrip.toFixed(0)} ms`);
   at("status").replaceChildren(bold, ` · ${steps} · guidance ${answer.guidance_scale} · ${answer.engine}`);
+  remember({ ...body, seed: answer.seed }, at("grid").querySelector("img").src).then(showHistory);
 }
 
 /** The first image again at every guidance; skipped while only the guidance changes. */
-async function sweep(body, seed, signal) {
-  const key = JSON.stringify([body.model, body.prompt, body.steps, seed]);
+async function sweep(body, picture, seed, signal) {
+  const key = JSON.stringify([body.model, body.prompt, body.steps, body.strength, seed]);
   markSweep(at("sweep"), body.guidance_scale);
   if (key === sweepKey) return;
   const { min, max } = model.guidance_scale;
   const values = Array.from({ length: SWEEP_TILES }, (_, i) => min + ((max - min) * i) / (SWEEP_TILES - 1));
   const tiles = values.map((value) => {
     const rounded = Math.round(value * 10) / 10;
-    return generate({ ...body, seed, n: 1, guidance_scale: rounded }, signal);
+    return generate({ ...body, seed, n: 1, guidance_scale: rounded }, picture, signal);
   });
   const answers = await Promise.all(tiles);
   drawSweep(at("sweep"), answers, Number(fields.guidance.value), body.prompt, (value) => {
@@ -84,12 +115,15 @@ async function sweep(body, seed, signal) {
   sweepKey = key;
 }
 
-/** Show the server's own words, and mark the field it names; null clears both. */
+/** Show the server's own words at the field they name, and mark it; null clears both. */
 function complain(error) {
   const problem = at("problem");
+  if (error?.status === 401) at("key-field").hidden = false;
+  const named = error?.status === 401 ? "key" : ({ guidance_scale: "guidance", mask: "image" }[error?.param] ?? error?.param);
+  const place = fields[named]?.closest(".field") ?? fields.prompt.closest(".field");
+  if (error !== null) place.after(problem);
   problem.hidden = error === null;
   problem.textContent = error === null ? "" : wording(error);
-  const named = { guidance_scale: "guidance" }[error?.param] ?? error?.param;
   for (const [name, field] of Object.entries(fields)) field.setAttribute("aria-invalid", String(name === named));
 }
 
@@ -99,13 +133,32 @@ function wording(error) {
 }
 
 /** Labels, chips and curl line after any change. */
-function echo(body) {
+function echo(body, picture) {
   at("guidance-value").textContent = body.guidance_scale.toFixed(1);
+  at("strength-value").textContent = Number(fields.strength.value).toFixed(2);
   at("n-value").textContent = body.n;
-  at("curl").textContent = curlLine(body);
+  at("curl").textContent = curlLine(body, picture);
   for (const chip of at("known").querySelectorAll("button")) {
     chip.setAttribute("aria-pressed", String(chip.textContent === body.prompt));
   }
+}
+
+function showHistory() {
+  at("history-part").hidden = remembered().length === 0;
+  drawHistory(at("history"), restore, showHistory);
+}
+
+function restore(entry) {
+  const known = offered.find((each) => each.id === entry.model);
+  if (known && known !== model) choose(known);
+  fields.prompt.value = entry.prompt;
+  fields.guidance.value = entry.guidance_scale;
+  fields.seed.value = entry.seed;
+  fields.n.value = entry.n;
+  if (entry.strength !== undefined) fields.strength.value = entry.strength;
+  const radio = form.querySelector(`input[name=steps][value="${entry.steps}"]`);
+  if (radio) radio.checked = true;
+  draw();
 }
 
 function useSeed(seed) {
@@ -122,6 +175,7 @@ function rollSeed() {
 /** Fit the controls to a model. */
 function choose(chosen) {
   model = chosen;
+  at("model").value = model.id;
   const { min, max, default: guidance } = model.guidance_scale;
   Object.assign(fields.guidance, { min, max, value: guidance });
   at("steps").replaceChildren(
@@ -140,7 +194,51 @@ function choose(chosen) {
       return make("li", {}, make("button", { type: "button", onclick: pick }, known));
     }),
   );
-  if (!model.prompts.includes(fields.prompt.value)) fields.prompt.value = model.prompts[0];
+  if (model.prompts.length && !model.prompts.includes(fields.prompt.value)) fields.prompt.value = model.prompts[0];
+  const [edits, inpaints] = ["edit", "inpaint"].map((task) => model.tasks.includes(task));
+  at("picture").hidden = !edits && !inpaints;
+  painter.canPaint = inpaints;
+  for (const id of ["tools", "paint-hint"]) at(id).hidden = !inpaints;
+  dropPicture();
+}
+
+// ---- a picture to start from
+
+/** source: a file, or the address of an image on this page. */
+async function startFrom(source) {
+  try {
+    const image = await createImageBitmap(source instanceof Blob ? source : await blobOf(source));
+    size = nearestSize(model.sizes, image);
+    painter.load(image, size);
+  } catch {
+    complain(new Refusal("This file is no image the browser can read. Choose a PNG, JPEG or WebP file.", "image", 0));
+    return;
+  }
+  at("canvas").className = Math.max(at("canvas").width, at("canvas").height) <= TINY_PX ? "pixelated" : "";
+  at("painting").hidden = false;
+  sweepKey = "";
+  draw();
+}
+
+/** The page's own images are data: URLs, which its policy does not let it fetch. */
+async function blobOf(source) {
+  const bytes = Uint8Array.from(atob(source.split(",")[1]), (each) => each.charCodeAt(0));
+  return new Blob([bytes]);
+}
+
+function dropPicture() {
+  size = sent = null;
+  sweepKey = "";
+  fields.image.value = "";
+  at("painting").hidden = true;
+  at("compare").hidden = true;
+}
+
+function take(event, files) {
+  const file = [...(files ?? [])].find((each) => each.type.startsWith("image/"));
+  if (!file || at("picture").hidden) return;
+  event.preventDefault();
+  startFrom(file);
 }
 
 async function copyCurl() {
@@ -157,29 +255,70 @@ async function copyCurl() {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  draw();
+  if (model === null) begin();
+  else draw();
 });
 form.addEventListener("input", (event) => {
-  echo(request());
+  if (model === null || ["brush", "image", "key"].includes(event.target.id)) return;
+  echo(request(), sent);
   drawAfter(event.target === fields.prompt || event.target === fields.seed ? TYPING_PAUSE_MS : SLIDER_PAUSE_MS);
 });
+fields.key.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault();
+  begin();
+});
+at("use-key").addEventListener("click", begin);
 at("dice").addEventListener("click", rollSeed);
 at("copy").addEventListener("click", copyCurl);
+at("cancel").addEventListener("click", cancel);
+at("undo").addEventListener("click", () => painter.undo());
+at("clear").addEventListener("click", () => painter.clear());
+at("split").addEventListener("input", (event) => splitCompare(at("compare"), event.target.value));
+at("forget").addEventListener("click", () => {
+  forgetAll();
+  showHistory();
+});
+at("remove").addEventListener("click", () => {
+  dropPicture();
+  draw();
+});
+fields.image.addEventListener("change", () => fields.image.files.length && startFrom(fields.image.files[0]));
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  at("drop").toggleAttribute("data-over", true);
+});
+for (const type of ["dragleave", "drop"]) addEventListener(type, () => at("drop").removeAttribute("data-over"));
+addEventListener("drop", (event) => {
+  event.preventDefault(); // else the browser leaves the page for the file
+  take(event, event.dataTransfer.files);
+});
+addEventListener("paste", (event) => take(event, event.clipboardData.files));
 at("model").addEventListener("change", (event) => {
   choose(offered[event.target.selectedIndex]);
   draw();
 });
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input[type=text], input[type=number], select");
-  if (event.key.toLowerCase() === "r" && !typing && !event.ctrlKey && !event.metaKey && !event.altKey) rollSeed();
+  const typing = event.target.matches("input[type=text], input[type=password], input[type=number], select, canvas");
+  const plain = !event.ctrlKey && !event.metaKey && !event.altKey;
+  if (event.key.toLowerCase() === "r" && !typing && plain && model !== null) rollSeed();
 });
 
-try {
-  offered = await models();
-  at("model").replaceChildren(...offered.map((each) => make("option", {}, each.id)));
-  document.querySelector(".model-pick").hidden = offered.length < 2;
-  choose(offered[0]);
-  rollSeed();
-} catch (error) {
-  complain(error);
+/** Ask what there is, with the key of the field where one is wanted, and draw at once. */
+async function begin() {
+  if (fields.key.value) useKey(fields.key.value);
+  try {
+    offered = await models();
+    at("key-field").hidden = true;
+    at("model").replaceChildren(...offered.map((each) => make("option", {}, each.id)));
+    document.querySelector(".model-pick").hidden = offered.length < 2;
+    choose(offered[0]);
+    complain(null);
+    showHistory();
+    rollSeed();
+  } catch (error) {
+    complain(error);
+  }
 }
+
+begin();

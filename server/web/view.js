@@ -5,6 +5,7 @@ const LARGE_PX = 256;
 const STAGES = ["queue", "condition", "steps", "decode", "encode"];
 const ICONS = {
   save: "M12 4v11m0 0 4-4m-4 4-4-4M5 20h14",
+  start: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4",
   keep: "M12 3v4m0 10v4M3 12h4m10 0h4M12 9a3 3 0 1 0 0 6 3 3 0 0 0 0-6",
 };
 
@@ -19,11 +20,12 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** The images of an answer as cards. useSeed(seed) is called when one is chosen. */
-export function drawGrid(list, answer, prompt, useSeed) {
+/** The images of an answer as cards. use.seed(seed) is called when a seed is chosen, use.image(source), which may be
+ *  missing, when an image is to be edited. */
+export function drawGrid(list, answer, prompt, use) {
   const [width] = answer.size.split("x").map(Number);
   list.dataset.size = width >= LARGE_PX ? "large" : "small";
-  list.replaceChildren(...answer.data.map((image) => card(answer, image, prompt, useSeed)));
+  list.replaceChildren(...answer.data.map((image) => card(answer, image, prompt, use)));
 }
 
 /** Tiles of one image at each guidance; choose(value) when one is picked. */
@@ -48,6 +50,20 @@ export function markSweep(list, chosen) {
   }
 }
 
+/** The picture before, over the first image made from it; split: percent of it that is seen. */
+export function drawCompare(figure, before, answer, split) {
+  const [below, above] = figure.querySelectorAll("img");
+  const made = picture(answer, answer.data[0], "After");
+  for (const [element, source, alt] of [[below, made.src, "After"], [above, before, "Before"]]) {
+    Object.assign(element, { src: source, alt, className: made.className });
+  }
+  splitCompare(figure, split);
+}
+
+export function splitCompare(figure, split) {
+  figure.querySelector("img:last-child").style.clipPath = `inset(0 ${100 - split}% 0 0)`;
+}
+
 /** A bar of the stages and their milliseconds. */
 export function drawTiming(bar, list, answer) {
   const segments = STAGES.map((stage) => {
@@ -61,17 +77,24 @@ export function drawTiming(bar, list, answer) {
   list.replaceChildren(...rows);
 }
 
-function card(answer, image, prompt, useSeed) {
+function card(answer, image, prompt, use) {
   const alt = `${prompt}, seed ${image.seed}, guidance ${answer.guidance_scale}, ${answer.steps} steps`;
   const source = address(answer, image);
   const name = `${answer.model}-${image.seed}.${answer.output_format}`;
-  const keep = make("button", { type: "button", title: "Use this seed", onclick: () => useSeed(image.seed) });
+  const keep = make("button", { type: "button", title: "Use this seed", onclick: () => use.seed(image.seed) });
   keep.setAttribute("aria-label", `Use seed ${image.seed}`);
   keep.append(icon("keep"));
   const save = make("a", { href: source, download: name, title: "Save", "aria-label": `Save image of seed ${image.seed}` });
   save.append(icon("save"));
   const seed = make("span", { title: alt }, String(image.seed));
-  return make("li", { class: "card" }, picture(answer, image, alt), make("footer", {}, seed, keep, save));
+  const footer = make("footer", {}, seed, keep, save);
+  if (use.image) {
+    const start = make("button", { type: "button", title: "Edit this image", onclick: () => use.image(source) });
+    start.setAttribute("aria-label", `Edit image of seed ${image.seed}`);
+    start.append(icon("start"));
+    keep.after(start);
+  }
+  return make("li", { class: "card" }, picture(answer, image, alt), footer);
 }
 
 function picture(answer, image, alt) {
