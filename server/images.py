@@ -6,7 +6,10 @@ to 8; grey, palette and CMYK to RGB; transparency flattened on white. Metadata a
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -32,8 +35,19 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHUNK = struct.Struct(">I4s")
 _SRGB = ImageCms.createProfile("sRGB")
 _WHITE = (255, 255, 255)
+_DATA_URL = re.compile(r"data:[^,]{0,128};base64,", re.IGNORECASE)
 
 Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` is the limit, with an answer of its own
+
+
+def decode_file(text: str, param: str) -> bytes:
+    """A file that came as base64 or a data URL. Raises: InvalidRequestError; nothing is ever fetched."""
+    url = _DATA_URL.match(text)
+    try:
+        return base64.b64decode(text[url.end() :] if url else text, validate=True)
+    except (binascii.Error, ValueError):
+        message = f"{param} must be base64 or a data URL of a PNG, JPEG or WebP file; addresses are not fetched."
+        raise InvalidRequestError("invalid_image", message, param=param) from None
 
 
 def open_image(data: bytes, param: str) -> Image.Image:

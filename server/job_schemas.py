@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.manifest import Task
 from engines.noise import MAX_SEED
 from server.jobs import MAX_PRIORITY, EventType
-from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, OutputFormat
+from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 from server.schemas import ErrorDetail, TimingBody
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
@@ -30,7 +31,26 @@ class JobBody(BaseModel):
     prompt: str = Field(
         description="What to draw; as in POST /v1/images/generations, like all fields up to sampler."
     )
-    task: Literal["text_to_image"] | None = Field(None, description="text_to_image when left out.")
+    task: Task | None = Field(
+        None, description="text_to_image when left out; edit needs image, inpaint image and mask."
+    )
+    image: str | None = Field(
+        None, description="PNG, JPEG or WebP as base64 or a data URL, cut about its centre to the size."
+    )
+    mask: str | None = Field(
+        None, description="As large as the image: white is drawn anew, and so is alpha 0; the rest stays."
+    )
+    strength: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="How much of the image may change, above 0: of N steps the last floor(strength · N) are run, "
+        "at least one. 0.75 for an edit when left out, 1 for an inpainting.",
+    )
+    mode: EditMode | None = Field(
+        None, description='"noise" (when left out) noises the image, "invert" encodes it; invert is for edits.'
+    )
+    source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
     model: str | None = Field(None, description="A model id from GET /v1/models; the first one when left out.")
     n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="Number of images, 1 when left out.")
     size: str | None = Field(None, description='"auto" or one of the model\'s sizes, written as "WxH" in pixels.')
@@ -87,9 +107,11 @@ class JobStateBody(JobLinks):
     status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
     created: int = Field(description="Seconds since 1970.")
     queue_position: int | None = Field(description="Jobs expected to start before it, while it is queued.")
-    step: int = Field(description="Steps done by its slowest image.")
+    step: int = Field(description="Steps done by its slowest image; of an edit, strength tells how many are run.")
     eta_ms: int | None = Field(description="Predicted until it ends, while it has not.")
-    task: str
+    task: Task
+    strength: float | None = Field(description="Of an edit: the share of the steps that is run.")
+    mode: EditMode | None = Field(description="Of an edit: how it enters the steps.")
     model: str
     n: int
     seed: int

@@ -19,21 +19,18 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, decode_file, resolve_image
+from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
 from server.api.answers import result_of
-from server.api.body import read_object
+from server.api.body import IMAGES_BODY_BYTES, read_object
 from server.api.openai import cancelled_when_gone
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import ApiError, InvalidRequestError
-from server.images import MAX_IMAGE_BYTES
+from server.images import decode_file
 from server.jobs import JobState, JobStatus
 from server.request import DenoiseRequest
 from server.resolve import resolve
 from server.service import Service
-
-MAX_BODY_BYTES = 3 * MAX_IMAGE_BYTES
-"""Of image and mask in base64."""
 
 
 class A1111Error(ApiError):
@@ -79,7 +76,7 @@ def a1111_routes(service: Service) -> APIRouter:
     async def img2img(request: Request) -> Response:
         """Draw a prompt from an image; with a mask, only where the mask is white."""
         with _as_a1111():
-            fields = await read_object(request, service.settings, limit_bytes=MAX_BODY_BYTES)
+            fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
             wish = validate(ImageWish, fields)
             if len(wish.init_images) != 1:
                 message = "init_images must hold exactly one image."

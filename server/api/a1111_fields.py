@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
 from typing import Any
 
@@ -129,17 +127,6 @@ def resolve_image(
         _note(adjusted, "inpaint_full_res", bool(wish.inpaint_full_res), False)
         _note(adjusted, "mask_blur", wish.mask_blur or 0, 0)
     return wanted, adjusted
-
-
-def decode_file(text: str, param: str) -> bytes:
-    """Base64 or a data URL. Raises: InvalidRequestError; nothing is ever fetched."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        message = f"{param} must be base64 or a data URL of a PNG, JPEG or WebP file; addresses are not fetched."
-        raise InvalidRequestError("invalid_image", message, param=param) from None
 
 
 def _brought(wish: TextWish, model: Model, adjusted: dict[str, Any]) -> dict[str, Any]:

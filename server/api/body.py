@@ -7,8 +7,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import ApiError
+from server.images import MAX_IMAGE_BYTES
 from server.settings import Settings
 from server.strict_json import parse_object
+
+IMAGES_BODY_BYTES = 3 * MAX_IMAGE_BYTES
+"""Limit of a body that images come in: an image and a mask of the largest size as base64, and the rest."""
 
 
 async def read_object(request: Request, settings: Settings, *, limit_bytes: int | None = None) -> dict[str, Any]:

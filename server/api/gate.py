@@ -17,8 +17,8 @@ from server.metrics import Metrics
 from server.rates import Rates
 from server.stores.base import StoreUnavailableError
 
-_OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*|/v1/files/.*")
-"""Probes, static pages, and files whose path is itself signed."""
+_OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*")
+"""Probes and static pages."""
 
 
 class Gate:

@@ -33,6 +33,8 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
         step=state.step,
         eta_ms=await _eta_ms(service, state),
         task=wanted.task,
+        strength=wanted.effective_strength,
+        mode=None if wanted.image is None else wanted.mode,
         model=wanted.model,
         n=wanted.n,
         seed=wanted.seed,
@@ -85,7 +87,7 @@ async def _line(service: Service, request: Request, state: JobState, event: JobE
     body = JobEventBody(
         type=kind,
         step=event.step,
-        steps=wanted.steps,
+        steps=wanted.network_steps,
         preview=None
         if preview is None
         else JobPreviewBody(
@@ -108,7 +110,7 @@ async def _eta_ms(service: Service, state: JobState) -> int | None:
         ahead_s = each_s * (state.queue_position or 0) / max(service.costs.workers, 1)
         return round((ahead_s + cost_s) * 1000)
     if state.status is JobStatus.RUNNING:
-        return round(cost_s * 1000 * (1 - state.step / max(job.request.steps, 1)))
+        return round(cost_s * 1000 * (1 - state.step / job.request.network_steps))
     return None
 
 

@@ -14,20 +14,18 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from server.api.body import read_object
+from server.api.body import IMAGES_BODY_BYTES, read_object
 from server.api.job_answers import job_body, job_events
 from server.api.job_reference import EVENTS, IMAGE, JOB, JOB_BODY, REFUSED, REFUSED_SUBMISSION, SUBMITTED, UNKNOWN
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import ApiError, InvalidRequestError, NotFoundError
+from server.job_requests import resolve_job
 from server.job_schemas import JobBody, JobStateBody
 from server.jobs import IdempotencyKey, JobState, JobStatus
-from server.resolve import resolve
-from server.schemas import GenerationBody
 from server.service import Service
 
 MAX_WAIT_S = 60
-_OWN_FIELDS = {"task", "priority", "deadline_ms", "webhook_url"}
 _MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
@@ -56,8 +54,8 @@ def job_routes(service: Service) -> APIRouter:
     ) -> Response:
         """Accept a job. The same Idempotency-Key and body give the same job, however often they are sent."""
         with _unprocessable():
-            fields = await read_object(request, service.settings)
-            key = _key(idempotency_key, fields)
+            fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
+            key = None if idempotency_key is None else await asyncio.to_thread(_key, idempotency_key, fields)
             body = validate(JobBody, fields)
             job_id = await _submit(service, body, key)
         wait_s = _wait_s(prefer)
@@ -115,8 +113,10 @@ def job_routes(service: Service) -> APIRouter:
 
 
 async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None) -> str:
-    shared = body.model_dump(exclude=_OWN_FIELDS, exclude_none=True)
-    wanted = resolve(GenerationBody(**shared, stream=True), service.catalogue)
+    if body.image is None:
+        wanted = resolve_job(body, service.catalogue)
+    else:
+        wanted = await asyncio.to_thread(resolve_job, body, service.catalogue)
     if body.webhook_url is not None:
         service.webhooks.check(body.webhook_url)
     return await service.submit(
@@ -145,10 +145,8 @@ async def _ended_or_now(service: Service, job_id: str, wait_s: int) -> JobState:
     return await _find(service, job_id)
 
 
-def _key(sent: str | None, fields: dict[str, Any]) -> IdempotencyKey | None:
-    """Raises: InvalidRequestError."""
-    if sent is None:
-        return None
+def _key(sent: str, fields: dict[str, Any]) -> IdempotencyKey:
+    """Writes the whole body again, files included, so call it beside the event loop. Raises: ApiError 400."""
     if not _KEY.fullmatch(sent):
         raise ApiError(400, "invalid_idempotency_key", "Idempotency-Key must be 1 to 255 characters of ASCII.")
     text = json.dumps(fields, sort_keys=True, ensure_ascii=True)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from server.api.body import IMAGES_BODY_BYTES
 from tests.support.live import Live, live
 from tests.support.serving import until
 
@@ -297,7 +298,7 @@ RAW = [
     (b"[]", 422, "invalid_type"),
     (b"null", 422, "invalid_type"),
     (b'{"prompt": "\\ud800"}', 422, "invalid_prompt"),
-    (b'{"prompt": "' + b"a" * 2**21 + b'"}', 413, "payload_too_large"),
+    (b'{"prompt": "' + b"a" * IMAGES_BODY_BYTES + b'"}', 413, "payload_too_large"),
 ]
 
 

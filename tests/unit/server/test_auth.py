@@ -23,7 +23,7 @@ from tests.support.keys import bearer, write_key_file
 from tests.support.offline import offline_client, offline_service
 
 URL = "/v1/images/generations"
-OPEN = {"/", "/livez", "/readyz", "/docs", "/v1/files/{path:path}"}
+OPEN = {"/", "/livez", "/readyz", "/docs"}
 
 
 @pytest.fixture
