@@ -2,6 +2,7 @@
 
 JobError (1)
 ├── RecipeError (2)   the recipe is wrong, or differs from the one the run folder was started with
+│   └── TeacherError  the teacher's folder is incomplete, or not what it says it is
 ├── LockedError (3)   another job works in this run folder
 ├── Interrupted (4)   stopped by a signal after writing a checkpoint; resume with --resume
 ├── DivergedError (5) the loss or gradient stayed non-finite, or a gate refused the result
@@ -19,6 +20,10 @@ class JobError(HalfstepError):
 
 class RecipeError(JobError):
     exit_code = 2
+
+
+class TeacherError(RecipeError):
+    """A pipeline folder that cannot be a teacher."""
 
 
 class LockedError(JobError):

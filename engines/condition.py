@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 from pydantic import Field
 
 from engines.bundle import Bundle
-from engines.errors import RequestError
+from engines.errors import BundleError, RequestError
 from engines.manifest import Frozen
+
+CLIP_EXAMPLES = ("a photograph of a red fox in the snow", "a watercolour of a lighthouse at dusk")
+"""Prompts to warm and compare engines with; a text model knows far more."""
 
 
 class Tokenizer(Protocol):
@@ -72,9 +76,55 @@ class LabelTokenizer:
         return tuple(entry.name for entry in self._vocabulary.classes)
 
 
+class ClipTokenizer:
+    """Any text, as CLIP's byte-pair tokens between a start and an end, padded to a fixed length.
+
+    text: a ``tokenizer.json`` that adds start, end and padding; length: tokens of a row, both marks included.
+    A special token spelt in a prompt is plain text. Raises: ValueError when the file is no tokenizer of this kind.
+    """
+
+    def __init__(self, text: str, length: int) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare exceptions
+            raise ValueError(f"not a tokenizer file: {error}") from None
+        self._tokenizer.encode_special_tokens = True
+        self._text, self._length = text, length
+        if len(self._tokenizer.encode("").ids) != length:
+            raise ValueError(f"the tokenizer does not pad to {length} tokens")
+
+    @classmethod
+    def read(cls, path: Path, length: int) -> ClipTokenizer:
+        return cls(path.read_text(encoding="utf-8"), length)
+
+    def encode(self, prompt: str) -> NDArray[np.int64]:
+        ids = self._tokenizer.encode(prompt).ids
+        if len(ids) > self._length:
+            message = f"prompt is {len(ids) - 2} tokens long; this model reads at most {self._length - 2}."
+            raise RequestError("prompt", "prompt_too_long", message)
+        return np.array(ids, dtype=np.int64)
+
+    def cut(self, prompt: str) -> NDArray[np.int64]:
+        """As ``encode``, but the end of a prompt that is too long is left out: for captions."""
+        ids = self._tokenizer.encode(prompt).ids
+        return np.array([*ids[: self._length - 1], ids[-1]], dtype=np.int64)
+
+    def known(self) -> tuple[str, ...]:
+        return CLIP_EXAMPLES
+
+    def dump(self) -> str:
+        """The tokenizer's file."""
+        return self._text
+
+
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The tokenizer a bundle names."""
-    return LabelTokenizer.read(bundle.file(bundle.manifest.condition.tokenizer))
+    """The tokenizer a bundle names. Raises: BundleError when its file is none of the named kind."""
+    spec = bundle.manifest.condition
+    file = bundle.file(spec.tokenizer)
+    try:
+        return LabelTokenizer.read(file) if spec.kind == "labels" else ClipTokenizer.read(file, spec.tokens)
+    except ValueError as error:
+        raise BundleError(f"{file} is not a tokenizer of kind {spec.kind}: {error}") from None
 
 
 def _normalise(text: str) -> str:

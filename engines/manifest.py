@@ -117,7 +117,7 @@ class Size(Frozen):
 class ConditionSpec(Frozen):
     """The prompt side: tokenizer file and kind, and the shape (tokens, width) of one row's condition."""
 
-    kind: Literal["labels"]
+    kind: Literal["labels", "clip"]
     tokenizer: str
     tokens: int
     width: int

@@ -1,0 +1,122 @@
+"""What a pipeline folder must be for us to read it; every refusal names the part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distill_jobs.errors import TeacherError
+from distill_jobs.pipelines.folder import TIME_IDS, Layout, PipelineFolder, read_json, weights_variant
+
+LAYOUTS: dict[str, Layout] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "LatentConsistencyModelPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+PARTS: dict[Layout, dict[str, tuple[str, ...]]] = {
+    "sd": {
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": TOKENIZERS,
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+    },
+    "sdxl": {
+        "text_encoder": ("CLIPTextModel",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "tokenizer": TOKENIZERS,
+        "tokenizer_2": TOKENIZERS,
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+    },
+}
+"""The components a layout needs, and the classes each may have."""
+
+
+def open_folder(path: Path) -> PipelineFolder:
+    """Read and check every config. Raises: TeacherError naming the part and what is wrong with it."""
+    if not path.is_dir():
+        raise TeacherError(f"{path} is not a folder: give a local diffusers pipeline folder, nothing is downloaded")
+    index = read_json(path / "model_index.json")
+    layout = LAYOUTS.get(str(index.get("_class_name")))
+    if layout is None:
+        raise TeacherError(f"{path}: {index.get('_class_name')} is none of: {', '.join(LAYOUTS)}")
+    folder = PipelineFolder(path, layout, index)
+    _check_parts(folder)
+    _check_unet(folder)
+    _check_vae(folder)
+    _check_text(folder)
+    _ = folder.schedule, folder.prediction
+    return folder
+
+
+def _check_parts(folder: PipelineFolder) -> None:
+    for part, classes in PARTS[folder.layout].items():
+        if folder.class_of(part) not in classes:
+            raise folder.wrong(
+                f"{part} is {folder.class_of(part)}, a {folder.layout} pipeline needs {' or '.join(classes)}"
+            )
+        if not (folder.path / part).is_dir():
+            raise folder.wrong(f"the folder {part} is missing")
+        if not part.startswith("tokenizer"):
+            folder.config(part)
+            weights_variant(folder.path / part)
+    folder.config("scheduler")
+
+
+def _check_unet(folder: PipelineFolder) -> None:
+    unet = folder.config("unet")
+    masked = 1 + folder.channels
+    if unet.get("out_channels") != folder.channels or folder.extra_channels not in (0, masked):
+        raise folder.wrong(
+            f"unet takes {unet.get('in_channels')} channels and gives {unet.get('out_channels')}; "
+            f"with this vae it must take {folder.channels}, or {folder.channels + masked} to inpaint, "
+            f"and give {folder.channels}"
+        )
+    if unet.get("cross_attention_dim") != folder.width:
+        raise folder.wrong(
+            f"unet expects conditions {unet.get('cross_attention_dim')} wide, the text encoders give {folder.width}"
+        )
+    added = "text_time" if folder.layout == "sdxl" else None
+    _refuse_unless(folder, "unet", unet, addition_embed_type=added, class_embed_type=None)
+    _refuse_unless(folder, "unet", unet, encoder_hid_dim_type=None, encoder_hid_dim=None)
+    if folder.layout == "sdxl":
+        _check_added_condition(folder, unet)
+
+
+def _check_added_condition(folder: PipelineFolder, unet: dict[str, Any]) -> None:
+    if folder.index.get("requires_aesthetics_score"):
+        raise folder.wrong("refiners (requires_aesthetics_score) are not supported; give a base model")
+    expected = int(folder.pooled_width or 0) + TIME_IDS * int(unet.get("addition_time_embed_dim") or 0)
+    if unet.get("projection_class_embeddings_input_dim") != expected:
+        raise folder.wrong(
+            f"unet: projection_class_embeddings_input_dim is {unet.get('projection_class_embeddings_input_dim')}, "
+            f"the text encoders and time ids give {expected}"
+        )
+
+
+def _check_vae(folder: PipelineFolder) -> None:
+    vae = folder.config("vae")
+    if vae.get("shift_factor"):
+        raise folder.wrong("vae: shift_factor is not supported; such models are not VP diffusion")
+    _refuse_unless(folder, "vae", vae, latents_mean=None, latents_std=None)
+    _refuse_unless(folder, "vae", vae, in_channels=3, out_channels=3)
+
+
+def _check_text(folder: PipelineFolder) -> None:
+    lengths = {int(folder.config(part).get("max_position_embeddings", 77)) for part in folder.encoders}
+    if len(lengths) > 1:
+        raise folder.wrong(f"the text encoders take prompts of different lengths: {sorted(lengths)}")
+    for part in folder.encoders:
+        if folder.config(part).get("use_attention_mask"):
+            raise folder.wrong(f"{part}: use_attention_mask is not supported")
+
+
+def _refuse_unless(folder: PipelineFolder, part: str, config: dict[str, Any], **expected: Any) -> None:
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise folder.wrong(f"{part}: {name} is {config[name]!r}; only {value!r} is supported")
