@@ -14,9 +14,11 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from server.api.a1111 import a1111_routes
+from server.api.a1111_settings import a1111_settings_routes
 from server.api.access import AccessLog
 from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
+from server.api.job_submission import job_submission_routes
 from server.api.jobs import job_routes
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
@@ -40,8 +42,15 @@ def create_app(service: Service) -> ASGIApp:
 
 def routers(service: Service) -> tuple[APIRouter, ...]:
     """Every route there is, but for ``/openapi.json``."""
-    operations = operations_routes(service.metrics, service.store, service.readiness)
-    return openai_routes(service), job_routes(service), a1111_routes(service), operations, page_routes()
+    return (
+        openai_routes(service),
+        job_submission_routes(service),
+        job_routes(service),
+        a1111_routes(service),
+        a1111_settings_routes(service),
+        operations_routes(service.metrics, service.store, service.readiness),
+        page_routes(),
+    )
 
 
 def create_api(service: Service) -> FastAPI:

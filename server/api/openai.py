@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
-import structlog
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import client_gone, read_object
+from server.api.disconnection import cancelled_when_gone
 from server.api.multipart import read_form
 from server.api.reference import (
     EDIT_BODY,
@@ -39,8 +39,6 @@ from server.schemas import (
     StepsBody,
 )
 from server.service import Service
-
-_log = structlog.get_logger()
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -139,23 +137,6 @@ def _last_events(service: Service, state: JobState) -> list[str]:
 
 def _event(name: str, body: BaseModel) -> str:
     return f"event: {name}\ndata: {body.model_dump_json()}\n\n"
-
-
-@asynccontextmanager
-async def cancelled_when_gone(service: Service, request: Request, job_id: str) -> AsyncIterator[None]:
-    """Cancel the job as soon as its client disconnects; its rows leave at the next step."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if await service.store.cancel(job_id):
-            _log.info("client_disconnected", job=job_id)
-
-    task = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        task.cancel()
 
 
 def _model_body(model: Model) -> ModelBody:

@@ -1,0 +1,70 @@
+"""What AUTOMATIC1111's clients read: images with their ``info``, and errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.responses import Response
+
+from server.api.answers import result_of
+from server.errors import ApiError
+from server.jobs import JobState, JobStatus
+
+
+class A1111Error(ApiError):
+    """An error in the shape these clients read; a wrong field is 422."""
+
+    @classmethod
+    def of(cls, error: ApiError) -> A1111Error:
+        status = 422 if error.status == 400 else error.status
+        made = cls(status, error.code, error.message, param=error.param, headers=error.headers)
+        made.after_acceptance = error.after_acceptance
+        return made
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self.code, "detail": self.message, "body": "", "errors": self.param or ""}
+
+
+@contextmanager
+def as_a1111() -> Iterator[None]:
+    try:
+        yield
+    except ApiError as error:
+        raise A1111Error.of(error) from None
+
+
+def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> Response:
+    """adjusted: what the client asked for in vain, by field; send: whether it wants the files.
+
+    Raises: ApiError when the job failed.
+    """
+    request = state.job.request
+    interrupted = state.status is JobStatus.CANCELLED
+    files = () if interrupted else result_of(state).images
+    seeds = [image.seed for image in files]
+    used = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "steps": request.steps,
+        "cfg_scale": request.guidance_scale,
+        "sampler_name": request.sampler,
+        "batch_size": request.n,
+        "denoising_strength": request.effective_strength,
+    }
+    info = {
+        **used,
+        "all_prompts": [request.prompt] * len(seeds),
+        "all_seeds": seeds,
+        "sd_model_name": request.model,
+        "interrupted": interrupted,
+        "adjusted": adjusted,
+    }
+    images = [base64.b64encode(image.inline()).decode("ascii") for image in files] if send else []
+    body = {"images": images, "parameters": used, "info": json.dumps(info)}
+    return Response(json.dumps(body), media_type="application/json")

@@ -1,0 +1,117 @@
+"""Accepting a job: its body, its key, and how long its caller waits for the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, Header
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.api.body import IMAGES_BODY_BYTES, read_object
+from server.api.job_answers import job_body
+from server.api.job_reference import JOB_BODY, REFUSED_SUBMISSION, SUBMITTED
+from server.api.jobs import find_job
+from server.api.validation import validate
+from server.auth import current_caller
+from server.errors import ApiError, InvalidRequestError
+from server.job_requests import resolve_job
+from server.job_schemas import JobBody, JobStateBody
+from server.jobs import IdempotencyKey, JobState
+from server.service import Service
+
+MAX_WAIT_S = 60
+_MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
+_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,6})(?:$|[,;\s])")
+
+
+def job_submission_routes(service: Service) -> APIRouter:
+    """``POST /v1/jobs``."""
+    router = APIRouter(prefix="/v1/jobs", tags=["Jobs"])
+
+    @router.post(
+        "",
+        status_code=202,
+        response_model=JobStateBody,
+        responses=SUBMITTED | REFUSED_SUBMISSION,
+        openapi_extra=JOB_BODY,
+    )
+    async def create_job(
+        request: Request,
+        idempotency_key: str | None = Header(None, description="Your own name of this request: 1 to 255 of ASCII."),
+        prefer: str | None = Header(
+            None, description=f"wait=N waits up to N s, at most {MAX_WAIT_S}, for the end."
+        ),
+    ) -> Response:
+        """Accept a job. The same Idempotency-Key and body give the same job, however often they are sent."""
+        with _unprocessable():
+            fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
+            key = None if idempotency_key is None else await asyncio.to_thread(_key, idempotency_key, fields)
+            body = validate(JobBody, fields)
+            job_id = await _submit(service, body, key)
+        wait_s = _wait_s(prefer)
+        state = await _ended_or_now(service, job_id, wait_s)
+        status = 200 if state.status.terminal and wait_s else 202
+        headers = {"location": str(request.url_for("read_job", job_id=job_id))}
+        if wait_s:
+            headers["preference-applied"] = f"wait={wait_s}"
+        answer = await job_body(service, request, state)
+        return Response(answer.model_dump_json(), status, headers, "application/json")
+
+    return router
+
+
+async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None) -> str:
+    if body.image is None:
+        wanted = resolve_job(body, service.catalogue)
+    else:
+        wanted = await asyncio.to_thread(resolve_job, body, service.catalogue)
+    if body.webhook_url is not None:
+        service.webhooks.check(body.webhook_url)
+    return await service.submit(
+        wanted, key=key, priority=body.priority or 0, deadline_ms=body.deadline_ms, webhook_url=body.webhook_url
+    )
+
+
+async def _ended_or_now(service: Service, job_id: str, wait_s: int) -> JobState:
+    if wait_s:
+        try:
+            async with asyncio.timeout(wait_s):
+                return await service.store.wait(job_id)
+        except TimeoutError:
+            pass
+    return await find_job(service, job_id)
+
+
+def _key(sent: str, fields: dict[str, Any]) -> IdempotencyKey:
+    """Writes the whole body again, files included, so call it beside the event loop. Raises: ApiError 400."""
+    if not _KEY.fullmatch(sent):
+        raise ApiError(400, "invalid_idempotency_key", "Idempotency-Key must be 1 to 255 characters of ASCII.")
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=True)
+    return IdempotencyKey(
+        tenant=current_caller.get().tenant, key=sent, fingerprint=hashlib.sha256(text.encode()).hexdigest()
+    )
+
+
+def _wait_s(prefer: str | None) -> int:
+    """Source: RFC 7240; a preference that cannot be met is not an error."""
+    found = _WAIT.search(prefer or "")
+    return min(int(found[1]), MAX_WAIT_S) if found else 0
+
+
+@contextmanager
+def _unprocessable() -> Iterator[None]:
+    """In this API what is JSON but not a request is 422."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.code not in _MALFORMED:
+            error.status = 422
+        raise
