@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from distill_jobs.objectives import Noisy, Tables, float32, row_mse, wide
 from distill_jobs.student import predict
-from engines.sampler import Sampler, compose, deterministic_step
+from engines.sampler import Sampler, compose, deterministic_step, encoder_plan
 from engines.schedule import NoiseSchedule
+
+_Row = tuple[int, int, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
 class HalvingTables:
     """Coefficients of a student's targets, indexed by grid point i - 1: two teacher steps and what they compose to.
 
-    t, middle: (N,) table indices of point i and of where the first teacher step ends; a, d: that step;
+    An encoder's are indexed by the step, 0 at the clean end. t, middle: (N,) table indices of where a step begins
+    and of where the first teacher step ends; a, d: that step;
     target_x, target_first, target_second: weights of z, v1, v2 in the target v.
     """
 
@@ -54,6 +57,20 @@ class HalvingTables:
         else:
             grid = schedule.grid(2 * n)
             rows = [_two_steps(schedule, grid[2 * i], grid[2 * i - 1], grid[2 * i - 2]) for i in range(1, n + 1)]
+        return cls._of_rows(rows, device)
+
+    @classmethod
+    def encoding(cls, schedule: NoiseSchedule, n: int, device: torch.device | None = None) -> HalvingTables:
+        """Tables for the n-step encoder of an encoder of 2n steps: time increases, and point 0 is table index 0."""
+        steps = encoder_plan(schedule, 2 * n).steps
+        rows = [
+            _two_steps(schedule, a.timestep, a.target, b.target)
+            for a, b in zip(steps[::2], steps[1::2], strict=True)
+        ]
+        return cls._of_rows(rows, device)
+
+    @classmethod
+    def _of_rows(cls, rows: Sequence[_Row], device: torch.device | None) -> HalvingTables:
         t, middle, *coefficients = zip(*rows, strict=True)
         at = (torch.tensor(t, device=device), torch.tensor(middle, device=device))
         return cls(*at, *(float32(list(column)).to(device) for column in coefficients))
@@ -120,9 +137,7 @@ def two_step_target(
     )
 
 
-def _two_steps(
-    schedule: NoiseSchedule, t: int, middle: int, s: int
-) -> tuple[int, int, float, float, float, float, float]:
+def _two_steps(schedule: NoiseSchedule, t: int, middle: int, s: int) -> _Row:
     first, second = deterministic_step(schedule, t, middle), deterministic_step(schedule, middle, s)
     composed = compose(first, second, deterministic_step(schedule, t, s))
     k = first.coefficients

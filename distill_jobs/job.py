@@ -28,7 +28,7 @@ from distill_jobs.halving import HalvingTables, halving_loss, target_loss
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, Tables, guided_v, stage_one_loss, teacher_loss
 from distill_jobs.processes import Processes
-from distill_jobs.recipe import Halving, Recipe, Training
+from distill_jobs.recipe import ChainSection, Halving, Recipe, Training
 from distill_jobs.run_folder import Machine, RunFolder
 from distill_jobs.shared_weights import Grids
 from distill_jobs.signals import StopSignal, stop_with_launcher
@@ -94,15 +94,16 @@ class _Job:
         self._tables = Tables.of(self._schedule, self._device)
 
     def run(self) -> None:
+        recipe, folder = self._recipe, self._folder
         self._teacher()
         self._stage_one()
-        if self._recipe.stage_two.weights == "shared":
+        if recipe.stage_two.weights == "shared":
             self._shared_halvings()
-            return
-        teacher = self._folder.stage_one
-        for halving in self._recipe.stage_two.halvings:
-            self._halve(teacher, halving)
-            teacher = self._folder.student(halving.steps)
+        else:
+            tables = partial(HalvingTables.of, sampler=recipe.stage_two.sampler)
+            self._halvings("d", recipe.stage_two, tables, folder.student)
+        if recipe.encoder is not None:
+            self._halvings("e", recipe.encoder, HalvingTables.encoding, folder.encoder)
         self._processes.first(lambda: shutil.rmtree(self._trainer.checkpoints, ignore_errors=True))
 
     def _teacher(self) -> None:
@@ -129,23 +130,37 @@ class _Job:
         self._phase("stage_one", section, lambda: student_of(load_stock(folder.teacher)), loss, folder.stage_one)
         self._gate(teacher)
 
-    def _halve(self, source: Path, halving: Halving) -> None:
+    def _halvings(
+        self,
+        prefix: str,
+        section: ChainSection,
+        tables: Callable[[NoiseSchedule, int, torch.device], HalvingTables],
+        folder: Callable[[int], Path],
+    ) -> None:
+        """A chain of networks, each with half the steps of the one before; the first learns from stage one."""
+        source = self._folder.stage_one
+        for halving in section.halvings:
+            n = halving.steps
+            if not self._stands(folder(n)):
+                self._halve(
+                    f"{prefix}{n}", section, halving, tables(self._schedule, n, self._device), source, folder(n)
+                )
+            source = folder(n)
+
+    def _halve(
+        self, name: str, section: ChainSection, halving: Halving, halves: HalvingTables, source: Path, folder: Path
+    ) -> None:
         """Train a copy of the network in ``source`` to do in one step what that network does in two."""
-        section, n = self._recipe.stage_two, halving.steps
-        if self._stands(self._folder.student(n)):
-            return
-        halves = HalvingTables.of(self._schedule, n, self._device, section.sampler)
         teacher = self._processes.frozen(load_stock(source))
 
         def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-            point = (draws.stratified(update, batch, Draw.TIME) * n).long().to(self._device)
+            point = (draws.stratified(update, batch, Draw.TIME) * halving.steps).long().to(self._device)
             rows = self._noisy(draws, update, batch, halves.t[point])
             w = self._weights(draws, update, batch, section.unguided_share)
             losses = halving_loss(network, teacher, self._tables, halves, rows, point, w)
             return RowLoss(losses / (1 + w) ** section.w_power, w)
 
-        training = section.training(halving)
-        self._phase(f"d{n}", training, lambda: load_stock(source), loss, self._folder.student(n))
+        self._phase(name, section.training(halving), lambda: load_stock(source), loss, folder)
 
     def _shared_halvings(self) -> None:
         """Teach one network grid after grid; then fold it into a plain student for each."""

@@ -104,6 +104,11 @@ def plan_of(recipe: Recipe) -> Plan:
         PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), trained, halved, 2)
         for halving in recipe.stage_two.halvings
     ]
+    if recipe.encoder is not None:
+        halvings += [
+            PhasePlan(f"e{halving.steps}", recipe.encoder.training(halving), student, student, 2)
+            for halving in recipe.encoder.halvings
+        ]
     return Plan(
         recipe,
         (
@@ -162,6 +167,7 @@ def measure(recipe: Recipe) -> Measured:
             "teacher": recipe.teacher.model_copy(update=few),
             "stage_one": recipe.stage_one.model_copy(update={**few, "max_relative_error": float("inf")}),
             "stage_two": recipe.stage_two.model_copy(update={"halvings": (first.model_copy(update=few),)}),
+            "encoder": None,
         }
     )
     watch = _Stopwatch()

@@ -6,7 +6,7 @@ import hashlib
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -62,16 +62,10 @@ class Halving(Section):
     newest_share: float = Field(0.5, gt=0, le=1)
 
 
-class StageTwoSection(Section):
-    """The chain of halvings, each starting from the one before; the first from the stage-one student.
-
-    sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
-    one for all of them that is told its grid.
-    """
+class ChainSection(Section):
+    """A chain of halvings, each starting from the one before; the first from the stage-one student."""
 
     halvings: tuple[Halving, ...] = Field(min_length=1)
-    sampler: Sampler = "deterministic"
-    weights: Literal["separate", "shared"] = "separate"
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(5e-4, gt=0)
@@ -82,19 +76,15 @@ class StageTwoSection(Section):
     w_power: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
-    def _chain(self) -> StageTwoSection:
-        steps = [h.steps for h in self.halvings]
-        if any(a != 2 * b for a, b in pairwise(steps)):
+    def _halves(self) -> Self:
+        if any(a != 2 * b for a, b in pairwise(self.steps)):
             raise ValueError("halvings must halve: each steps value is half of the one before")
-        if self.sampler == "stochastic" and steps[-1] == 1:
-            raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
-        if self.sampler == "stochastic" and self.weights == "shared":
-            raise ValueError("weights can be shared in the deterministic chain only")
-        if self.weights == "separate" and any(
-            h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
-        ):
-            raise ValueError("newest_share is for weights: shared")
         return self
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step counts it trains, most first."""
+        return tuple(halving.steps for halving in self.halvings)
 
     def training(self, halving: Halving) -> Training:
         return Training(
@@ -107,6 +97,48 @@ class StageTwoSection(Section):
             ema=self.ema,
             clip_norm=self.clip_norm,
         )
+
+
+class StageTwoSection(ChainSection):
+    """The halvings of the students that draw.
+
+    sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
+    one for all of them that is told its grid.
+    """
+
+    sampler: Sampler = "deterministic"
+    weights: Literal["separate", "shared"] = "separate"
+
+    @model_validator(mode="after")
+    def _chain(self) -> StageTwoSection:
+        if self.sampler == "stochastic" and self.steps[-1] == 1:
+            raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
+        if self.sampler == "stochastic" and self.weights == "shared":
+            raise ValueError("weights can be shared in the deterministic chain only")
+        if self.weights == "separate" and any(
+            h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
+        ):
+            raise ValueError("newest_share is for weights: shared")
+        return self
+
+
+class EncoderSection(ChainSection):
+    """The halvings of the encoders: students that walk from an image to its noise.
+
+    students: the step counts that go into the bundle. unguided_share: larger than of those that draw, since
+    images are encoded with guidance off.
+    """
+
+    students: tuple[int, ...] = Field(min_length=1)
+    unguided_share: float = Field(0.5, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _keeps_what_it_trains(self) -> EncoderSection:
+        if missing := sorted(set(self.students) - set(self.steps)):
+            raise ValueError(f"students {missing} are not among its halvings")
+        if any(h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings):
+            raise ValueError("newest_share is for weights: shared; every encoder has weights of its own")
+        return self
 
 
 class ComputeSection(Section):
@@ -143,7 +175,7 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
-    """A whole job: data, teacher, stage one, stage two, evaluation, export.
+    """A whole job: data, teacher, stage one, stage two, encoder (optional), evaluation, export.
 
     unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim.
     """
@@ -158,6 +190,7 @@ class Recipe(Section):
     teacher: TeacherSection
     stage_one: StageOneSection
     stage_two: StageTwoSection
+    encoder: EncoderSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection
     compute: ComputeSection = ComputeSection()
@@ -186,7 +219,7 @@ class Recipe(Section):
             raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
         if len(set(evaluation.seeds)) < len(evaluation.seeds):
             raise ValueError("evaluation.seeds must differ from each other")
-        finest = max(evaluation.teacher_steps, 2 * self.stage_two.halvings[0].steps)
+        finest = max(evaluation.teacher_steps, *(2 * chain.steps[0] for chain in self.chains))
         if finest > self.schedule.timesteps:
             raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
         return self
@@ -202,6 +235,11 @@ class Recipe(Section):
         if "time_cond_proj_dim" in unet:
             raise ValueError("unet.time_cond_proj_dim is the student's and set by the job; leave it out")
         return unet
+
+    @property
+    def chains(self) -> tuple[ChainSection, ...]:
+        """Its chains of halvings: that of stage two, and the encoders' where there are any."""
+        return (self.stage_two,) if self.encoder is None else (self.stage_two, self.encoder)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -73,6 +73,9 @@ class RunFolder:
     def student(self, steps: int) -> Path:
         return self.path / "students" / f"d{steps}"
 
+    def encoder(self, steps: int) -> Path:
+        return self.path / "encoders" / f"e{steps}"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder alone. Raises: LockedError when another job has it."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -148,9 +148,12 @@ def test_every_field_of_the_recipe_is_in_the_table_with_its_default() -> None:
 
 def recipe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from recipe_fields(field.annotation, f"{prefix}{name}.")
-        else:
+        optional = type(None) in get_args(field.annotation)
+        kind = get_args(field.annotation)[0] if optional else field.annotation
+        section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        if section:
+            yield from recipe_fields(kind, f"{prefix}{name}.")
+        if optional or not section:
             required = field.default is PydanticUndefined
             yield f"{prefix}{name}", "required" if required else json.dumps(field.default)
 
