@@ -25,6 +25,7 @@ class Draw(IntEnum):
     DROPOUT = 3
     ORDER = 4
     GRID = 5
+    LATENT = 6
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 JobError (1)
 ├── RecipeError (2)   the recipe is wrong, or differs from the one the run folder was started with
-│   └── TeacherError  the teacher's folder is incomplete, or not what it says it is
+│   ├── TeacherError  the teacher's folder is incomplete, or not what it says it is
+│   └── DataError     the data set is missing, incomplete or cannot be read
 ├── LockedError (3)   another job works in this run folder
 ├── Interrupted (4)   stopped by a signal after writing a checkpoint; resume with --resume
 ├── DivergedError (5) the loss or gradient stayed non-finite, or a gate refused the result
@@ -24,6 +25,10 @@ class RecipeError(JobError):
 
 class TeacherError(RecipeError):
     """A pipeline folder that cannot be a teacher."""
+
+
+class DataError(RecipeError):
+    """Images or captions that cannot be read."""
 
 
 class LockedError(JobError):

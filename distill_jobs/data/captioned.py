@@ -1,0 +1,147 @@
+"""Captioned images on disk: found once, by reading captions and tar headers, then read in any order.
+
+Two forms. An image folder with ``metadata.jsonl`` or ``metadata.parquet``, whose rows have ``file_name`` and
+``text``. Or webdataset shards: uncompressed tar files of pairs such as ``0001.jpg`` and ``0001.txt`` (or
+``0001.json`` with a ``text`` or ``caption`` field). Both become the same index, so the order of training is one
+permutation over all shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from webdataset.shardlists import expand_urls
+
+from distill_jobs.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An encoded image, ``size`` bytes of ``file`` from ``offset``, and its caption. name: for messages."""
+
+    name: str
+    file: Path
+    offset: int
+    size: int
+    caption: str
+
+    def read(self) -> bytes:
+        """Raises: DataError when the file is shorter than it was."""
+        with self.file.open("rb") as opened:
+            opened.seek(self.offset)
+            data = opened.read(self.size)
+        if len(data) != self.size:
+            raise DataError(f"{self.name} has changed since the job looked at it; start the job again")
+        return data
+
+    def digest(self) -> str:
+        """Hash of image and caption."""
+        image = hashlib.sha256(self.read()).hexdigest()
+        return hashlib.sha256(f"{image} {self.caption}".encode()).hexdigest()
+
+
+def index_folder(folder: Path) -> tuple[Captioned, ...]:
+    """The images that a folder's metadata file lists, in its order.
+
+    Raises: DataError naming the row, when an image is missing, outside the folder or has no caption.
+    """
+    found = tuple(_folder_entry(folder, row, place) for place, row in _metadata(folder))
+    if not found:
+        raise DataError(f"{folder}: its metadata lists no images")
+    return found
+
+
+def index_shards(pattern: str) -> tuple[Captioned, ...]:
+    """The pairs of webdataset shards, in their order. pattern: a folder of tar files, or ``path/{000..015}.tar``.
+
+    Raises: DataError naming the shard or the sample that is incomplete.
+    """
+    folder = Path(pattern)
+    files = sorted(folder.glob("*.tar")) if folder.is_dir() else [Path(url) for url in expand_urls(pattern)]
+    found = tuple(entry for file in files for entry in _shard_entries(file))
+    if not found:
+        raise DataError(f"{pattern} holds no tar shards with images; give a folder of them or a/b/{{000..015}}.tar")
+    return found
+
+
+def _metadata(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each row of metadata.jsonl or metadata.parquet."""
+    lines, table = folder / "metadata.jsonl", folder / "metadata.parquet"
+    if lines.is_file():
+        for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                yield f"{lines}:{number}", _json_object(line, f"{lines}:{number}")
+    elif table.is_file():
+        rows = pq.read_table(table).to_pylist()
+        yield from ((f"{table}, row {number}", row) for number, row in enumerate(rows))
+    else:
+        raise DataError(
+            f"{folder} has neither metadata.jsonl nor metadata.parquet, with file_name and text in each row"
+        )
+
+
+def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
+    name, text = row.get("file_name"), row.get("text")
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise DataError(f"{place}: a row needs file_name and text, both strings")
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{place}: {name} is outside the folder")
+    if not file.is_file():
+        raise DataError(f"{place}: {name} is not in the folder")
+    return Captioned(str(file), file, 0, file.stat().st_size, text)
+
+
+def _shard_entries(file: Path) -> Iterator[Captioned]:
+    images: dict[str, tarfile.TarInfo] = {}
+    captions: dict[str, str] = {}
+    try:
+        with tarfile.open(file, "r:") as shard:
+            for member in shard:
+                key, _, extension = member.name.rpartition(".")
+                if member.isfile() and extension.lower() in IMAGES:
+                    images[key] = member
+                elif member.isfile() and extension.lower() in CAPTIONS:
+                    captions[key] = _caption(shard, member, f"{file}: {member.name}")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{file} is not an uncompressed tar file that can be read: {error}") from None
+    for key, member in images.items():
+        if key not in captions:
+            raise DataError(f"{file}: {member.name} has no caption beside it ({' or '.join(CAPTIONS)})")
+        yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, captions[key])
+
+
+def _caption(shard: tarfile.TarFile, member: tarfile.TarInfo, place: str) -> str:
+    opened = shard.extractfile(member)
+    assert opened is not None
+    try:
+        text = opened.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{place} is not UTF-8 text") from None
+    if not member.name.endswith("json"):
+        return text.strip()
+    row = _json_object(text, place)
+    caption = row.get("text", row.get("caption"))
+    if not isinstance(caption, str):
+        raise DataError(f"{place} has neither text nor caption")
+    return caption
+
+
+def _json_object(text: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is not a JSON object")
+    return row

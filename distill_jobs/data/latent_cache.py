@@ -1,0 +1,168 @@
+"""Latents and text embeddings on disk, computed once: safetensors shards, each named by what it was made from.
+
+A shard's name is the hash of its images, their captions, the size and the encoders. So a cache that was interrupted
+goes on where it stopped, several jobs share one, and what a changed image or encoder gave is computed again. Values
+are float16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill_jobs.data.captioned import Captioned
+from distill_jobs.data.framing import frame
+from distill_jobs.data.source import Condition
+from distill_jobs.errors import DataError, StorageError
+from distill_jobs.pipelines.vae import Encoded
+
+SHARD_ROWS = 256
+ENCODED_ROWS = 8
+OPEN_SHARDS = 64
+
+
+class Encoding(Protocol):
+    """Pictures and captions to rows of a cache; results on the CPU."""
+
+    def latents(self, pixels: Tensor) -> Encoded: ...
+
+    def condition(self, captions: Sequence[str], time_ids: Tensor) -> Condition: ...
+
+    def null(self) -> Condition: ...
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What all rows of a cache have in common. encoders: their hash; side_px: of the framed images."""
+
+    encoders: str
+    side_px: int
+
+    def shard(self, entries: Sequence[Captioned]) -> str:
+        """The name of the shard of these images."""
+        parts = [self.encoders, str(self.side_px), *(entry.digest() for entry in entries)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def null(self) -> str:
+        return f"null-{hashlib.sha256(self.encoders.encode()).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """A finished cache. files, ends: shards, and where the rows of each end; skipped: images left out."""
+
+    files: tuple[Path, ...]
+    ends: tuple[int, ...]
+    null: Condition
+    skipped: int
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def rows(self, indices: Tensor) -> tuple[Encoded, Condition]:
+        """Float32 rows at indices: (B,) int64."""
+        rows = [self._row(int(index)) for index in indices]
+        columns = {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
+        condition = Condition(columns["tokens"], columns.get("pooled"), columns.get("time_ids"))
+        return Encoded(columns["mean"], columns["std"]), condition
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        shard = bisect_right(self.ends, index)
+        first = self.ends[shard - 1] if shard else 0
+        file = _opened(self.files[shard])
+        return {name: file.get_slice(name)[index - first] for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+class CacheWriter:
+    """Fills a cache folder. skip_unreadable: leave out images that cannot be decoded, instead of an error."""
+
+    def __init__(self, folder: Path, key: CacheKey, entries: Sequence[Captioned], skip_unreadable: bool) -> None:
+        self._folder, self._key, self._skip = folder, key, skip_unreadable
+        self._chunks = [entries[i : i + SHARD_ROWS] for i in range(0, len(entries), SHARD_ROWS)]
+        self._shard = cache(lambda chunk: self._file(key.shard(self._chunks[chunk])))
+
+    def write(self, load: Callable[[], Encoding], advance: Callable[[int], None], index: int, of: int) -> None:
+        """Compute what is missing of every ``of``-th shard from ``index`` on. load: called if anything is missing.
+
+        advance: told the images done. Raises: DataError naming an image; StorageError.
+        """
+        encoders: Encoding | None = None
+        if index == 0 and not self._file(self._key.null()).is_file():
+            encoders = load()
+            _save(_columns(encoders.null()), self._file(self._key.null()))
+        for chunk in range(index, len(self._chunks), of):
+            if not self._shard(chunk).is_file():
+                encoders = encoders or load()
+                _save(self._encoded(encoders, self._chunks[chunk]), self._shard(chunk))
+            advance(len(self._chunks[chunk]))
+
+    def finished(self) -> LatentCache:
+        """The cache, once all shards are there. Raises: DataError when no image could be read."""
+        files, ends, total = [], [], 0
+        for file in map(self._shard, range(len(self._chunks))):
+            with safe_open(file, framework="pt") as opened:
+                rows = int(opened.metadata()["rows"])
+            total += rows
+            if rows:
+                files.append(file)
+                ends.append(total)
+        if not files:
+            raise DataError("none of the images can be read")
+        null = load_file(self._file(self._key.null()))
+        empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
+        return LatentCache(tuple(files), tuple(ends), empty, sum(map(len, self._chunks)) - total)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
+        """The columns of a shard; none where no image could be read."""
+        framed = []
+        for entry in chunk:
+            try:
+                framed.append((entry.caption, frame(entry.read(), self._key.side_px)))
+            except DataError as error:
+                if not self._skip:
+                    raise DataError(f"{entry.name}: {error}; skip such images with data.unreadable: skip") from None
+        parts: list[dict[str, Tensor]] = []
+        for first in range(0, len(framed), ENCODED_ROWS):
+            captions, pictures = zip(*framed[first : first + ENCODED_ROWS], strict=True)
+            encoded = encoders.latents(torch.stack([picture.pixels for picture in pictures]))
+            condition = encoders.condition(captions, torch.stack([picture.time_ids for picture in pictures]))
+            parts.append({"mean": encoded.mean, "std": encoded.std, **_columns(condition)})
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def _columns(condition: Condition) -> dict[str, Tensor]:
+    named = {"tokens": condition.tokens, "pooled": condition.pooled, "time_ids": condition.time_ids}
+    return {name: part for name, part in named.items() if part is not None}
+
+
+def _save(columns: dict[str, Tensor], file: Path) -> None:
+    """In one move. Time ids stay float32: float16 does not hold every pixel count."""
+    rows = len(next(iter(columns.values()))) if columns else 0
+    kept = {name: part if name == "time_ids" else part.half() for name, part in columns.items()}
+    staging = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: part.contiguous() for name, part in kept.items()}, staging, metadata={"rows": str(rows)})
+        staging.replace(file)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise StorageError(f"{file} cannot be written ({error}); what was cached before is intact") from error
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _opened(file: Path) -> Any:
+    return safe_open(file, framework="pt")

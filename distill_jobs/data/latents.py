@@ -1,0 +1,25 @@
+"""Captioned images as training reads them: cached latents, with the autoencoder's noise drawn afresh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill_jobs.data.latent_cache import LatentCache
+from distill_jobs.data.source import Batch, Condition
+from distill_jobs.draws import Draw, Draws
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """Rows of a cache: every epoch a fresh permutation of all images."""
+
+    cache: LatentCache
+    shape: tuple[int, int, int]
+
+    def batch(self, draws: Draws, update: int, size: int) -> Batch:
+        encoded, condition = self.cache.rows(draws.indices(update, size, len(self.cache)))
+        noise = draws.normal(update, tuple(encoded.mean.shape), Draw.LATENT)
+        return Batch(encoded.sample(noise), condition)
+
+    def null(self, size: int) -> Condition:
+        return self.cache.null.expand(size)

@@ -1,0 +1,156 @@
+"""Cached latents: a function of the images, the captions and the encoders; interrupted, they go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill_jobs.data import latent_cache
+from distill_jobs.data.captioned import Captioned, index_folder
+from distill_jobs.data.framing import frame
+from distill_jobs.data.latent_cache import CacheKey, CacheWriter
+from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.source import Condition
+from distill_jobs.draws import Draws
+from distill_jobs.errors import DataError, StorageError
+from distill_jobs.pipelines.vae import Encoded
+from tests.support import captioned_images as images
+
+COUNT = 7
+
+
+class Halves:
+    """Stands in for the networks: every second pixel as latent, captions' lengths as tokens."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def latents(self, pixels: Tensor) -> Encoded:
+        self.images += len(pixels)
+        mean = pixels[:, :1, ::2, ::2]
+        return Encoded(mean, torch.full_like(mean, 0.5))
+
+    def condition(self, captions: Sequence[str], time_ids: Tensor) -> Condition:
+        lengths = torch.tensor([[float(len(caption))] for caption in captions])
+        return Condition(lengths[:, None].expand(-1, 3, 2), lengths, time_ids)
+
+    def null(self) -> Condition:
+        return Condition(torch.zeros(1, 3, 2), torch.zeros(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "SHARD_ROWS", 3)
+    monkeypatch.setattr(latent_cache, "ENCODED_ROWS", 2)
+
+
+def writer(tmp_path: Path, entries: Sequence[Captioned], encoders: str = "e", *, skip: bool = False) -> CacheWriter:
+    return CacheWriter(tmp_path / "cache", CacheKey(encoders, 8), entries, skip)
+
+
+def filled(made: CacheWriter, index: int = 0, of: int = 1) -> int:
+    """Fill the cache; how many images were encoded."""
+    encoders = Halves()
+    made.write(lambda: encoders, lambda _: None, index, of)
+    return encoders.images
+
+
+def test_rows_are_what_the_encoders_gave(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    made = writer(tmp_path, entries)
+    assert filled(made) == COUNT
+    cache = made.finished()
+    assert (len(cache), cache.skipped) == (COUNT, 0)
+    encoded, condition = cache.rows(torch.tensor([6, 0, 3, 3]))
+    for row, index in enumerate([6, 0, 3, 3]):
+        framed = frame(entries[index].read(), 8)
+        torch.testing.assert_close(encoded.mean[row], framed.pixels[:1, ::2, ::2], rtol=0, atol=1e-3)
+        assert condition.tokens[row].unique().tolist() == [len(images.caption(index))]
+        assert condition.time_ids is not None
+        torch.testing.assert_close(condition.time_ids[row], framed.time_ids)
+
+
+def test_a_second_job_computes_nothing(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(writer(tmp_path, entries))
+    assert filled(writer(tmp_path, entries)) == 0
+    assert filled(writer(tmp_path, entries, encoders="others")) == COUNT
+
+
+def test_what_changed_is_computed_again(tmp_path: Path) -> None:
+    folder = images.image_folder(tmp_path / "a", COUNT)
+    filled(writer(tmp_path, index_folder(folder)))
+    (folder / "4.png").write_bytes(images.encoded(99))
+    assert filled(writer(tmp_path, index_folder(folder))) == 3
+
+
+def test_an_interrupted_cache_goes_on(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+
+    class Stops(Halves):
+        def latents(self, pixels: Tensor) -> Encoded:
+            if self.images >= 4:
+                raise KeyboardInterrupt
+            return super().latents(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        writer(tmp_path, entries).write(Stops, lambda _: None, 0, 1)
+    assert filled(writer(tmp_path, entries)) == COUNT - 3
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    assert [filled(writer(tmp_path, entries), index, 2) for index in range(2)] == [4, 3]
+    assert len(writer(tmp_path, entries).finished()) == COUNT
+
+
+def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None:
+    folder = images.image_folder(tmp_path / "a", COUNT)
+    for index in (1, 3, 4, 5):
+        (folder / f"{index}.png").write_bytes(b"x")
+    entries = index_folder(folder)
+    with pytest.raises(DataError, match=r"1\.png: not an image.*data\.unreadable: skip"):
+        filled(writer(tmp_path, entries))
+    made = writer(tmp_path, entries, skip=True)
+    filled(made)
+    cache = made.finished()
+    assert (len(cache), cache.skipped) == (3, 4)
+    _, condition = cache.rows(torch.arange(3))
+    assert condition.tokens[:, 0, 0].tolist() == [len(images.caption(i)) for i in (0, 2, 6)]
+    nothing = writer(tmp_path, entries[3:6], skip=True)
+    filled(nothing)
+    with pytest.raises(DataError, match="none of the images"):
+        nothing.finished()
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", 1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(latent_cache, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        filled(writer(tmp_path, entries))
+
+
+def test_batches_are_a_function_of_the_update(tmp_path: Path) -> None:
+    made = writer(tmp_path, index_folder(images.image_folder(tmp_path / "a", COUNT)))
+    filled(made)
+    source = LatentSource(made.finished(), (1, 4, 4))
+    draws = Draws(3, "stage_one")
+    whole = source.batch(draws, 5, 6)
+    again = source.batch(Draws(3, "stage_one"), 5, 6)
+    torch.testing.assert_close(whole.x, again.x, rtol=0, atol=0)
+    parts = [source.batch(draws.share(k, 2), 5, 3) for k in range(2)]
+    torch.testing.assert_close(whole.x, torch.cat([part.x for part in parts]), rtol=0, atol=0)
+    torch.testing.assert_close(whole.condition.tokens, torch.cat([p.condition.tokens for p in parts]))
+    epoch = torch.cat([source.batch(draws, update, 1).condition.tokens[:, 0, 0] for update in range(COUNT)])
+    assert sorted(epoch.tolist()) == sorted(float(len(images.caption(i))) for i in range(COUNT))
+    assert len(source.null(4)) == 4
+    assert not torch.equal(whole.x, source.batch(draws, 6, 6).x)
