@@ -6,13 +6,11 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from engines.errors import HalfstepError
 from engines.open import open_pipeline
 from server.api.validation import validate
 from server.catalogue import Catalogue, Model
@@ -24,27 +22,14 @@ from server.jobs import Job, Lease
 from server.resolve import resolve, resolve_edit
 from server.schemas import EditBody, GenerationBody
 from server.stages import encode_images
+from server.wish import GenerateError, Wish
 from server.work import Work
 
 Told = Callable[[int, int], None]
 """(done, of): steps here, previews and images of a server."""
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 RUNGS = (1, 2, 4, 8, 16)
 TIMEOUT_S = 300.0
-
-
-class GenerateError(HalfstepError):
-    """It was not drawn; the message says why."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """fields: of the API's body, those given; image, mask: files, or None."""
-
-    fields: dict[str, Any]
-    image: Path | None = None
-    mask: Path | None = None
 
 
 def draw_here(bundle: Path, wish: Wish, told: Told) -> list[tuple[int, bytes]]:

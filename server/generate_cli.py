@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,75 +11,95 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from engines.errors import HalfstepError
 from server.settings import DEFAULT_BUNDLE
+from server.wish import FORMATS, GenerateError, Wish
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _out = Console(highlight=False, soft_wrap=True)
 
+Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .jpg or .webp.")]
+Url = Annotated[str | None, typer.Option("--url", help="A running server; else the model runs in this process.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="Key of that server.")]
+Bundle = Annotated[
+    Path, typer.Option("--bundle", help="Folder of the model to run here.", show_default="server/bundles/default")
+]
+Model = Annotated[str | None, typer.Option("--model", help="Model of that server.")]
+Images = Annotated[int, typer.Option("-n", help="Images, each with its own seed.", min=1, max=10)]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Strength of the prompt; 1 is off.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Denoising steps the model was made for.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the first image; random when left out.")]
+Image = Annotated[Path | None, typer.Option("--image", help="Image to edit.")]
+Mask = Annotated[Path | None, typer.Option("--mask", help="PNG; where it is transparent is drawn anew.")]
+Strength = Annotated[float | None, typer.Option("--strength", help="How much of the image may change, 0 to 1.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .jpg or .webp.")] = Path(
-        "image.png"
-    ),
-    url: Annotated[
-        str | None, typer.Option("--url", help="A running server; else the model runs in this process.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of that server.")] = None,
-    bundle: Annotated[
-        Path | None,
-        typer.Option("--bundle", help="Model of this process.", show_default="server/bundles/default"),
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model of that server.")] = None,
-    n: Annotated[int, typer.Option("-n", help="Images, each with its own seed.", min=1, max=10)] = 1,
-    guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="Strength of the prompt; 1 is off.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps the model was made for.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the first image; random when left out.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", help="Image to edit.")] = None,
-    mask: Annotated[Path | None, typer.Option("--mask", help="PNG; where it is transparent is drawn anew.")] = None,
-    strength: Annotated[
-        float | None, typer.Option("--strength", help="How much of the image may change, 0 to 1.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    prompt: Prompt,
+    output: Output = Path("image.png"),
+    url: Url = None,
+    api_key: ApiKey = None,
+    bundle: Bundle = DEFAULT_BUNDLE,
+    model: Model = None,
+    n: Images = 1,
+    guidance_scale: Guidance = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    image: Image = None,
+    mask: Mask = None,
+    strength: Strength = None,
+    force: Force = False,
 ) -> None:
     """Draw a prompt to a file; several images get their seeds into their names."""
-    from server.generate import FORMATS, GenerateError, Wish, draw_here, draw_there  # noqa: PLC0415 - for --help
-
+    fields = {"prompt": prompt, "model": model, "n": n, "guidance_scale": guidance_scale, "steps": steps}
+    fields |= {"seed": seed, "strength": strength}
     try:
-        if output.suffix.lower() not in FORMATS:
-            raise GenerateError(f"{output} must end in {', '.join(FORMATS)}")
-        if (mask or strength is not None) and image is None:
-            raise GenerateError("--mask and --strength belong to an edit; name its image with --image")
-        given = {
-            "model": model,
-            "n": n,
-            "guidance_scale": guidance_scale,
-            "steps": steps,
-            "seed": seed,
-            "strength": strength,
-        }
-        fields = {name: value for name, value in given.items() if value is not None}
-        wish = Wish({"prompt": prompt, "output_format": FORMATS[output.suffix.lower()], **fields}, image, mask)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, console=_err, transient=True) as progress:
-            task = progress.add_task("Loading the model" if url is None else f"Waiting for {url}", total=None)
-
-            def told(done: int, of: int) -> None:
-                unit = "Steps" if url is None else "Images"
-                progress.update(task, description=unit, completed=done, total=of)
-
-            if url is None:
-                made = draw_here(bundle or DEFAULT_BUNDLE, wish, told)
-            else:
-                made = draw_there(url, api_key, wish, told)
-        for number, data in made:
-            path = output if len(made) == 1 else output.with_stem(f"{output.stem}-{number}")
-            if path.exists() and not force:
-                raise GenerateError(f"{path} exists; choose another --output, or add --force")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            _out.print(f"{path}  seed {number}", markup=False)
+        wish = _wish(fields, image, mask, output)
+        if n == 1:
+            _check_free([output], force)
+        _save(_drawn(wish, url, api_key, bundle), output, force)
     except (HalfstepError, OSError) as error:
         _err.print(f"Error: {error}", markup=False)
         raise typer.Exit(1) from None
+
+
+def _wish(fields: dict[str, Any], image: Path | None, mask: Path | None, output: Path) -> Wish:
+    """fields: of the API's body, None for those left to the model."""
+    image_format = FORMATS.get(output.suffix.lower())
+    if image_format is None:
+        raise GenerateError(f"{output} must end in {', '.join(FORMATS)}")
+    given = {name: value for name, value in fields.items() if value is not None}
+    if (mask or "strength" in given) and image is None:
+        raise GenerateError("--mask and --strength belong to an edit; name its image with --image")
+    return Wish({"output_format": image_format, **given}, image, mask)
+
+
+def _drawn(wish: Wish, url: str | None, api_key: str | None, bundle: Path) -> list[tuple[int, bytes]]:
+    """(seed, file) of each image, made while a bar tells how far it is."""
+    from server.generate import draw_here, draw_there  # noqa: PLC0415 - so that --help answers at once
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task("Loading the model" if url is None else f"Waiting for {url}", total=None)
+        unit = "Steps" if url is None else "Images"
+
+        def told(done: int, of: int) -> None:
+            progress.update(task, description=unit, completed=done, total=of)
+
+        return draw_here(bundle, wish, told) if url is None else draw_there(url, api_key, wish, told)
+
+
+def _save(images: list[tuple[int, bytes]], output: Path, force: bool) -> None:
+    single = len(images) == 1
+    paths = [output if single else output.with_stem(f"{output.stem}-{seed}") for seed, _ in images]
+    _check_free(paths, force)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path, (seed, data) in zip(paths, images, strict=True):
+        path.write_bytes(data)
+        _out.print(f"{path}  seed {seed}", markup=False)
+
+
+def _check_free(paths: list[Path], force: bool) -> None:
+    for path in paths:
+        if path.exists() and not force:
+            raise GenerateError(f"{path} exists; choose another --output, or add --force")
