@@ -1,4 +1,4 @@
-"""One server for all end-to-end tests that do not end it."""
+"""One server for all end-to-end tests that do not end it, and one a file whose steps can be held back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from tests.support.live import Live, live
 from tests.support.serving import ServerProcess, serving
 
 
@@ -31,3 +32,17 @@ def client(server: ServerProcess) -> Iterator[httpx.Client]:
 def sdk(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def running(toy_bundle: Path) -> Iterator[Live]:
+    with live(toy_bundle) as made:
+        yield made
+
+
+@pytest.fixture
+def api(running: Live) -> Iterator[httpx.Client]:
+    """A client of ``running``, whose steps go on afterwards."""
+    with running.client() as made:
+        yield made
+    running.bench.allow()
