@@ -80,7 +80,7 @@ def test_a_private_address_hears_nothing_unless_its_network_is_allowed(toy_bundl
         until(lambda: client.get(job["status_url"]).json()["status"] == "succeeded", "the job ended")
 
         def postponed() -> bool:
-            waiting = running.service.store._outbox._waiting  # type: ignore[attr-defined]
+            waiting = running.service.store.jobs.outbox._waiting  # type: ignore[attr-defined]
             return any(entry.delivery.attempt >= 1 for entry in list(waiting.values()))
 
         until(postponed, "it was tried")

@@ -82,7 +82,7 @@ async def test_rows_join_at_the_next_step_and_leave_when_done(bench: Bench) -> N
         await until(lambda: len(bench.batches) == 1)
         await store.submit(job("b", digit=2))
         await asyncio.sleep(0)
-        await until(lambda: len(store._queue) == 0)
+        await until(lambda: len(store.jobs.queue) == 0)
         bench.allow()
         await store.wait("a")
         await store.wait("b")
@@ -97,7 +97,7 @@ async def test_an_exception_fails_its_own_request_only(bench: Bench) -> None:
         bench.hold()
         for each in (job("good", digit=3, seed=5), job("bad", digit=6), job("fine", digit=4)):
             await store.submit(each)
-        await until(lambda: len(store._queue) == 0)
+        await until(lambda: len(store.jobs.queue) == 0)
         bench.allow()
         good, bad, fine = [await store.wait(name) for name in ("good", "bad", "fine")]
     assert (good.status, fine.status) == (JobStatus.SUCCEEDED, JobStatus.SUCCEEDED)
@@ -114,7 +114,7 @@ async def test_a_cancelled_job_leaves_after_the_step_under_way(bench: Bench) -> 
     async with working(bench.pipeline, store, metrics=metrics):
         await store.submit(job("a", digit=1, steps=8))
         await store.submit(job("b", digit=2, steps=8))
-        await until(lambda: bench.batches != [] and len(store._queue) == 0)
+        await until(lambda: bench.batches != [] and len(store.jobs.queue) == 0)
         await store.cancel("a")
         bench.allow(1)
         await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 1)
@@ -134,7 +134,7 @@ async def test_only_what_fits_is_claimed(bench: Bench) -> None:
         for name in "abc":
             await store.submit(job(name, n=10))
         await until(lambda: bench.batches != [])
-        assert [len(store._queue), (await store.backlog()).rows] == [1, 30]
+        assert [len(store.jobs.queue), (await store.backlog()).rows] == [1, 30]
         bench.allow()
         states = [await store.wait(name) for name in "abc"]
     assert {state.status for state in states} == {JobStatus.SUCCEEDED}
