@@ -5,6 +5,7 @@ Small, trained in seconds on the training split with a fixed seed, saved as safe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from distill_jobs.data.digits import CLASSES, Digits
 FEATURES = 64
 EPOCHS = 30
 BATCH = 64
+CLASSIFIER = Path("classifier") / "classifier.safetensors"
 
 
 class DigitClassifier(nn.Module):
@@ -93,9 +95,11 @@ def load_classifier(path: Path) -> DigitClassifier:
     return model.eval().requires_grad_(False)
 
 
-def classifier_of(run_dir: Path, digits: Digits) -> DigitClassifier:
-    """The run's classifier, trained and saved on first use."""
-    path = run_dir / "classifier" / "classifier.safetensors"
+def classifier_of(run_dir: Path, digits: Digits, lenders: Sequence[Path] = ()) -> DigitClassifier:
+    """The run's classifier; on first use that of the first lending run that has one, else a new one, is saved."""
+    path = run_dir / CLASSIFIER
     if not path.is_file():
-        save_classifier(train_classifier(split_digits(digits)[0]), path)
+        lent = next((lender / CLASSIFIER for lender in lenders if (lender / CLASSIFIER).is_file()), None)
+        model = load_classifier(lent) if lent else train_classifier(split_digits(digits)[0])
+        save_classifier(model, path)
     return load_classifier(path)

@@ -72,17 +72,24 @@ def evaluate(
         bool | None,
         typer.Option("--compile/--no-compile", help="Use torch.compile.  [default: where a C++ compiler is found]"),
     ] = None,
+    lenders: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="RUN", help="Take equal cells of this run, e.g. its teacher's rows."),
+    ] = None,
 ) -> None:
-    """Measure a trained run: Fréchet distance, class agreement and paired distance, teacher's rows included.
+    """Measure a trained run: distances, class agreement and diversity, teacher's rows included.
 
     Writes report.json, report.md and sheets/*.png into the run folder. Interrupted, it goes on where it stopped.
     """
     with _one_sentence_errors(), job_progress() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
-        command = f"python -m distill_jobs evaluate {run_dir}"
+        others = [*(lenders or [])]
+        command = " ".join(["python -m distill_jobs evaluate", str(run_dir), *(f"--from {o}" for o in others)])
+        for other in others:
+            stored_recipe(RunFolder(other))  # says so where it is no run folder
         use = shutil.which("c++") is not None if compiled is None else compiled
         with RunFolder(run_dir).locked():
-            report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use)
+            report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use, lenders=others)
         progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
 
 

@@ -1,44 +1,76 @@
-"""Who takes part in an evaluation: the networks of a finished run folder and the plans they are run with."""
+"""Who takes part in an evaluation: the networks of a finished run folder and the way each is run.
+
+To add a row of the tables, add a Contender to ``contenders``: a role (it decides how guidance is computed and
+what an image costs), a step count, the stock folder that holds its ``unet/``, and, where it is not a plain
+student, a ``name`` for the tables, its ``sampler``, and the only guidance ``scales`` it can be run at. Cells,
+report, curves, verdicts and ``compare`` take it from there. Students with a name are measured, not exported.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from distill_jobs.data.digits import NULL_CLASS, class_condition
+from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError
-from distill_jobs.recipe import Recipe
+from distill_jobs.recipe import EvaluationSection, Recipe, Solver
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.sampling import Network, guided_teacher, student_network
+from distill_jobs.sampling import Network, guided_teacher, sample, student_network
+from distill_jobs.solvers import TITLES, solve, stock_scheduler
 from distill_jobs.student import load_stock
 from engines.guidance import weight_from_scale
 from engines.sampler import Sampler, SamplerPlan, sampler_plan
 from engines.schedule import NoiseSchedule
 
-TEACHER, STAGE_ONE, STUDENT = "teacher", "stage one", "student"
 Role = Literal["teacher", "stage one", "student"]
+TEACHER: Final = "teacher"
+STAGE_ONE: Final = "stage one"
+STUDENT: Final = "student"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One model at one step count. folder: its stock diffusers folder; shape: (C, h, w) of its images."""
+    """One model at one step count.
+
+    folder: its stock diffusers folder; shape: (C, h, w) of its images. name: how tables call it, empty for its
+    role. scales: the guidance scales it can be run at, empty for all. solver: a scheduler of diffusers, run
+    instead of our plan.
+    """
 
     role: Role
     steps: int
     folder: Path
     shape: tuple[int, int, int]
     sampler: Sampler = "deterministic"
+    name: str = ""
+    scales: tuple[float, ...] = ()
+    solver: Solver | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in tables: ``student``, ``teacher, DPM-Solver++``."""
+        name = self.name or self.role
+        return f"{name}, {TITLES[self.solver]}" if self.solver else name
 
     @property
     def key(self) -> str:
-        """A file-name-safe identity: ``stage_one-64``, ``student-4-stochastic``."""
-        name = f"{self.role.replace(' ', '_')}-{self.steps}"
-        return name if self.sampler == "deterministic" else f"{name}-{self.sampler}"
+        """A file-name-safe identity: ``stage_one-64``, ``student-4-stochastic``, ``teacher-8-ddim``."""
+        name = f"{(self.name or self.role).replace(' ', '_')}-{self.steps}"
+        variant = self.solver or (self.sampler if self.sampler != "deterministic" else None)
+        return f"{name}-{variant}" if variant else name
+
+    @property
+    def exported(self) -> bool:
+        """Whether it goes into the bundle."""
+        return self.role == STUDENT and not self.name
 
     @property
     def evaluations(self) -> int:
@@ -49,6 +81,10 @@ class Contender:
         """Evaluations that are really run: the teacher's unconditional one is spared at guidance 1."""
         spared = self.role == TEACHER and weight_from_scale(guidance_scale) == 0
         return self.steps if spared else self.evaluations
+
+    def scales_of(self, settings: EvaluationSection) -> tuple[float, ...]:
+        """The guidance scales of the recipe that it can be run at."""
+        return tuple(scale for scale in settings.guidance_scales if not self.scales or scale in self.scales)
 
     def plan(self, recipe: Recipe) -> SamplerPlan:
         return sampler_plan(NoiseSchedule(recipe.schedule), self.steps, self.sampler, clip=recipe.clip)
@@ -71,20 +107,29 @@ class Contender:
             return guided_teacher(unet, class_condition(torch.tensor([NULL_CLASS])), w)
         return student_network(unet, w)
 
+    def draw(self, network: Network, recipe: Recipe, condition: Condition, seeds: Sequence[int]) -> Tensor:
+        """(B, C, h, w) images of the requests with these seeds and conditions."""
+        if self.solver:
+            scheduler = stock_scheduler(self.folder, self.solver)
+            return solve(network, scheduler, self.steps, condition, seeds, self.shape)
+        return sample(network, self.plan(recipe), condition, seeds, self.shape)
+
 
 def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
-    """The reference first (teacher at the recipe's teacher_steps), then teacher, stage one and students.
+    """The reference first (teacher at the recipe's teacher_steps), then teacher, solvers, stage one and students.
 
     The students are those that go into the bundle: the ones on the way to them are teachers, not products.
     Raises: JobError naming a folder that is missing.
     """
-    reference, students = recipe.evaluation.teacher_steps, sorted(recipe.export.students, reverse=True)
+    settings, students = recipe.evaluation, sorted(recipe.export.students, reverse=True)
+    reference, solver_steps = settings.teacher_steps, sorted(settings.solver_steps, reverse=True)
     folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (
-        Contender("teacher", reference, folder.teacher, shape),
-        *(Contender("teacher", n, folder.teacher, shape) for n in students if n != reference),
-        Contender("stage one", reference, folder.stage_one, shape),
-        *(Contender("student", n, folder.student(n), shape, recipe.stage_two.sampler) for n in students),
+        Contender(TEACHER, reference, folder.teacher, shape),
+        *(Contender(TEACHER, n, folder.teacher, shape) for n in students if n != reference),
+        *(Contender(TEACHER, n, folder.teacher, shape, solver=s) for s in settings.solvers for n in solver_steps),
+        Contender(STAGE_ONE, reference, folder.stage_one, shape),
+        *(Contender(STUDENT, n, folder.student(n), shape, recipe.stage_two.sampler) for n in students),
     )
     for contender in everyone:
         contender.weights_sha256()

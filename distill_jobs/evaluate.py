@@ -6,39 +6,54 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 
 from distill_jobs.cells import METRICS, Cell, CellResult, Judge
 from distill_jobs.classifier import accuracy, classifier_of, split_digits
 from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.digits import Digits
-from distill_jobs.metrics import FRECHET_NAME
+from distill_jobs.features import feature_space
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.sheets import write_sheets
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
+CELLS = "evaluation"
+
 
 def evaluate_run(
-    run_dir: Path, recipe: Recipe, *, progress: Progress | None = None, command: str = "", compiled: bool = False
+    run_dir: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    command: str = "",
+    compiled: bool = False,
+    lenders: Sequence[Path] = (),
 ) -> Report:
     """Measure a finished run and write report.json, report.md and sheets/ into it.
 
     progress: a started display to add a task to, or None. command: how the report says it was made.
     compiled: run the networks through torch.compile, twice as fast on a CPU; needs a C++ compiler.
+    lenders: other run folders; their results for equal networks, counts and seeds are taken instead of measured.
     An interrupted evaluation goes on where it stopped. Raises: JobError when a network is missing.
     """
     everyone = contenders(run_dir, recipe)
     digits, settings = Digits.load(), recipe.evaluation
-    classifier = classifier_of(run_dir, digits)
-    with torch.inference_mode():
-        real, _ = classifier(digits.images)
-    judge = Judge(run_dir / "evaluation", recipe, classifier, real, reference=everyone[0])
+    classifier = classifier_of(run_dir, digits, lenders)
+    space = feature_space(settings, classifier)
+    judge = Judge(
+        folder=run_dir / CELLS,
+        recipe=recipe,
+        classifier=classifier,
+        space=space,
+        real=space.of(digits.images),
+        reference=everyone[0],
+        lenders=tuple(lender / CELLS for lender in lenders),
+    )
     started = time.monotonic()
     results = _measure_all(judge, everyone, progress or Progress(disable=True), compiled)
-    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in settings.guidance_scales)
+    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
     report = Report(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256(),
@@ -50,7 +65,7 @@ def evaluate_run(
         seconds=time.monotonic() - started,
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
         training_seconds=training_seconds(RunFolder(run_dir)),
-        evaluation=Evaluation(metric=FRECHET_NAME, samples=settings.samples, seeds=settings.seeds, rows=rows),
+        evaluation=Evaluation(metric=space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
         gates=gates(rows, settings.teacher_steps),
     )
     write_sheets(run_dir / "sheets", recipe, everyone)
@@ -66,7 +81,7 @@ def _measure_all(
     results: dict[Cell, CellResult] = {}
     waiting: list[Cell] = []
     for contender in everyone:
-        for cell in (Cell(contender, g, seed) for g in settings.guidance_scales for seed in settings.seeds):
+        for cell in (Cell(contender, g, seed) for g in contender.scales_of(settings) for seed in settings.seeds):
             if (result := judge.known(cell)) is None:
                 waiting.append(cell)
             else:
@@ -89,7 +104,7 @@ def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell,
     per_seed = [results[Cell(contender, scale, seed)].metrics for seed in recipe.evaluation.seeds]
     values = {name: [metrics[name] for metrics in per_seed] for name in METRICS}
     return EvaluationRow(
-        model=contender.role,
+        model=contender.title,
         steps=contender.steps,
         evaluations=contender.evaluations,
         sampler=contender.sampler,

@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from distill_jobs.contenders import STUDENT, Contender, contenders, latent_shape
+from distill_jobs.contenders import Contender, contenders, latent_shape
 from distill_jobs.data.digits import CLASSES, LICENCE, NAMES, WIDTH, class_condition
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
@@ -75,7 +75,7 @@ def export_run(
             f"the report of {run_dir} misses {len(missed)} of its gates, first: {missed[0]}; "
             "train longer, or export all the same with --despite-gates"
         )
-    students = [c for c in everyone if c.role == STUDENT]
+    students = [c for c in everyone if c.exported]
     display = progress or Progress(disable=True)
     task = display.add_task(
         "export", total=(1 if recipe.stage_two.weights == "shared" else len(students)) + 3, loss=""

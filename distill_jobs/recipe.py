@@ -154,14 +154,31 @@ class ComputeSection(Section):
     gradient_checkpointing: bool = False
 
 
+Solver = Literal["ddim", "dpm-solver++"]
+
+
 class EvaluationSection(Section):
-    """samples per (model, guidance, seed); teacher_steps: the reference teacher's step count."""
+    """samples per (model, guidance, seed); teacher_steps: the reference teacher's step count.
+
+    solvers: samplers of diffusers to run the teacher with, at each of solver_steps. features: the space in which
+    distributions are compared; features_path: where inception (a TorchScript or ONNX file) or clip (a folder) is.
+    """
 
     samples: int = Field(2000, ge=20)
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**20)], ...] = Field((1, 2, 3), min_length=1)
     guidance_scales: tuple[float, ...] = Field((1.0, 2.0, 3.0, 4.0, 5.0), min_length=1)
     teacher_steps: int = Field(64, ge=1)
     batch_size: int = Field(250, ge=1)
+    solvers: tuple[Solver, ...] = ()
+    solver_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 8, 16), min_length=1)
+    features: Literal["classifier", "inception", "clip"] = "classifier"
+    features_path: str | None = None
+
+    @model_validator(mode="after")
+    def _features_are_somewhere(self) -> EvaluationSection:
+        if (self.features == "classifier") != (self.features_path is None):
+            raise ValueError("features_path goes with features: inception or clip, and they need it")
+        return self
 
 
 class ExportSection(Section):

@@ -10,12 +10,15 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from engines.manifest import Evaluation, EvaluationRow
+from engines.manifest import Evaluation, EvaluationRow, Measured
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 COLUMNS = {
     "frechet_distance": "Fréchet distance",
     "class_agreement": "class agreement",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
     "paired_distance": "distance to the teacher",
 }
 _Rows = dict[tuple[str, int, float], EvaluationRow]
@@ -122,6 +125,9 @@ def markdown(report: Report) -> str:
         f"- Fréchet distance: {evaluation.metric}, to all real digits; lower is better. Not FID.",
         f"- Class agreement: share of images that the classifier (held-out accuracy "
         f"{report.classifier_accuracy:.4f}) takes for the prompted class.",
+        "- Precision: share of samples inside the real images' manifold; recall: share of real images inside the "
+        "samples' (3 nearest neighbours); coverage: share of real images with a sample nearer than their 5th "
+        "neighbour. Higher is better; recall and coverage fall when variety is lost.",
         "- Distance to the teacher: RMS pixel difference, in the range -1 … 1, from the teacher's finest images at "
         "equal noise.",
         "- Evaluations: network evaluations an image; a guided teacher step counts two.",
@@ -197,11 +203,15 @@ def _quality_table(rows: Sequence[EvaluationRow]) -> list[str]:
         f"|---:|---|---:|---:|{'---:|' * len(COLUMNS)}",
     ]
     for row in sorted(rows, key=lambda row: row.guidance_scale):
-        cells = (f"{row.metrics[name].mean:.3f} ± {row.metrics[name].spread:.3f}" for name in COLUMNS)
+        cells = (_figure(row.metrics.get(name)) for name in COLUMNS)
         model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
         head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return lines
+
+
+def _figure(measured: Measured | None) -> str:
+    return f"{measured.mean:.3f} ± {measured.spread:.3f}" if measured else "–"
 
 
 def _processor() -> str:

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from distill_jobs.contenders import STUDENT, TEACHER, Contender
+from distill_jobs.contenders import TEACHER, Contender
 from distill_jobs.data.digits import CLASSES, class_condition
 from distill_jobs.recipe import Recipe
-from distill_jobs.sampling import sample
 
 CELL_COLUMNS = 5
 ENLARGE = 6
@@ -32,8 +31,8 @@ def write_sheets(folder: Path, recipe: Recipe, everyone: Sequence[Contender]) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[Contender, list[Tensor]] = {}
-    for student in (c for c in everyone if c.role == STUDENT):
-        twins = [c for c in everyone if c.role == TEACHER and c.steps == student.steps]
+    for student in (c for c in everyone if c.exported):
+        twins = [c for c in everyone if c.title == TEACHER and c.steps == student.steps]
         shown = list(dict.fromkeys([everyone[0], *twins, student]))
         for contender in shown:
             if contender not in drawn:
@@ -63,9 +62,8 @@ def compose_sheet(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], scale
 def _images(contender: Contender, recipe: Recipe) -> list[Tensor]:
     """One image of every class, (10, C, h, w), for each guidance of the recipe; seeds 0 … 9."""
     unet, condition = contender.load(), class_condition(torch.arange(CLASSES))
-    plan = contender.plan(recipe)
     return [
-        sample(contender.network(unet, scale), plan, condition, range(CLASSES), contender.shape)
+        contender.draw(contender.network(unet, scale), recipe, condition, range(CLASSES))
         for scale in recipe.evaluation.guidance_scales
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jobs.metrics import class_agreement, frechet_distance, paired_distance
+from distill_jobs.metrics import class_agreement, coverage, frechet_distance, paired_distance, precision_recall
 
 
 def exact_set(mean: np.ndarray, covariance: np.ndarray, n: int = 400, seed: int = 0) -> np.ndarray:
@@ -72,3 +72,81 @@ def test_agreement_and_paired_distance() -> None:
     images = np.zeros((3, 1, 8, 8), np.float32)
     assert paired_distance(images, images) == 0
     np.testing.assert_allclose(paired_distance(images, images + 0.25), 0.25)
+
+
+def clusters(centres: list[float], per_cluster: int, seed: int) -> np.ndarray:
+    """(n, 4) points in tight clusters far apart along the first axis."""
+    rng = np.random.default_rng(seed)
+    points = [rng.uniform(-1, 1, (per_cluster, 4)) + centre * np.eye(4)[0] for centre in centres]
+    return np.concatenate(points)
+
+
+def test_a_set_that_equals_the_real_one_is_wholly_precise_and_diverse() -> None:
+    points = np.random.default_rng(0).standard_normal((1200, 8)).astype(np.float32)
+    assert precision_recall(points, points[::-1]) == (1.0, 1.0)
+    assert coverage(points, points[::-1]) == 1.0
+
+
+def test_a_set_far_from_the_real_one_has_neither() -> None:
+    real = clusters([0], 100, 0)
+    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+    assert coverage(real, real + 1000) == 0.0
+
+
+def test_dropped_modes_cost_recall_and_coverage_but_no_precision() -> None:
+    real = clusters([0, 100, 200, 300], 100, 0)
+    generated = real[:100]
+    precision, recall = precision_recall(real, generated)
+    assert precision == 1.0
+    assert recall == 0.25
+    assert coverage(real, generated) == 0.25
+
+
+def test_modes_that_are_not_real_cost_precision_alone() -> None:
+    real = clusters([0, 100], 100, 0)
+    generated = np.concatenate([real, clusters([500, 600], 100, 1)])
+    precision, recall = precision_recall(real, generated)
+    assert precision == 0.5
+    assert recall == 1.0
+    assert coverage(real, generated) == 1.0
+
+
+def test_one_image_repeated_covers_little() -> None:
+    real = clusters([0, 100], 100, 0)
+    generated = np.repeat(real[:1], 50, axis=0)
+    precision, recall = precision_recall(real, generated)
+    assert precision == 1.0
+    assert recall == 1 / 200  # the image itself
+    assert coverage(real, generated) < 0.2
+
+
+def test_far_outliers_raise_recall_and_leave_coverage() -> None:
+    """The case that coverage was made for: an outlier's ball reaches over all of the data."""
+    real = clusters([0], 200, 0)
+    outliers = 1000 * np.concatenate([np.eye(4), -np.eye(4)])
+    _, recall = precision_recall(real, outliers)
+    assert recall == 1.0
+    assert coverage(real, outliers) == 0.0
+
+
+@given(st.integers(0, 1000), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_manifold_measures_follow_their_definitions(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    real, generated = rng.standard_normal((12, 3)), rng.standard_normal((9, 3)) + 0.5
+
+    def radius(points: np.ndarray, i: int) -> float:
+        return float(sorted(np.linalg.norm(points[i] - p) for j, p in enumerate(points) if j != i)[k - 1])
+
+    def inside(point: np.ndarray, points: np.ndarray) -> bool:
+        return any(np.linalg.norm(point - p) <= radius(points, i) for i, p in enumerate(points))
+
+    covered = [min(np.linalg.norm(r - g) for g in generated) <= radius(real, i) for i, r in enumerate(real)]
+    expected = np.mean([inside(g, real) for g in generated]), np.mean([inside(r, generated) for r in real])
+    np.testing.assert_allclose(precision_recall(real, generated, k), expected)
+    np.testing.assert_allclose(coverage(real, generated, k), np.mean(covered))
+
+
+def test_too_few_features_for_their_neighbours_are_refused() -> None:
+    with pytest.raises(ValueError, match="n above 3"):
+        precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))

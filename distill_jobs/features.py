@@ -1,0 +1,134 @@
+"""The space in which distributions of images are compared: the digit classifier, or a local Inception or CLIP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from distill_jobs.classifier import DigitClassifier
+from distill_jobs.errors import JobError
+from distill_jobs.recipe import EvaluationSection
+
+IMAGES_AT_ONCE = 250
+ONNX_SIDE_PX = 299
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """name: in reports. identity: hash of the weights. extract: (B, C, H, W) images in -1 … 1 to (B, D) float32."""
+
+    name: str
+    identity: str
+    extract: Callable[[Tensor], Tensor]
+
+    @property
+    def metric(self) -> str:
+        """What a Fréchet distance in it is, spelled out."""
+        return f"Fréchet distance in {self.name} features"
+
+    def of(self, images: Tensor) -> Tensor:
+        """(n, D) features of (n, C, H, W) images, some at a time."""
+        with torch.inference_mode():
+            return torch.cat([self.extract(batch) for batch in torch.split(images, IMAGES_AT_ONCE)])
+
+
+def feature_space(settings: EvaluationSection, classifier: DigitClassifier) -> FeatureSpace:
+    """The recipe's choice. Raises: JobError saying what is missing or not usable."""
+    if settings.features_path is None:
+        parts = (tensor.numpy().tobytes() for tensor in classifier.state_dict().values())
+        return FeatureSpace("digit-classifier", _digest(parts), lambda images: classifier(images)[0])
+    path = Path(settings.features_path)
+    return _clip(path) if settings.features == "clip" else _inception(path)
+
+
+def _inception(path: Path) -> FeatureSpace:
+    if not path.is_file():
+        raise JobError(f"evaluation.features_path {path} is no file; inception needs a TorchScript or an ONNX file")
+    identity = _digest([path.read_bytes()])
+    extract = _onnx(path) if path.suffix == ".onnx" else _torchscript(path)
+    return FeatureSpace("Inception", identity, extract)
+
+
+def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+    """A file called as the one of the FID references is: grey levels in, ``return_features``; it resizes itself."""
+    try:
+        module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        module.train(False)
+    except RuntimeError as error:
+        raise JobError(f"evaluation.features_path {path} is no TorchScript file: {_first_line(error)}") from None
+
+    def extract(images: Tensor) -> Tensor:
+        levels = ((_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        try:
+            return torch.as_tensor(module(levels, return_features=True)).float()
+        except RuntimeError as error:
+            raise JobError(
+                f"evaluation.features_path {path} cannot be called on uint8 images with return_features: "
+                f"{_first_line(error)}"
+            ) from None
+
+    return extract
+
+
+def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """A graph of one input, (B, 3, 299, 299) float32 in -1 … 1, whose first output is (B, D)."""
+    import onnxruntime  # noqa: PLC0415 - heavy, and needed for such a file alone
+
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common base
+        raise JobError(f"evaluation.features_path {path} cannot be read as ONNX: {_first_line(error)}") from None
+    (name, *others) = [tensor.name for tensor in session.get_inputs()]
+    if others:
+        raise JobError(f"evaluation.features_path {path} has more than one input: {', '.join([name, *others])}")
+
+    def extract(images: Tensor) -> Tensor:
+        size = (ONNX_SIDE_PX, ONNX_SIDE_PX)
+        resized = torch.nn.functional.interpolate(_three_channels(images), size, mode="bilinear", antialias=True)
+        return torch.from_numpy(session.run(None, {name: resized.numpy()})[0]).float()
+
+    return extract
+
+
+def _clip(folder: Path) -> FeatureSpace:
+    """Projected image embeddings of a CLIP saved by transformers, seen through its own image processor."""
+    weights = folder / "model.safetensors"
+    for file in (folder / "config.json", folder / "preprocessor_config.json", weights):
+        if not file.is_file():
+            raise JobError(f"evaluation.features_path {folder} is no CLIP folder: it has no {file.name}")
+    try:
+        model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise JobError(f"evaluation.features_path {folder} is no CLIP folder: {_first_line(error)}") from None
+
+    model.train(False)
+
+    def extract(images: Tensor) -> Tensor:
+        unit = (_three_channels(images).clamp(-1, 1) + 1) / 2
+        pixels = processor(images=list(unit), return_tensors="pt", do_rescale=False)["pixel_values"]
+        return torch.as_tensor(model(pixel_values=pixels).image_embeds)
+
+    return FeatureSpace("CLIP", _digest([weights.read_bytes()]), extract)
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
