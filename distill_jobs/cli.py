@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,9 @@ from distill_jobs.job import run_job
 from distill_jobs.plan import measure, plan_of
 from distill_jobs.plan_page import print_plan
 from distill_jobs.progress import job_progress
-from distill_jobs.recipe import read_recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.taken import takeable
 from engines.errors import HalfstepError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -43,6 +45,10 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. teacher.updates=100."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    taken_from: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Copy the finished phases that this run has in common."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its cost (memory, disk, hours); train nothing.")
     ] = False,
@@ -57,11 +63,13 @@ def run(
         chosen = out or Path("runs") / read.name
         if dry_run:
             plan = plan_of(read)
+            if taken_from is not None:
+                plan = replace(plan, taken=takeable(read, RunFolder(taken_from)).names)
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
             measured = measure(read) if plan.measurable(device) else None
             print_plan(plan, measured, chosen, Console())
             return
-        folder = run_job(read, chosen, resume=resume, progress=progress)
+        folder = run_job(read, chosen, resume=resume, progress=progress, taken_from=taken_from)
         progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from distill_jobs.data.digits import NULL_CLASS, class_condition
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError
-from distill_jobs.recipe import EvaluationSection, Recipe, Solver
+from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_teacher, sample, student_network
+from distill_jobs.sections import EvaluationSection, Solver
 from distill_jobs.solvers import TITLES, solve, stock_scheduler
 from distill_jobs.student import load_stock
 from engines.guidance import weight_from_scale

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.errors import JobError
-from distill_jobs.recipe import EvaluationSection
+from distill_jobs.sections import EvaluationSection
 
 IMAGES_AT_ONCE = 250
 ONNX_SIDE_PX = 299

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
-from distill_jobs.recipe import Recipe, Training
+from distill_jobs.recipe import Recipe
+from distill_jobs.sections import Training
 from distill_jobs.student import GUIDANCE_WIDTH
 
 FLOAT = 4
@@ -70,21 +71,32 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's phases in their order."""
+    """A recipe's phases in their order. taken: names of those that are copied from another run."""
 
     recipe: Recipe
     phases: tuple[PhasePlan, ...]
+    taken: frozenset[str] = frozenset()
+
+    @property
+    def ahead(self) -> tuple[PhasePlan, ...]:
+        """The phases to train."""
+        return tuple(phase for phase in self.phases if phase.name not in self.taken)
 
     @property
     def flops(self) -> float:
         recomputed = self.recipe.compute.gradient_checkpointing
-        return sum(phase.training.updates * phase.flops(recomputed) for phase in self.phases)
+        return sum(phase.training.updates * phase.flops(recomputed) for phase in self.ahead)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the largest phase, without activations."""
+        return max((phase.memory_bytes for phase in self.ahead), default=0)
 
     @property
     def disk_bytes(self) -> int:
         """The finished networks, and the checkpoints of the largest phase."""
         finished = sum(phase.trained.parameters * FLOAT for phase in self.phases)
-        return finished + KEPT_CHECKPOINTS * max(phase.checkpoint_bytes for phase in self.phases)
+        return finished + KEPT_CHECKPOINTS * max((phase.checkpoint_bytes for phase in self.ahead), default=0)
 
     def measurable(self, device: torch.device) -> bool:
         """Whether a few real updates take seconds on this device."""
@@ -154,8 +166,8 @@ class Measured:
     def total(self, plan: Plan) -> float:
         """Seconds of training; a halving that was not measured costs what the measured one does."""
         halving = next(iter(name for name in self.seconds if name not in {"teacher", "stage_one"}))
-        per_update = [self.seconds.get(phase.name, self.seconds[halving]) for phase in plan.phases]
-        return sum(phase.training.updates * s for phase, s in zip(plan.phases, per_update, strict=True))
+        per_update = [self.seconds.get(phase.name, self.seconds[halving]) for phase in plan.ahead]
+        return sum(phase.training.updates * s for phase, s in zip(plan.ahead, per_update, strict=True))
 
 
 def measure(recipe: Recipe) -> Measured:

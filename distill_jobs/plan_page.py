@@ -21,16 +21,16 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
         seconds = measured.seconds.get(phase.name) if measured else None
         phases.add_row(
             phase.name,
-            f"{phase.training.updates:,}",
+            "taken" if phase.name in plan.taken else f"{phase.training.updates:,}",
             f"{phase.training.batch_size}",
             f"{phase.trained.parameters / 1e6:,.2f} M",
             f"{phase.flops(compute.gradient_checkpointing) / TERA:.3g}",
             "" if seconds is None else f"{seconds:.3g}",
         )
     console.print(phases)
-    memory = max(phase.memory_bytes for phase in plan.phases)
     shared = "shared over the processes" if compute.shard else "in each process"
-    console.print(f"memory: {memory / GIB:.2f} GiB {shared}, and the activations of its rows", highlight=False)
+    memory = f"{plan.memory_bytes / GIB:.2f} GiB"
+    console.print(f"memory: {memory} {shared}, and the activations of its rows", highlight=False)
     free = shutil.disk_usage(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())).free
     console.print(f"disk: {plan.disk_bytes / GIB:.2f} GiB, free {free / GIB:.1f} GiB", highlight=False)
     if plan.disk_bytes > free:

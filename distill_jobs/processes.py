@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.errors import JobError, RecipeError
-from distill_jobs.recipe import ComputeSection
+from distill_jobs.sections import ComputeSection
 from distill_jobs.sharding import shard
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ import torch
 
 from distill_jobs.checkpoint import write_text
 from distill_jobs.errors import LockedError, RecipeError
-from distill_jobs.recipe import Recipe, changed_fields, read_recipe
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import changed_fields, read_recipe
 
 
 @dataclass(frozen=True)

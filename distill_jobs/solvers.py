@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
 from distill_jobs.data.source import Condition
-from distill_jobs.recipe import Solver
 from distill_jobs.sampling import Network, request_noise
+from distill_jobs.sections import Solver
 
 TITLES: dict[Solver, str] = {"ddim": "DDIM of diffusers", "dpm-solver++": "DPM-Solver++"}
 

@@ -14,7 +14,7 @@ from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.errors import RecipeError
 from distill_jobs.processes import Processes
-from distill_jobs.recipe import Training
+from distill_jobs.sections import Training
 from distill_jobs.sharding import local, part, synchronise, whole, whole_of_local
 
 REWIND_LR = 0.5

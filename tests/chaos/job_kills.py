@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
-from distill_jobs.recipe import read_recipe
+from distill_jobs.recipe_file import read_recipe
 from tests.support.job_process import JobRun, ended
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 import distill_jobs.cli
 import engines.cli
 import server.cli
-from distill_jobs.recipe import shipped_recipes
+from distill_jobs.recipe_file import shipped_recipes
 from server.api.operations import operations_routes
 from server.errors import StartError
 from server.process import check_exposure

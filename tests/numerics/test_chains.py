@@ -15,7 +15,8 @@ from distill_jobs.data.digits import Digits, class_condition
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
-from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.sampling import sample
 from engines.manifest import GRID
 from engines.open import open_pipeline

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distill_jobs.data.digits import class_condition
-from distill_jobs.recipe import Solver
 from distill_jobs.sampling import request_noise
+from distill_jobs.sections import Solver
 from distill_jobs.solvers import solve, stock_scheduler
 from distill_jobs.student import new_teacher, save_stock
 from engines.schedule import NoiseSchedule, ScheduleSpec

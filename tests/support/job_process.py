@@ -117,7 +117,7 @@ class _Reports(Progress):
 def _run(run: JobRun, rank: int, world: int, port: int) -> None:
     from distill_jobs.errors import JobError
     from distill_jobs.job import run_job
-    from distill_jobs.recipe import read_recipe
+    from distill_jobs.recipe_file import read_recipe
 
     if world > 1:
         os.environ |= {

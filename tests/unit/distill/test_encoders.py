@@ -15,7 +15,8 @@ from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.job import run_job
 from distill_jobs.objectives import Noisy
 from distill_jobs.plan import plan_of
-from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.student import predict
 from engines.sampler import encoder_plan

@@ -15,7 +15,8 @@ from distill_jobs.cli import app
 from distill_jobs.errors import DivergedError, LockedError, RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer, loss_by_w
-from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.state import RowLoss
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of

@@ -9,7 +9,8 @@ from rich.progress import Progress
 
 from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
 from distill_jobs.job import run_job
-from distill_jobs.recipe import Recipe, read_recipe
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
 from tests.support.job_process import JobRun
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of

@@ -15,7 +15,7 @@ from distill_jobs.draws import Draws
 from distill_jobs.errors import DivergedError, Interrupted, RecipeError
 from distill_jobs.loop import Trainer
 from distill_jobs.processes import Processes
-from distill_jobs.recipe import ComputeSection, Training
+from distill_jobs.sections import ComputeSection, Training
 from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase, RowLoss
 

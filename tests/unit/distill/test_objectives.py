@@ -8,7 +8,7 @@ from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
 from distill_jobs.errors import JobError
 from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.objectives import Noisy, Tables, guided_v, stage_one_loss, teacher_loss
-from distill_jobs.recipe import read_recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
 from engines.sampler import deterministic_step
 from engines.schedule import NoiseSchedule, ScheduleSpec

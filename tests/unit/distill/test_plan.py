@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
 from distill_jobs.plan import Measured, network_cost, plan_of
-from distill_jobs.recipe import read_recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import new_teacher, student_of
 from tests.support.tiny_recipe import OVERRIDES
 

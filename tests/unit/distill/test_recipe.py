@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from distill_jobs.errors import RecipeError
-from distill_jobs.recipe import Recipe, changed_fields, read_recipe, shipped_recipes
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import changed_fields, read_recipe, shipped_recipes
 from distill_jobs.student import new_teacher
 
 

@@ -14,7 +14,7 @@ from distill_jobs.draws import Draws
 from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.job import run_job
 from distill_jobs.objectives import Noisy
-from distill_jobs.recipe import read_recipe
+from distill_jobs.recipe_file import read_recipe
 from distill_jobs.shared_weights import GridRows, Grids
 from distill_jobs.student import COND_PROJ, fold_grid, load_stock, predict, takes_grid, told_its_grid
 from engines.schedule import NoiseSchedule, ScheduleSpec

@@ -22,8 +22,10 @@ from pydantic_core import PydanticUndefined
 from distill_jobs.cli import app as distill_app
 from distill_jobs.data.digits import class_condition
 from distill_jobs.errors import JobError
-from distill_jobs.recipe import Halving, Recipe, shipped_recipes
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import shipped_recipes
 from distill_jobs.sampling import student_network
+from distill_jobs.sections import Halving
 from distill_jobs.student import load_stock
 from engines.bundle import verify_bundle
 from engines.cli import app as engines_app

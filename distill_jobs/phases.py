@@ -1,0 +1,97 @@
+"""What the phases of a job share: rows, guidance weights, and that a finished phase is a finished folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from distill_jobs.checkpoint import write_folder
+from distill_jobs.data.source import Source
+from distill_jobs.draws import Draw, Draws
+from distill_jobs.loop import Trainer
+from distill_jobs.objectives import Noisy, Tables
+from distill_jobs.recipe import Recipe
+from distill_jobs.run_folder import RunFolder
+from distill_jobs.sections import Training
+from distill_jobs.state import Loss, Phase
+from distill_jobs.student import load_stock, save_stock, with_weights
+from engines.guidance import weight_from_scale
+from engines.schedule import NoiseSchedule
+
+
+class Phases:
+    """One recipe on one source of data, in one run folder."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, source: Source) -> None:
+        self.recipe, self.folder, self.trainer = recipe, folder, trainer
+        self.schedule = NoiseSchedule(recipe.schedule)
+        self.processes = trainer.processes
+        self.device = trainer.processes.device
+        self.tables = Tables.of(self.schedule, self.device)
+        self._source = source
+
+    def train(
+        self,
+        name: str,
+        training: Training,
+        start: Callable[[], UNet2DConditionModel],
+        loss: Loss,
+        folder: Path,
+    ) -> None:
+        """Train the network that ``start`` makes into ``folder``, unless that stands already."""
+        if self.stands(folder):
+            return
+        network = start()
+        weights, seconds = self.trainer.train(Phase(name, training, network, Draws(self.recipe.seed, name), loss))
+
+        def fill(staging: Path) -> None:
+            save_stock(staging, with_weights(network, weights), self.schedule, self.recipe.clip)
+            record = {"name": name, "updates": training.updates, "seconds": round(seconds, 1)}
+            (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
+
+        def keep() -> None:
+            write_folder(folder, fill)
+            shutil.rmtree(self.trainer.checkpoints / name)
+
+        self.processes.first(keep)
+        self.say(f"{name}: {training.updates} updates in {seconds:.0f} s")
+
+    def stands(self, folder: Path) -> bool:
+        """Whether a phase is finished."""
+        return self.processes.first((folder / "phase.json").is_file)
+
+    def frozen(self, folder: Path) -> nn.Module:
+        """The finished network in ``folder``, to be learned from."""
+        return self.processes.frozen(load_stock(folder))
+
+    def write(self, folder: Path, network: UNet2DConditionModel) -> None:
+        """Keep a network that no training made, as a stock folder."""
+
+        def fill(staging: Path) -> None:
+            save_stock(staging, network, self.schedule, self.recipe.clip)
+
+        self.processes.first(lambda: write_folder(folder, fill))
+
+    def say(self, text: str) -> None:
+        self.trainer.progress.console.log(text)
+
+    def noisy(self, draws: Draws, update: int, batch: int, t: Tensor | None = None) -> Noisy:
+        """The rows of an update; t: (B,) table indices, or uniform ones."""
+        data = self._source.batch(draws, update, batch)
+        if t is None:
+            t = (draws.stratified(update, batch, Draw.TIME) * self.schedule.timesteps).long()
+        noise = draws.normal(update, tuple(data.x.shape))
+        return Noisy(data.x, data.condition, self._source.null(batch), noise, t, data.extra).to(self.device)
+
+    def weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
+        """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""
+        low, high = (weight_from_scale(s) for s in (self.recipe.guidance.min, self.recipe.guidance.max))
+        u = draws.stratified(update, batch, Draw.GUIDANCE)
+        spread = low + (high - low) * (u - unguided_share).clamp(min=0) / (1 - unguided_share)
+        return spread.to(self.device, torch.float32)

@@ -1,0 +1,90 @@
+"""Recipes as files: YAML, changed with ``--set key=value``; and what differs between two of them."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distill_jobs.errors import RecipeError
+from distill_jobs.recipe import Recipe
+
+
+def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe by file path, or by the name of one shipped with halfstep, with ``key.sub=value`` overrides.
+
+    Values are YAML. Raises: RecipeError naming the field.
+    """
+    data = _load(source)
+    for override in overrides or []:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise RecipeError(f"recipe {source}: {where}: {first['msg']}") from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with halfstep."""
+    folder = resources.files("distill_jobs.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def changed_fields(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted names of the fields in which two recipes differ."""
+    return differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(k for k in new if k not in old)]
+        return [d for k in names for d in differences(old.get(k), new.get(k), f"{prefix}{k}.")]
+    return [] if old == new else [prefix.rstrip(".")]
+
+
+def _load(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        shipped = resources.files("distill_jobs.recipes") / f"{source}.yaml"
+        if not shipped.is_file():
+            known = ", ".join(shipped_recipes())
+            raise RecipeError(f"no recipe {str(source)!r}: give a YAML file or one of: {known}")
+        text = shipped.read_text(encoding="utf-8")
+    else:
+        text = _read(path)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {source} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {source} must be a YAML mapping")
+    return data
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set takes key=value, not {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {key}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {key}: {parent} is a value, not a section")
+    data[last] = parsed

@@ -1,0 +1,115 @@
+"""Finished phases of another run, copied where both recipes say that they would come out the same.
+
+So that runs which differ in a later phase are compared on the very same teacher, without training it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_jobs.checkpoint import write_folder, write_text
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import differences
+from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.sections import ChainSection
+
+WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every"}
+"""Fields on which no phase's result depends."""
+
+LATER = {"guidance", "stage_one", "stage_two", "encoder"}
+"""Fields that the teacher does not see."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """A phase and all that its result depends on: recipe fields of its own and of the phases before it.
+
+    results: files and folders that it leaves in the run folder; mark: the file there that says it is done.
+    """
+
+    name: str
+    results: tuple[str, ...]
+    mark: str
+    fields: dict[str, Any]
+
+    def stands(self, folder: RunFolder) -> bool:
+        return (folder.path / self.mark).is_file()
+
+
+@dataclass(frozen=True)
+class Takeable:
+    """What one run can take from another. refused: the phases that it cannot, each with the reason."""
+
+    phases: tuple[Past, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(past.name for past in self.phases)
+
+
+def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
+    """The phases of ``recipe`` that stand in ``source`` with an equal past. Raises: RecipeError, no run there."""
+    theirs = {past.name: past for past in pasts(stored_recipe(source))}
+    taken, refused = [], []
+    for mine in pasts(recipe):
+        past = theirs.get(mine.name)
+        if past is None:
+            refused.append((mine.name, "it has none"))
+        elif changed := differences(past.fields, mine.fields):
+            refused.append((mine.name, f"{', '.join(changed)} differs"))
+        elif not mine.stands(source):
+            refused.append((mine.name, "not finished there"))
+        else:
+            taken.append(mine)
+    return Takeable(tuple(taken), tuple(refused))
+
+
+def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> Iterator[str]:
+    """Copy what can be taken and does not stand yet, a line said of each. Raises: RecipeError; StorageError."""
+    found = takeable(recipe, source)
+    for past in found.phases:
+        if not past.stands(destination):
+            for name in past.results:
+                _copy(source.path / name, destination.path / name)
+            yield f"{past.name}: taken from {source.path}"
+    for name, reason in found.refused:
+        yield f"{name}: not taken from {source.path}: {reason}"
+
+
+def pasts(recipe: Recipe) -> tuple[Past, ...]:
+    """The phases of a recipe in their order, each with its past."""
+    fields = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    fields["guidance"].pop("default")
+    own = {name: fields.pop(name) for name in LATER}
+    found = [Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))]
+    fields |= {name: own[name] for name in ("guidance", "stage_one")}
+    found.append(Past("stage_one", ("stage_one", "gate.json"), "gate.json", dict(fields)))
+    kept = "shared" if recipe.stage_two.weights == "shared" else "students"
+    found += _chain("d", recipe.stage_two, f"{kept}/d", {**fields, "stage_two": own["stage_two"]}, "stage_two")
+    if recipe.encoder is not None:
+        own["encoder"].pop("students")
+        found += _chain("e", recipe.encoder, "encoders/e", {**fields, "encoder": own["encoder"]}, "encoder")
+    return tuple(found)
+
+
+def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], key: str) -> Iterator[Past]:
+    """The halvings of a chain; the past of each holds those before it."""
+    for position, steps in enumerate(section.steps):
+        own = {**fields[key], "halvings": fields[key]["halvings"][: position + 1]}
+        yield Past(f"{prefix}{steps}", (f"{at}{steps}",), f"{at}{steps}/phase.json", {**fields, key: own})
+
+
+def _copy(source: Path, destination: Path) -> None:
+    if source.is_dir():
+
+        def fill(staging: Path) -> None:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+
+        write_folder(destination, fill)
+    elif source.is_file():
+        write_text(destination, source.read_text(encoding="utf-8"))

@@ -1,0 +1,103 @@
+"""Phases taken from another run: those with an equal past, to the same bytes, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from distill_jobs.cli import app
+from distill_jobs.errors import RecipeError
+from distill_jobs.job import run_job
+from distill_jobs.loop import Trainer
+from distill_jobs.recipe_file import read_recipe
+from distill_jobs.run_folder import RunFolder
+from distill_jobs.state import Phase
+from distill_jobs.taken import take_phases, takeable
+from tests.support.tiny_recipe import OVERRIDES, weights_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    out = tmp_path_factory.mktemp("run") / "whole"
+    return run_job(read_recipe("digits", OVERRIDES), out, resume=False, progress=Progress(disable=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "taken"),
+    [
+        ("export.name=other", {"teacher", "stage_one", "d4", "d2", "d1"}),
+        ("stage_two.halvings=[{steps: 4, updates: 6}, {steps: 2, updates: 5}]", {"teacher", "stage_one", "d4"}),
+        ("stage_two.lr=0.1", {"teacher", "stage_one"}),
+        ("stage_two.weights=shared", {"teacher", "stage_one"}),
+        ("guidance.default=3", {"teacher", "stage_one", "d4", "d2", "d1"}),
+        ("guidance.max=4", {"teacher"}),
+        ("stage_one.lr=0.1", {"teacher"}),
+        ("teacher.lr=0.1", set()),
+        ("compute.precision=bf16", set()),
+        ("seed=1", set()),
+    ],
+)
+def test_a_phase_is_taken_while_all_that_came_before_it_is_equal(
+    override: str, taken: set[str], finished: RunFolder
+) -> None:
+    sets = [override, "export.students=[4]", "export.default_steps=4"]
+    assert takeable(read_recipe("digits", [*OVERRIDES, *sets]), finished).names == taken
+
+
+def test_taken_phases_are_not_trained_and_the_others_come_out_as_in_a_run_of_their_own(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    train = Trainer.train
+
+    def watched(self: Trainer, phase: Phase) -> object:
+        trained.append(phase.name)
+        return train(self, phase)
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    recipe = read_recipe("digits", [*OVERRIDES, "stage_two.lr=1.0e-3"])
+    quiet = Progress(disable=True)
+    folder = run_job(recipe, tmp_path / "run", resume=False, progress=quiet, taken_from=finished.path)
+    assert trained == ["d4", "d2", "d1"]
+    assert folder.gate.read_bytes() == finished.gate.read_bytes()
+    mine, theirs = weights_of(folder.path), weights_of(finished.path)
+    assert [name for name in mine if mine[name] == theirs[name]] == ["teacher", "stage_one"]
+    alone = run_job(recipe, tmp_path / "alone", resume=False, progress=quiet)
+    assert weights_of(alone.path) == mine
+
+
+def test_what_is_not_taken_is_said_with_its_reason(finished: RunFolder, tmp_path: Path) -> None:
+    recipe = read_recipe("digits", [*OVERRIDES, "stage_two.lr=0.1"])
+    said = list(take_phases(recipe, finished, RunFolder(tmp_path / "run")))
+    assert said[0] == f"teacher: taken from {finished.path}"
+    assert said[2] == f"d4: not taken from {finished.path}: stage_two.lr differs"
+    again = list(take_phases(recipe, finished, RunFolder(tmp_path / "run")))
+    assert again == said[2:]  # what stands is not copied again
+
+
+def test_an_unfinished_phase_is_not_taken(finished: RunFolder, tmp_path: Path) -> None:
+    recipe = read_recipe("digits", OVERRIDES)
+    half = RunFolder(tmp_path / "half")
+    half.path.mkdir()
+    half.recipe.write_bytes(finished.recipe.read_bytes())
+    assert takeable(recipe, half).refused[0] == ("teacher", "not finished there")
+
+
+def test_a_wrong_source_is_refused_before_anything_is_written(finished: RunFolder, tmp_path: Path) -> None:
+    recipe, out = read_recipe("digits", OVERRIDES), tmp_path / "run"
+    with pytest.raises(RecipeError, match="not a run folder"):
+        run_job(recipe, out, resume=False, progress=Progress(disable=True), taken_from=tmp_path)
+    assert not out.exists()
+    with pytest.raises(RecipeError, match="itself"):
+        run_job(recipe, finished.path, resume=True, progress=Progress(disable=True), taken_from=finished.path)
+
+
+def test_a_dry_run_says_what_is_taken(finished: RunFolder, tmp_path: Path) -> None:
+    sets = [part for override in (*OVERRIDES, "stage_two.lr=0.1") for part in ("--set", override)]
+    command = ["run", "digits", "--dry-run", "--from", str(finished.path), "--out", str(tmp_path / "run"), *sets]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("taken") == 2
