@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from server.api.a1111 import a1111_routes
 from server.api.a1111_settings import a1111_settings_routes
 from server.api.access import AccessLog
+from server.api.files import file_routes
 from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
 from server.api.job_submission import job_submission_routes
@@ -23,8 +24,9 @@ from server.api.jobs import job_routes
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
 from server.api.pages import page_routes
-from server.errors import ApiError, store_away
+from server.errors import ApiError, result_store_away, store_away
 from server.service import Service
+from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError
 
 _STATUS_ERRORS = {
@@ -48,6 +50,7 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
         job_routes(service),
         a1111_routes(service),
         a1111_settings_routes(service),
+        file_routes(service),
         operations_routes(service.metrics, service.store, service.readiness),
         page_routes(),
     )
@@ -77,6 +80,10 @@ def create_api(service: Service) -> FastAPI:
     async def store_unavailable(_: Request, __: StoreUnavailableError) -> Response:
         service.metrics.rejected.labels("store_unavailable").inc()
         return _response(store_away())
+
+    @app.exception_handler(ResultStoreError)
+    async def result_store_unavailable(_: Request, __: ResultStoreError) -> Response:
+        return _response(result_store_away())
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

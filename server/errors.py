@@ -92,6 +92,12 @@ def store_away() -> OverloadedError:
     return OverloadedError("store_unavailable", message, retry_after_s=1.0)
 
 
+def result_store_away() -> OverloadedError:
+    """What a request gets while the result store does not answer."""
+    message = "The result store does not answer; send the request again."
+    return OverloadedError("result_store_unavailable", message, retry_after_s=1.0)
+
+
 def _retry_headers(retry_after_s: float) -> dict[str, str]:
     return {
         "retry-after": str(max(1, math.ceil(retry_after_s))),

@@ -10,7 +10,7 @@ from engines.manifest import Task
 from engines.noise import MAX_SEED
 from server.jobs import MAX_PRIORITY, EventType
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
-from server.schemas import ErrorDetail, TimingBody
+from server.schemas import ErrorDetail, TimingBody, is_none
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
@@ -68,6 +68,9 @@ class JobBody(BaseModel):
         None, description="The student's own if left out."
     )
     negative_prompt: str | None = Field(None, description="Not supported: only the empty text.")
+    response_format: Literal["url"] | None = Field(
+        None, description='"url" for addresses that need no API key, where the server has a result store.'
+    )
     priority: int | None = Field(
         None, ge=0, le=MAX_PRIORITY, description="Higher goes first among the jobs of one tenant; 0 when left out."
     )
@@ -91,12 +94,15 @@ class JobLinks(BaseModel):
 
 
 class JobImageBody(BaseModel):
-    """An image of a job that succeeded. url: needs the API key."""
+    """An image of a job that succeeded. url: needs the API key, but not with response_format url."""
 
     index: int
     seed: int
     output_format: OutputFormat
     url: str
+    expires_at: int | None = Field(
+        None, exclude_if=is_none, description="Of a url without API key: its end, in seconds since 1970."
+    )
 
 
 class JobStateBody(JobLinks):

@@ -59,7 +59,7 @@ class Timing(Frozen):
 
 
 class EncodedImage(Frozen):
-    """A finished file. data: its bytes; key: where it lies in the object store instead."""
+    """A finished file. data: its bytes; key: where it lies in the result store instead."""
 
     seed: int
     data: bytes | None = None
@@ -67,10 +67,16 @@ class EncodedImage(Frozen):
     format: OutputFormat
 
     def inline(self) -> bytes:
-        """Raises: ValueError when the file lies in the object store."""
+        """Raises: ValueError when the file lies in the result store."""
         if self.data is None:
-            raise ValueError("this file lies in the object store")
+            raise ValueError("this file lies in the result store")
         return self.data
+
+    def stored_key(self) -> str:
+        """Raises: ValueError when the file came inside the result."""
+        if self.key is None:
+            raise ValueError("this file does not lie in the result store")
+        return self.key
 
 
 class Preview(Frozen):
@@ -100,6 +106,14 @@ class JobFailure(Frozen):
     retry_after_s: float | None = None
 
 
+class JobFailedError(Exception):
+    """A job that cannot be finished, and what its client is told."""
+
+    def __init__(self, failure: JobFailure) -> None:
+        super().__init__(failure.code)
+        self.failure = failure
+
+
 POISON = JobFailure(code="poison", message="Every attempt at this request ended with its worker; it was given up.")
 
 
@@ -107,6 +121,7 @@ class Job(Frozen):
     """A request as the store keeps it. cost_s: predicted engine seconds.
 
     priority: 0 … 9, higher first within a tenant; deadline_ms: from acceptance, after which no step is run;
+    base_url: of the API as its client reached it, without a slash at the end;
     trace: the W3C trace context of the request; created_s: seconds since 1970, set by the store that accepts it.
     """
 
@@ -117,6 +132,7 @@ class Job(Frozen):
     priority: int = Field(0, ge=0, le=MAX_PRIORITY)
     deadline_ms: int | None = Field(None, ge=1)
     webhook_url: str | None = None
+    base_url: str = ""
     trace: dict[str, str] = Field(default_factory=dict)
     created_s: float = 0.0
 

@@ -23,6 +23,7 @@ from server.metrics import Metrics
 from server.rates import Rates
 from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
+from server.storage import ResultStore
 from server.stores.base import JobStore
 from server.stores.memory import MemoryStore
 
@@ -83,7 +84,14 @@ def build_store(settings: Settings, *, patient: bool = False) -> JobStore:
         raise StartError(f"The setting redis (HALFSTEP_REDIS) is no URL of a Redis: {error}") from None
 
 
-def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Service:
+def open_files(settings: Settings, metrics: Metrics) -> ResultStore | None:
+    """Where results go whose addresses are asked for, if anywhere. Raises: StartError."""
+    if not settings.result_store:
+        return None
+    return ResultStore.open(settings.result_store, settings.result_ttl_s, metrics)
+
+
+def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: ResultStore | None) -> Service:
     """The API's side: it knows the bundles, and from the workers what their work costs.
 
     Raises: BundleError.
@@ -102,6 +110,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics) -> Serv
         costs=costs,
         keyring=None if settings.api_keys is None else Keyring(settings.api_keys),
         rates=Rates(settings.redis if store.outlives_process else None),
+        files=files,
     )
 
 

@@ -171,7 +171,9 @@ class Process(DrainingServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._tasks = [asyncio.create_task(self._hear_offers(), name="offers")]
-        self._webhooks = asyncio.create_task(self._service.webhooks.run(), name="webhooks")
+        self._asides = [asyncio.create_task(self._service.webhooks.run(), name="webhooks")]
+        if self._service.files is not None:
+            self._asides.append(asyncio.create_task(self._service.files.keep_swept(), name="sweep"))
         if self._worker is not None:
             self._tasks.append(asyncio.create_task(self._worker.run(), name="worker"))
         if self._metrics_port is not None:
@@ -196,7 +198,7 @@ class Process(DrainingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining.set()
         await super().shutdown(sockets)
-        for task in (*self._tasks, self._webhooks):
+        for task in (*self._tasks, *self._asides):
             task.cancel()
             with suppress(asyncio.CancelledError, ExceptionGroup):  # the latter was logged when it happened
                 await task

@@ -25,6 +25,10 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB = 0, 2
 
 
+def media_type(kind: OutputFormat) -> str:
+    return f"image/{kind}"
+
+
 class Frozen(BaseModel):
     """Base of the types that cross a border: immutable, no unknown fields; bytes are base64 in JSON."""
 
@@ -40,6 +44,7 @@ class DenoiseRequest(Frozen):
     mode, source_prompt: invert encodes the image with source_prompt in encoder_steps steps, then draws the prompt.
     output_compression: 0 … 100 as OpenAI counts it, None for the format's default;
     partial_images: previews of the clean estimate wanted on the way, per image.
+    stored: the files go to the result store, and the result has their keys.
     """
 
     model: str
@@ -55,6 +60,7 @@ class DenoiseRequest(Frozen):
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(None, ge=0, le=100)
     partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES)
+    stored: bool = False
     image: bytes | None = None
     mask: bytes | None = None
     strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)

@@ -92,6 +92,7 @@ def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
         "output_format": body.output_format or "png",
         "output_compression": body.output_compression,
         "partial_images": body.partial_images or 0,
+        "stored": body.response_format == "url",
     }
 
 

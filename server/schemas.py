@@ -13,6 +13,11 @@ from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputForma
 MAX_PROMPT_CHARS = 4000
 
 
+def is_none(value: object) -> bool:
+    """For fields that are left out of an answer rather than null."""
+    return value is None
+
+
 class GenerationBody(BaseModel):
     """Body of ``POST /v1/images/generations``. null means left out."""
 
@@ -45,7 +50,9 @@ class GenerationBody(BaseModel):
     output_compression: int | None = Field(
         None, ge=0, le=100, description="Quality of jpeg (default 95) and webp (default 90), 100 the best."
     )
-    response_format: Literal["b64_json"] | None = Field(None, description="Images come inside the response.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description='"b64_json" when left out; "url" where the server has a result store.'
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
         None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image on the way; needs stream."
@@ -94,8 +101,19 @@ class TimingBody(BaseModel):
     encode: float
 
 
-class ImageBody(BaseModel):
-    b64_json: str = Field(description="The file, base64-encoded.")
+class Delivered(BaseModel):
+    """How a finished file comes: inside the answer, or as an address that needs no API key."""
+
+    b64_json: str | None = Field(None, exclude_if=is_none, description="The file, base64-encoded.")
+    url: str | None = Field(None, exclude_if=is_none, description="Where the file is, with response_format url.")
+    expires_at: int | None = Field(
+        None,
+        exclude_if=is_none,
+        description="Of the url: the end of the file and its address, in seconds since 1970.",
+    )
+
+
+class ImageBody(Delivered):
     seed: int = Field(description="Makes this image again, alone.")
 
 
@@ -150,11 +168,10 @@ class PartialImageEvent(BaseModel):
     image_index: int
 
 
-class CompletedEvent(BaseModel):
+class CompletedEvent(Delivered):
     """The finished image, one event each. image_index: k of n (ours)."""
 
     type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
-    b64_json: str
     background: Literal["opaque"] = "opaque"
     created_at: int
     output_format: OutputFormat

@@ -12,14 +12,25 @@ from server.admission import Admission
 from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
-from server.errors import ApiError, OverloadedError, RateError
-from server.jobs import IdempotencyConflictError, IdempotencyKey, Job, JobFailure, JobState, JobStatus, Submission
+from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError
+from server.jobs import (
+    EncodedImage,
+    IdempotencyConflictError,
+    IdempotencyKey,
+    Job,
+    JobFailure,
+    JobState,
+    JobStatus,
+    Submission,
+)
+from server.links import FileLinks, Link
 from server.metrics import Metrics
 from server.rates import Rates
 from server.request import DenoiseRequest
 from server.schemas import Readiness
 from server.settings import Settings
 from server.signing import Signer
+from server.storage import FileGoneError, ResultStore, ResultStoreError
 from server.stores.base import JobStore, StoreUnavailableError
 from server.tracing import carrier
 from server.webhooks import Webhooks
@@ -37,7 +48,7 @@ class Service:
     """draining: set once the process was told to end; it then finishes what it accepted.
 
     engine_down: set once no worker is left to make anything; keyring: None where everyone is let in.
-    costs: what the workers have told of themselves.
+    costs: what the workers have told of themselves; files: where results go whose addresses are asked for.
     """
 
     settings: Settings
@@ -48,7 +59,9 @@ class Service:
     costs: CostBook = field(default_factory=CostBook)
     keyring: Keyring | None = None
     rates: Rates = field(default_factory=Rates)
+    files: ResultStore | None = None
     signer: Signer = field(init=False)
+    links: FileLinks | None = field(init=False)
     webhooks: Webhooks = field(init=False)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
@@ -58,7 +71,8 @@ class Service:
     def __post_init__(self) -> None:
         secret = self.settings.secret.get_secret_value()
         self.signer = Signer(secret or None)
-        self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store)
+        self.links = None if self.files is None else FileLinks(self.files, self.signer)
+        self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store, self.links)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -90,17 +104,42 @@ class Service:
         priority: int = 0,
         deadline_ms: int | None = None,
         webhook_url: str | None = None,
+        base_url: str = "",
     ) -> str:
         """The id of a job that lives on its own; an earlier one where the key was used for the same body before.
 
-        Raises: OverloadedError, RateError; ApiError 422 when the key was used for another body.
+        Raises: OverloadedError, RateError; ApiError 422 when the key was used for another body; InvalidRequestError
+        when files are to be stored and there is nowhere to.
         """
-        job, submission = await self._submit(request, key, priority, deadline_ms, webhook_url)
+        job, submission = await self._submit(request, key, priority, deadline_ms, webhook_url, base_url)
         if not submission.replayed and not self.store.outlives_process:
             task = asyncio.create_task(self._follow(job.id))
             self._following.add(task)
             task.add_done_callback(self._following.discard)
         return submission.job_id
+
+    async def links_of(self, state: JobState, base_url: str) -> list[Link | None]:
+        """The addresses of a job's stored files; None for what came inside its result. Raises: ResultStoreError."""
+        images = () if state.result is None else state.result.images
+        return [await self._link(image, base_url) for image in images]
+
+    async def file_of(self, image: EncodedImage) -> bytes:
+        """Raises: ApiError 410 where the file is gone; ResultStoreError."""
+        if image.key is None:
+            return image.inline()
+        if self.files is None:
+            raise ResultStoreError("this process knows no result store, but its workers do")
+        try:
+            return await self.files.read(image.key)
+        except FileGoneError:
+            raise ApiError(410, "gone", "This file is gone: its time is over.") from None
+
+    async def _link(self, image: EncodedImage, base_url: str) -> Link | None:
+        if image.key is None:
+            return None
+        if self.links is None:
+            raise ResultStoreError("this process knows no result store, but its workers do")
+        return await self.links.link(image.key, base_url)
 
     async def _follow(self, job_id: str) -> None:
         """A job that ends with this process is open until it has ended."""
@@ -137,8 +176,15 @@ class Service:
         priority: int = 0,
         deadline_ms: int | None = None,
         webhook_url: str | None = None,
+        base_url: str = "",
     ) -> tuple[Job, Submission]:
         caller = current_caller.get()
+        if request.stored and self.files is None:
+            message = (
+                "response_format url needs a result store, which this server has not (HALFSTEP_RESULT_STORE); "
+                "leave the field out."
+            )
+            raise InvalidRequestError("unsupported_value", message, param="response_format")
         if self.engine_down:
             raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
@@ -153,6 +199,7 @@ class Service:
             priority=priority,
             deadline_ms=deadline_ms,
             webhook_url=webhook_url,
+            base_url=base_url,
             trace=carrier(),
         )
         try:

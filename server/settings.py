@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from engines.cache import DEFAULT_CACHE
 from server.auth import check_rate
 from server.jobs import HEARTBEAT_S
+from server.storage import is_folder
 from server.webhooks import check_allowed
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
@@ -53,7 +54,7 @@ class Settings(BaseSettings):
     quota: str | None = Field(None, description="images of a tenant, such as 1000/day")
     secret: SecretStr = Field(
         SecretStr(""),
-        description="shared by all processes: signs job ids and webhooks; empty draws one at the start",
+        description="shared by all processes: signs job ids, files and webhooks; empty draws one at the start",
     )
     webhook_allow: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="origins webhooks may go to, and networks they may have private addresses in"
@@ -63,6 +64,9 @@ class Settings(BaseSettings):
     )
     drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
+    result_store: str = Field(
+        "", description="where files go whose addresses are asked for: a folder, or s3://bucket/prefix"
+    )
     redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
     isolate_engine: bool = Field(False, description="run the engine in a process of its own; a worker always does")
     hang_s: float = Field(30.0, gt=0, description="least time an engine call is given before its process is ended")
@@ -87,6 +91,22 @@ class Settings(BaseSettings):
         if self.webhook_allow and len(self.secret.get_secret_value()) < MIN_SECRET_CHARS:
             raise ValueError(f"webhooks are signed: set HALFSTEP_SECRET to at least {MIN_SECRET_CHARS} characters")
         return self
+
+    @field_validator("secret")
+    @classmethod
+    def _is_no_short_secret(cls, value: SecretStr) -> SecretStr:
+        if 0 < len(value.get_secret_value()) < MIN_SECRET_CHARS:
+            raise ValueError(
+                f"a secret has at least {MIN_SECRET_CHARS} characters, such as `openssl rand -hex 32` gives"
+            )
+        return value
+
+    @field_validator("result_store")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        if value:
+            is_folder(value)
+        return value
 
     @field_validator("webhook_allow")
     @classmethod

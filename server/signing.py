@@ -1,4 +1,4 @@
-"""What this deployment can recognise later as its own: the ids of its jobs."""
+"""What this deployment can recognise later as its own: the ids of its jobs, and the addresses of its files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ class Signer:
         random, mac = job_id[:16], job_id[16:]
         return hmac.compare_digest(self._mac("job", tenant, random).encode(), mac.encode())
 
+    def sign_file(self, key: str, expires: int) -> str:
+        """What opens the file of this key until ``expires``, in seconds since 1970."""
+        return self._digest("file", key, str(expires))
+
+    def signed_file(self, key: str, expires: int, signature: str) -> bool:
+        return hmac.compare_digest(self.sign_file(key, expires).encode(), signature.encode("utf-8", "replace"))
+
     def _mac(self, *parts: str) -> str:
+        return self._digest(*parts)[:_MAC_CHARS]
+
+    def _digest(self, *parts: str) -> str:
         text = "\n".join(parts).encode("utf-8", "backslashreplace")
-        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[:_MAC_CHARS]
+        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()

@@ -8,10 +8,11 @@ from server.engine import Engine
 from server.engine_process import EngineProcess
 from server.engine_thread import EngineThread
 from server.errors import StartError
-from server.loading import build_service, build_store, load_pipelines
+from server.loading import build_service, build_store, load_pipelines, open_files
 from server.metrics import Metrics
 from server.process import Process, bind, check_exposure, own_name, url_of
 from server.settings import Settings
+from server.storage import ResultStore, is_folder
 from server.stores.base import JobStore
 from server.worker import Worker
 from server.worker_process import WorkerProcess
@@ -26,12 +27,13 @@ def serve(settings: Settings) -> str | None:
     sock = bind(settings.host, settings.port)
     store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
     engine = _open_engine(settings, isolated=settings.isolate_engine)
-    service = build_service(settings, store, metrics)
+    files = open_files(settings, metrics)
+    service = build_service(settings, store, metrics, files)
     service.costs.update({own_name(): engine.offers})
     metrics.watch_memory(lambda: engine.pid)
     for model in service.catalogue:
         metrics.serves(model.manifest, engine.offers[model.name].engine)
-    worker = _worker(settings, engine, store, metrics)
+    worker = _worker(settings, engine, store, metrics, files)
     prompt = service.catalogue.default.tokenizer.known()[0]
     return Process(service, worker, sock, lambda url: _announce(url, _names(engine), prompt)).run_until_told()
 
@@ -39,12 +41,14 @@ def serve(settings: Settings) -> str | None:
 def api(settings: Settings) -> str | None:
     """The API alone; what went wrong after the start, if anything did."""
     _need_redis(settings)
+    _need_secret(settings)
     check_exposure(settings)
     sock = bind(settings.host, settings.port)
     metrics_sock = None
     if settings.metrics_port is not None:
         metrics_sock = bind(settings.host, settings.metrics_port, "--metrics-port")
-    service = build_service(settings, build_store(settings), Metrics())
+    metrics = Metrics()
+    service = build_service(settings, build_store(settings), metrics, open_files(settings, metrics))
     names = ", ".join(model.name for model in service.catalogue)
     prompt = service.catalogue.default.tokenizer.known()[0]
 
@@ -67,7 +71,7 @@ def worker(settings: Settings) -> str | None:
         metrics.engine.labels(name, offer.engine).set(1)
     process = WorkerProcess(
         settings,
-        _worker(settings, engine, store, metrics),
+        _worker(settings, engine, store, metrics, open_files(settings, metrics)),
         store,
         metrics,
         sock,
@@ -85,7 +89,9 @@ def _open_engine(settings: Settings, *, isolated: bool) -> Engine:
         return engine
 
 
-def _worker(settings: Settings, engine: Engine, store: JobStore, metrics: Metrics) -> Worker:
+def _worker(
+    settings: Settings, engine: Engine, store: JobStore, metrics: Metrics, files: ResultStore | None
+) -> Worker:
     return Worker(
         own_name(),
         engine,
@@ -93,12 +99,22 @@ def _worker(settings: Settings, engine: Engine, store: JobStore, metrics: Metric
         metrics,
         max_rows=settings.max_rows,
         encode_threads=settings.encode_threads,
+        files=files,
     )
 
 
 def _need_redis(settings: Settings) -> None:
     if not settings.redis:
         raise StartError("Name the job store that API and workers share with --redis URL (HALFSTEP_REDIS).")
+
+
+def _need_secret(settings: Settings) -> None:
+    """Every API has to know the addresses that another one signed."""
+    if settings.result_store and is_folder(settings.result_store) and not settings.secret.get_secret_value():
+        raise StartError(
+            "Addresses of files are signed: set HALFSTEP_SECRET to the same value for every API process that shares"
+            " the folder of HALFSTEP_RESULT_STORE; `openssl rand -hex 32` gives one."
+        )
 
 
 def _names(engine: Engine) -> str:

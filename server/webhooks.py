@@ -16,12 +16,14 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import structlog
 
 from server.errors import InvalidRequestError
 from server.jobs import Delivery
+from server.links import FileLinks
 from server.stores.base import JobStore, StoreUnavailableError
 
 MAX_ATTEMPTS = 12
@@ -38,13 +40,17 @@ class RefusedAddressError(Exception):
 
 
 class Webhooks:
-    """allow: origins such as ``https://hooks.example.com``, and networks such as ``10.0.0.0/8``."""
+    """allow: origins such as ``https://hooks.example.com``, and networks such as ``10.0.0.0/8``.
 
-    def __init__(self, allow: Sequence[str], secret: str, store: JobStore) -> None:
+    links: to stored files, for messages to name them.
+    """
+
+    def __init__(self, allow: Sequence[str], secret: str, store: JobStore, links: FileLinks | None = None) -> None:
         self._origins = {_origin(httpx.URL(entry)) for entry in allow if "://" in entry}
         self._networks = [ipaddress.ip_network(entry) for entry in allow if "://" not in entry]
         self._secret = secret.encode()
         self._store = store
+        self._links = links
 
     def check(self, url: str) -> None:
         """Raises: InvalidRequestError when the server may not send there."""
@@ -84,11 +90,9 @@ class Webhooks:
 
     async def _send(self, client: httpx.AsyncClient, delivery: Delivery) -> str | None:
         """None when a 2xx came back, else why not."""
-        content = json.dumps(
-            {"type": "job.ended", "id": delivery.job_id, "status": delivery.status, "ended": int(delivery.ended_s)}
-        ).encode()
         try:
             self.check(delivery.url)  # the setting may have changed since
+            content = json.dumps(await self._message(delivery)).encode()
             url = httpx.URL(delivery.url)
             address = await self._address(url)
             headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
@@ -103,6 +107,23 @@ class Webhooks:
         except (httpx.HTTPError, OSError, RefusedAddressError) as error:
             return type(error).__name__
         return None if response.is_success else f"status_{response.status_code}"
+
+    async def _message(self, delivery: Delivery) -> dict[str, Any]:
+        """Of stored files, while there are any, it says where. Raises: OSError when one of the stores is away."""
+        told = {
+            "type": "job.ended",
+            "id": delivery.job_id,
+            "status": delivery.status,
+            "ended": int(delivery.ended_s),
+        }
+        state = None if self._links is None else await self._store.get(delivery.job_id)
+        if self._links is None or state is None or state.result is None or not state.job.request.stored:
+            return told
+        images = []
+        for index, image in enumerate(state.result.images):
+            link = await self._links.link(image.stored_key(), state.job.base_url)
+            images.append({"index": index, "seed": image.seed, "url": link.url, "expires_at": link.expires_at})
+        return {**told, "images": images}
 
     async def _address(self, url: httpx.URL) -> str:
         """Raises: RefusedAddressError; OSError when the name has no address."""

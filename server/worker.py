@@ -16,10 +16,11 @@ import structlog
 
 from server.engine import Engine
 from server.finishing import Finisher
-from server.jobs import HEARTBEAT_S, Lease, Report
+from server.jobs import HEARTBEAT_S, JobFailedError, Lease, Report
 from server.metrics import Metrics
 from server.request import MAX_IMAGES
 from server.stages import failure_of
+from server.storage import ResultStore
 from server.stores.base import JobStore
 from server.tracing import record_job
 from server.work import Crashed, Died, Dropped, Event, Failed, Late, Made, Progress, Started, Stepped
@@ -41,6 +42,7 @@ class _Held:
 class Worker:
     """max_rows: images in the making at once, encoding included.
 
+    files: where results go whose addresses are asked for.
     stuck: True once it ended while an engine call did not return.
 
     Claims only while a request of any size would fit, so a large one at the head is never overtaken.
@@ -55,6 +57,7 @@ class Worker:
         *,
         max_rows: int = 64,
         encode_threads: int = 2,
+        files: ResultStore | None = None,
     ) -> None:
         self.stuck = False
         self._name = name
@@ -68,7 +71,7 @@ class Worker:
         self._draining = False
         self._claiming = False
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._finisher = Finisher(engine.offers, encode_threads)
+        self._finisher = Finisher(engine.offers, encode_threads, files)
         self._models = frozenset(engine.offers)
 
     @property
@@ -252,9 +255,9 @@ class Worker:
     async def _finish(self, held: _Held, made: Made) -> None:
         lease, begun = held.lease, time.perf_counter()
         try:
-            result = await self._finisher.result(lease.job.request, made)
-        except (OSError, ValueError) as error:  # what Pillow raises
-            failure = failure_of(error)
+            result = await self._finisher.result(lease, made)
+        except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
+            failure = error.failure if isinstance(error, JobFailedError) else failure_of(error)
             record_job(lease, "failed", made.spans)
             await self._end(held, lambda: self._store.fail(lease, failure))
             return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from server.catalogue import Catalogue
 from server.errors import ApiError, OverloadedError
-from server.jobs import JobFailure, JobResult, JobState, Preview, Timing
+from server.jobs import EncodedImage, JobFailure, JobResult, JobState, Preview, Timing
+from server.links import Link
 from server.request import DenoiseRequest
 from server.schemas import (
     CompletedEvent,
@@ -35,12 +37,15 @@ def failure_error(failure: JobFailure) -> ApiError:
     return ApiError(500, failure.code, failure.message)
 
 
-def images_response(state: JobState, catalogue: Catalogue) -> ImagesResponse:
-    """Raises: ApiError when the job did not succeed."""
+def images_response(state: JobState, catalogue: Catalogue, links: Sequence[Link | None]) -> ImagesResponse:
+    """links: of its images, where they are stored. Raises: ApiError when the job did not succeed."""
     result, request = result_of(state), state.job.request
     return ImagesResponse(
         created=int(time.time()),
-        data=[ImageBody(b64_json=_base64(image.inline()), seed=image.seed) for image in result.images],
+        data=[
+            ImageBody(seed=image.seed, **_delivered(image, link))
+            for image, link in zip(result.images, links, strict=True)
+        ],
         output_format=request.output_format,
         size=_size(request),
         usage=_usage(request, catalogue, request.n),
@@ -69,13 +74,15 @@ def partial_event(preview: Preview, request: DenoiseRequest) -> PartialImageEven
     )
 
 
-def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[CompletedEvent]:
-    """One an image. Raises: ApiError when the job did not succeed."""
+def completed_events(
+    state: JobState, catalogue: Catalogue, links: Sequence[Link | None]
+) -> Iterator[CompletedEvent]:
+    """One an image. links: as above. Raises: ApiError when the job did not succeed."""
     result, request = result_of(state), state.job.request
-    for index, image in enumerate(result.images):
+    for index, (image, link) in enumerate(zip(result.images, links, strict=True)):
         yield CompletedEvent(
             type="image_generation.completed" if request.task == "text_to_image" else "image_edit.completed",
-            b64_json=_base64(image.inline()),
+            **_delivered(image, link),
             created_at=int(time.time()),
             output_format=request.output_format,
             size=_size(request),
@@ -91,6 +98,13 @@ def completed_events(state: JobState, catalogue: Catalogue) -> Iterator[Complete
             engine=result.engine,
             timing=_timing(result.timing),
         )
+
+
+def _delivered(image: EncodedImage, link: Link | None) -> dict[str, Any]:
+    """Its fields of ``Delivered``."""
+    if link is None:
+        return {"b64_json": _base64(image.inline())}
+    return {"url": link.url, "expires_at": link.expires_at}
 
 
 def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:

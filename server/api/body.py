@@ -1,4 +1,4 @@
-"""Reading a JSON body: the right type, and not too large."""
+"""Reading a request: a JSON body of the right type and not too large, and the address it was sent to."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ async def read_object(request: Request, settings: Settings, *, limit_bytes: int 
         return parse_object(await _read(request, limit_bytes or settings.max_body_bytes))
     except ClientDisconnect:
         raise client_gone() from None
+
+
+def base_url(request: Request) -> str:
+    """Of this API as its client reached it, without a slash at the end."""
+    return str(request.base_url).rstrip("/")
 
 
 def client_gone() -> ApiError:

@@ -17,8 +17,8 @@ from server.metrics import Metrics
 from server.rates import Rates
 from server.stores.base import StoreUnavailableError
 
-_OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*")
-"""Probes and static pages."""
+_OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*|/files/.*")
+"""Probes, static pages, and files at addresses that are signed."""
 
 
 class Gate:

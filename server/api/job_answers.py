@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 
 from server.api.answers import failure_error
+from server.api.body import base_url
 from server.job_schemas import JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
 from server.jobs import JobEvent, JobState, JobStatus
 from server.schemas import ErrorDetail, TimingBody
@@ -20,10 +21,17 @@ KEEP_ALIVE_S = 15.0
 async def job_body(service: Service, request: Request, state: JobState) -> JobStateBody:
     """request: names the host, as the client knows it, that the addresses start with."""
     job, wanted, result = state.job, state.job.request, state.result
-    base = f"{str(request.base_url).rstrip('/')}/v1/jobs/{job.id}"
+    base = f"{base_url(request)}/v1/jobs/{job.id}"
+    links = await service.links_of(state, base_url(request))
     images = [
-        JobImageBody(index=k, seed=image.seed, output_format=image.format, url=f"{base}/images/{k}")
-        for k, image in enumerate(result.images if result else ())
+        JobImageBody(
+            index=k,
+            seed=image.seed,
+            output_format=image.format,
+            url=f"{base}/images/{k}" if link is None else link.url,
+            expires_at=None if link is None else link.expires_at,
+        )
+        for k, (image, link) in enumerate(zip(result.images if result else (), links, strict=True))
     ]
     return JobStateBody(
         id=job.id,

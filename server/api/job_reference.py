@@ -59,6 +59,15 @@ IMAGE: dict[int | str, dict[str, Any]] = {
     409: error_response("There is no image yet, or never", "not_ready", "This job has not ended yet."),
 }
 
+FILE: dict[int | str, dict[str, Any]] = {
+    200: IMAGE[200],
+    403: error_response(
+        "Not an address of ours, or its time is over", "url_expired", "The time of this address is over."
+    ),
+    404: error_response("The file is gone", "file_not_found", "This file is gone."),
+    503: GENERATION_RESPONSES[503],
+}
+
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.body import IMAGES_BODY_BYTES, read_object
+from server.api.body import IMAGES_BODY_BYTES, base_url, read_object
 from server.api.job_answers import job_body
 from server.api.job_reference import JOB_BODY, REFUSED_SUBMISSION, SUBMITTED
 from server.api.jobs import find_job
@@ -55,7 +55,7 @@ def job_submission_routes(service: Service) -> APIRouter:
             fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
             key = None if idempotency_key is None else await asyncio.to_thread(_key, idempotency_key, fields)
             body = validate(JobBody, fields)
-            job_id = await _submit(service, body, key)
+            job_id = await _submit(service, body, key, base_url(request))
         wait_s = _wait_s(prefer)
         state = await _ended_or_now(service, job_id, wait_s)
         status = 200 if state.status.terminal and wait_s else 202
@@ -68,7 +68,7 @@ def job_submission_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None) -> str:
+async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, base: str) -> str:
     if body.image is None:
         wanted = resolve_job(body, service.catalogue)
     else:
@@ -76,7 +76,12 @@ async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None) -
     if body.webhook_url is not None:
         service.webhooks.check(body.webhook_url)
     return await service.submit(
-        wanted, key=key, priority=body.priority or 0, deadline_ms=body.deadline_ms, webhook_url=body.webhook_url
+        wanted,
+        key=key,
+        priority=body.priority or 0,
+        deadline_ms=body.deadline_ms,
+        webhook_url=body.webhook_url,
+        base_url=base,
     )
 
 

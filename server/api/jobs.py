@@ -14,11 +14,11 @@ from server.auth import current_caller
 from server.errors import ApiError, InvalidRequestError, NotFoundError
 from server.job_schemas import JobStateBody
 from server.jobs import EncodedImage, JobState, JobStatus
+from server.request import media_type
 from server.service import Service
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
 _EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
-_MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 def job_routes(service: Service) -> APIRouter:
@@ -44,7 +44,8 @@ def job_routes(service: Service) -> APIRouter:
     async def read_image(job_id: str, index: str) -> Response:
         """The file of image ``index``, counted from 0."""
         image = _image(await find_job(service, job_id), index)
-        return Response(image.inline(), media_type=_MEDIA[image.format], headers={"cache-control": "private"})
+        data = await service.file_of(image)
+        return Response(data, media_type=media_type(image.format), headers={"cache-control": "private"})
 
     @router.get("/{job_id}/events", response_class=Response, responses=EVENTS | UNKNOWN)
     async def follow_job(

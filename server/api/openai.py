@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.api.answers import completed_events, images_response, partial_event
-from server.api.body import client_gone, read_object
+from server.api.body import base_url, client_gone, read_object
 from server.api.disconnection import cancelled_when_gone
 from server.api.multipart import read_form
 from server.api.reference import (
@@ -25,7 +25,7 @@ from server.api.reference import (
 )
 from server.api.validation import form_values, validate
 from server.catalogue import Model
-from server.errors import ApiError, InvalidRequestError
+from server.errors import ApiError, InvalidRequestError, result_store_away
 from server.fitting import alpha_is_edit
 from server.jobs import JobState, JobStatus
 from server.request import DenoiseRequest
@@ -39,6 +39,7 @@ from server.schemas import (
     StepsBody,
 )
 from server.service import Service
+from server.storage import ResultStoreError
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -85,7 +86,7 @@ async def _answer(service: Service, request: Request, wanted: DenoiseRequest, *,
         state = await service.store.wait(job_id)
         if state.status is JobStatus.CANCELLED:
             raise client_gone()
-        answer = images_response(state, service.catalogue)
+        answer = images_response(state, service.catalogue, await service.links_of(state, base_url(request)))
         return Response(answer.model_dump_json(), media_type="application/json")
 
 
@@ -110,13 +111,13 @@ async def _stream(service: Service, request: Request, wanted: DenoiseRequest) ->
 
     async def events() -> AsyncIterator[str]:
         async with cancelled_when_gone(service, request, job_id):
-            async for event in _events(service, job_id, wanted):
+            async for event in _events(service, job_id, wanted, base_url(request)):
                 yield event
 
     return _AcceptedStream(accepted, events())
 
 
-async def _events(service: Service, job_id: str, wanted: DenoiseRequest) -> AsyncIterator[str]:
+async def _events(service: Service, job_id: str, wanted: DenoiseRequest, base: str) -> AsyncIterator[str]:
     sent: set[tuple[int, int]] = set()
     async for told in service.store.events(job_id):
         preview = told.preview
@@ -124,13 +125,16 @@ async def _events(service: Service, job_id: str, wanted: DenoiseRequest) -> Asyn
             sent.add((preview.image, preview.index))
             event = partial_event(preview, wanted)
             yield _event(event.type, event)
-    for line in _last_events(service, await service.store.wait(job_id)):
+    for line in await _last_events(service, await service.store.wait(job_id), base):
         yield line
 
 
-def _last_events(service: Service, state: JobState) -> list[str]:
+async def _last_events(service: Service, state: JobState, base: str) -> list[str]:
     try:
-        return [_event(event.type, event) for event in completed_events(state, service.catalogue)]
+        links = await service.links_of(state, base)
+        return [_event(event.type, event) for event in completed_events(state, service.catalogue, links)]
+    except ResultStoreError:
+        return [f"data: {result_store_away().payload().decode()}\n\n"]
     except ApiError as error:
         return [f"data: {error.payload().decode()}\n\n"]
 

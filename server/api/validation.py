@@ -27,7 +27,6 @@ _TYPE_WORDS = {
 # Why a whole field is refused: better than "must be null".
 _UNSUPPORTED = {
     "style": "style is not supported: describe the style in the prompt, or leave the field out.",
-    "response_format": "response_format must be b64_json: images come inside the response.",
     "quality": "quality must be auto: a distilled model has one quality; more steps take longer and look better.",
     "background": "background must be auto or opaque: this model makes opaque images.",
     "moderation": "moderation must be auto: there is no other level here.",

@@ -52,7 +52,9 @@ def live(bundle: Path, **settings: Any) -> Iterator[Live]:
     keyring = None if chosen.api_keys is None else Keyring(chosen.api_keys)
     service = offline_service(bundle, chosen, keyring)
     engine = EngineThread({"toy-digits": bench.pipeline})
-    worker = Worker("w", engine, service.store, service.metrics, max_rows=service.settings.max_rows)
+    worker = Worker(
+        "w", engine, service.store, service.metrics, max_rows=service.settings.max_rows, files=service.files
+    )
     process = Process(service, worker, bind("127.0.0.1", 0), ready.put)
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(process.run_until_told)

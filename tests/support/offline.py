@@ -11,6 +11,7 @@ from server.admission import Admission
 from server.app import create_app
 from server.auth import Keyring
 from server.catalogue import Catalogue, Model
+from server.loading import open_files
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
@@ -24,8 +25,15 @@ def offline_service(bundle: Path, settings: Settings | None = None, keyring: Key
     chosen = settings or Settings()
     catalogue = Catalogue([Model.of(verify_bundle(bundle), lambda r: ROW_STEP_S * r.n * r.steps)])
     admission = Admission(catalogue, chosen.max_queue_s, chosen.max_queued_rows)
+    metrics = Metrics()
     return Service(
-        chosen, catalogue, MemoryStore(chosen.lease_s, chosen.result_ttl_s), admission, Metrics(), keyring=keyring
+        chosen,
+        catalogue,
+        MemoryStore(chosen.lease_s, chosen.result_ttl_s),
+        admission,
+        metrics,
+        keyring=keyring,
+        files=open_files(chosen, metrics),
     )
 
 
