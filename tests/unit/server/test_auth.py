@@ -38,7 +38,8 @@ def keys(path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def client(toy_bundle: Path, path: Path, keys: dict[str, str]) -> TestClient:
-    return offline_client(offline_service(toy_bundle, keyring=Keyring(path)))
+    settings = Settings(result_store=str(path.parent / "results"))
+    return offline_client(offline_service(toy_bundle, settings, Keyring(path)))
 
 
 def code(client: TestClient, method: str, url: str, **headers: str) -> tuple[int, str]:
