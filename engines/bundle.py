@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -21,10 +22,11 @@ ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md",
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder and what its manifest says."""
+    """A verified bundle: its folder and what its manifest says. data_files: the files of weights a graph file reads."""
 
     path: Path
     manifest: BundleManifest
+    data_files: Mapping[str, tuple[str, ...]]
 
     def file(self, name: str) -> Path:
         """Path of a listed file."""
@@ -35,8 +37,10 @@ class Bundle:
         return self.path / self.manifest.graphs[graph].file
 
     def graph_sha256(self, graph: str) -> str:
-        """Hash of a graph's ONNX file: part of every engine cache key."""
-        return self.manifest.files[self.manifest.graphs[graph].file].sha256
+        """Hash of a graph, weights beside its ONNX file included: part of every engine cache key."""
+        file = self.manifest.graphs[graph].file
+        first, *others = (self.manifest.files[name].sha256 for name in (file, *self.data_files[file]))
+        return hashlib.sha256("".join((first, *others)).encode()).hexdigest() if others else first
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:
@@ -61,7 +65,7 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
     (staging / SEAL_NAME).write_text(_sha256(target) + "\n", encoding="utf-8")
     for path in (*staging.rglob("*"), staging):
         _fsync(path)
-    verify_bundle(staging)
+    written = verify_bundle(staging)
     previous = destination.with_name(f".{destination.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
         destination.rename(previous)
     staging.rename(destination)
     shutil.rmtree(previous, ignore_errors=True)
-    return Bundle(destination, manifest)
+    return replace(written, path=destination)
 
 
 def check_replaceable(destination: Path) -> None:
@@ -88,9 +92,8 @@ def verify_bundle(path: Path) -> Bundle:
     """
     manifest = _read_manifest(path)
     _check_files(path, manifest)
-    for graph in manifest.graphs.values():
-        _check_graph(path, graph.file, manifest)
-    return Bundle(path, manifest)
+    data_files = {graph.file: _check_graph(path, graph.file, manifest) for graph in manifest.graphs.values()}
+    return Bundle(path, manifest, data_files)
 
 
 def _read_manifest(path: Path) -> BundleManifest:
@@ -154,11 +157,13 @@ def _check_files(path: Path, manifest: BundleManifest) -> None:
             raise BundleError(f"{path}: {name} was altered: its sha256 differs from the manifest's")
 
 
-def _check_graph(path: Path, name: str, manifest: BundleManifest) -> None:
+def _check_graph(path: Path, name: str, manifest: BundleManifest) -> tuple[str, ...]:
+    """Check a graph's interface, and return the data files it reads."""
     try:
         model = onnx.load(str(path / name), load_external_data=False)
     except Exception as error:  # protobuf raises its own, undocumented types
         raise BundleError(f"{path}: {name} is not an ONNX graph ({type(error).__name__})") from None
+    data_files = set()
     for tensor in onnx.external_data_helper._get_all_tensors(model):
         for entry in tensor.external_data:
             if entry.key != "location":
@@ -166,11 +171,13 @@ def _check_graph(path: Path, name: str, manifest: BundleManifest) -> None:
             location = (Path(name).parent / entry.value).as_posix()
             if location not in manifest.files:
                 raise BundleError(f"{path}: {name} reads external data from {entry.value!r}, outside the bundle")
+            data_files.add(location)
     inputs = {i.name for i in model.graph.input}
     outputs = {o.name for o in model.graph.output}
     spec = next(g for g in manifest.graphs.values() if g.file == name)
     if inputs != {t.name for t in spec.inputs} or outputs != {t.name for t in spec.outputs}:
         raise BundleError(f"{path}: the inputs or outputs of {name} are not those its manifest describes")
+    return tuple(sorted(data_files))
 
 
 def _sha256(path: Path) -> str:

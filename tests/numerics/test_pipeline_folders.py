@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from distill_jobs.errors import TeacherError
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.vae import Autoencoder
-from engines.bundle import Bundle
 from engines.condition import load_tokenizer
 from engines.errors import BundleError, RequestError
 from engines.manifest import ConditionSpec
@@ -88,7 +88,7 @@ def test_a_bundle_reads_the_tokenizer_back(folders: dict[str, Path], tmp_path: P
     ours = PromptEncoder.load(open_folder(folders["sd15"])).tokenizer
     toy = make_toy_bundle(tmp_path / "toy", ToyOptions())
     clip = ConditionSpec(kind="clip", tokenizer="tokenizer.json", tokens=tiny.TOKENS, width=32)
-    bundle = Bundle(toy.path, toy.manifest.model_copy(update={"condition": clip}))
+    bundle = replace(toy, manifest=toy.manifest.model_copy(update={"condition": clip}))
     with pytest.raises(BundleError, match="not a tokenizer of kind clip"):
         load_tokenizer(bundle)
     bundle.file("tokenizer.json").write_text(ours.dump(), encoding="utf-8")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from engines.backends import load
-from engines.backends.load import BACKENDS, choose_backend, choose_precision, load_backend
-from engines.bundle import Bundle
+from engines.backends.load import BACKENDS, choose_backend, choose_precision, engine_key, load_backend
+from engines.bundle import Bundle, file_records, verify_bundle, write_bundle
 from engines.errors import BackendError
+from engines.manifest import MANIFEST_NAME, SEAL_NAME
 
 
 def uninstall(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -94,3 +97,29 @@ def test_names_tell_backend_version_and_precision(toy: Bundle) -> None:
         backend, version, precision = load_backend(name, toy, "decode").name.split()
         assert (backend, precision) == (name, "float32")
         assert version[0].isdigit()
+
+
+def weights_beside(toy: Bundle, destination: Path, scale: float) -> Bundle:
+    """The toy bundle with a step graph whose weights, ``scale`` times as large, are in a file of their own."""
+    staging = Path(shutil.copytree(toy.path, destination.with_name(f"{destination.name}.staging")))
+    model = onnx.load(str(staging / "step_4.onnx"))
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        tensor.CopyFrom(onnx.numpy_helper.from_array((values * scale).astype(values.dtype), tensor.name))
+    file = str(staging / "step_4.onnx")
+    onnx.save_model(model, file, save_as_external_data=True, location="step_4.data", size_threshold=0)
+    for name in (MANIFEST_NAME, SEAL_NAME):
+        (staging / name).unlink()
+    return write_bundle(staging, destination, toy.manifest.model_copy(update={"files": file_records(staging)}))
+
+
+def test_an_engine_of_other_weights_has_another_key(toy: Bundle, tmp_path: Path) -> None:
+    one, two = (weights_beside(toy, tmp_path / f"times-{scale}", scale) for scale in (1, 2))
+    assert one.graph_file("step_4").read_bytes() == two.graph_file("step_4").read_bytes()
+    keys = [
+        engine_key(bundle, "step_4", "openvino", "auto", 0) for bundle in (toy, one, two, verify_bundle(two.path))
+    ]
+    assert len(set(keys)) == 3
+    assert keys[2] == keys[3]
+    same = [engine_key(bundle, "decode", "openvino", "auto", 0) for bundle in bundles]
+    assert len(set(same)) == 1
