@@ -22,7 +22,7 @@ ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md",
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder and what its manifest says. data_files: the files of weights a graph file reads."""
+    """A verified bundle: its folder and what its manifest says. data_files: the weights that a graph file reads."""
 
     path: Path
     manifest: BundleManifest

@@ -116,9 +116,8 @@ def weights_beside(toy: Bundle, destination: Path, scale: float) -> Bundle:
 def test_an_engine_of_other_weights_has_another_key(toy: Bundle, tmp_path: Path) -> None:
     one, two = (weights_beside(toy, tmp_path / f"times-{scale}", scale) for scale in (1, 2))
     assert one.graph_file("step_4").read_bytes() == two.graph_file("step_4").read_bytes()
-    keys = [
-        engine_key(bundle, "step_4", "openvino", "auto", 0) for bundle in (toy, one, two, verify_bundle(two.path))
-    ]
+    bundles = toy, one, two, verify_bundle(two.path)
+    keys = [engine_key(bundle, "step_4", "openvino", "auto", 0) for bundle in bundles]
     assert len(set(keys)) == 3
     assert keys[2] == keys[3]
     same = [engine_key(bundle, "decode", "openvino", "auto", 0) for bundle in bundles]
