@@ -1,67 +1,37 @@
-"""The documents say what the code says: settings, fields, errors, metrics, recipe, commands and links."""
+"""The documents say what the code says: settings, fields, errors, metrics, recipe, manifest and figures."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-import shlex
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-import typer
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from distill_jobs.cli import app as distill_app
 from distill_jobs.data.digits import class_condition
 from distill_jobs.errors import JobError
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import shipped_recipes
 from distill_jobs.sampling import student_network
 from distill_jobs.sections import Halving
 from distill_jobs.student import load_stock
 from engines.bundle import verify_bundle
-from engines.cli import app as engines_app
 from engines.manifest import MANIFEST_NAME, BundleManifest
 from engines.pipeline import RUNGS
 from engines.sampler import sampler_plan
 from engines.schedule import NoiseSchedule
-from server.cli import app as server_app
 from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
 from server.settings import Settings
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
-
-ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-APPS = {"server": server_app, "engines": engines_app, "distill_jobs": distill_app}
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
-
-
-def table_rows(text: str) -> list[list[str]]:
-    """Cells of every table line, backticks and blanks stripped."""
-    lines = (line for line in text.splitlines() if line.startswith("|"))
-    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
-
-
-def code_spans(text: str) -> Iterator[str]:
-    """Every line of fenced code, continuations joined, and every inline span."""
-    fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.S | re.M)
-    for block in fenced:
-        yield from block.replace("\\\n", " ").splitlines()
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
-
+from tests.unit.docs.pages import ROOT, click_commands, options, page, table_rows
 
 # ---- serving
 
@@ -187,73 +157,6 @@ def test_the_diffusers_snippet_draws_what_our_sampler_draws(tmp_path: Path) -> N
             x, _ = step.apply(x, network(x, step.timestep, class_condition(torch.tensor([7]))))
     torch.testing.assert_close(result["image"], x, rtol=0, atol=1e-4)
     assert result["pixels"].shape == (1, 1, 8, 8)
-
-
-# ---- links and commands
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_resolve(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        linked = (path.parent / file).resolve() if file else path
-        assert linked.exists(), f"{target} does not exist"
-        if anchor:
-            assert anchor in anchors(linked), f"{target} has no such heading"
-
-
-def anchors(path: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_commands_exist(path: Path) -> None:
-    for code in code_spans(path.read_text(encoding="utf-8")):
-        for module, rest in re.findall(r"python -m (\S+)([^|;#]*)", code):
-            check_module_command(module, rest)
-        for rest in re.findall(r"(?<![\w./-])make ((?:[a-z]+(?:-[a-z]+)*|[A-Z]+=\S+)(?: [A-Z]+=\S+)*)", code):
-            check_make_command(rest.split())
-
-
-def check_module_command(module: str, rest: str) -> None:
-    if module not in APPS:
-        assert find_spec(module) is not None, f"python -m {module} does not exist"
-        return
-    words = shlex.split(rest)
-    if not words or words == ["--help"]:
-        return
-    commands = click_commands(module)
-    assert words[0] in commands, f"python -m {module} {words[0]} does not exist"
-    command = commands[words[0]]
-    if hasattr(command, "commands"):
-        assert words[1] in command.commands, f"python -m {module} {words[0]} {words[1]} does not exist"
-        command = command.commands[words[1]]
-    known = options(command) | {"--help"}
-    used = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
-    assert used <= known, f"python -m {module} {words[0]} has no {used - known}"
-    recipes = [words[1]] if (module, words[0]) == ("distill_jobs", "run") and words[1:] else []
-    assert all(name in {*shipped_recipes(), "RECIPE"} for name in recipes)
-
-
-@cache
-def click_commands(module: str) -> dict[str, Any]:
-    return dict(typer.main.get_command(APPS[module]).commands)  # type: ignore[attr-defined]
-
-
-def options(command: Any) -> set[str]:
-    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-
-
-def check_make_command(words: list[str]) -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for word in words:
-        name, is_variable, _ = word.partition("=")
-        pattern = rf"^{name} \?=" if is_variable else rf"^{name}:"
-        assert re.search(pattern, makefile, re.M), f"the Makefile has no {name}"
 
 
 def test_the_model_card_holds_the_embedded_bundles_quality_table() -> None:
