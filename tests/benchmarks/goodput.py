@@ -1,27 +1,23 @@
-"""Goodput under open-loop Poisson load of mixed N and guidance, against other ways to serve the same student.
+"""Goodput under open-loop Poisson load of mixed tasks, N, strength and guidance, against other ways to serve.
 
-Each contender is started alone, loaded at rising rates and ended; rounds repeat that in turn. Goodput at a rate:
-right answers a second within the objective. A contender's figure: its goodput at the highest rate of which at
-least 99 % came within the objective. LitServe's batch size and timeout are swept first; its best pair counts.
-The last line is JSON. Run: python -m tests.benchmarks.goodput BUNDLE [--rounds 2] [--seconds 10] [--tiny]
+Every contender serves the same student and every task; each is started alone, its rate searched and ended; rounds
+repeat that in turn. A rate is kept where at least 99 % of the requests got the right picture within the objective;
+the rates go up until one is missed, then the last gap is halved. Goodput: right pictures within the objective, a
+second, at the highest rate kept. LitServe's batch size and timeout are swept first; its best pair counts.
+The last line is JSON. Run: python -m tests.benchmarks.goodput BUNDLE [--rounds 2] [--seconds 8]
 """
 
 from __future__ import annotations
 
-import json
-import random
-import socket
+import itertools
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -29,219 +25,180 @@ from rich.table import Table
 
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
-from server.encoding import Encoding, encode
-from tests.benchmarks.load import Call, Outcome, arrivals, offer
-from tests.benchmarks.results import Watch
-from tests.benchmarks.rivals import PATH
+from tests.benchmarks.load import LoadProcess, Pixels, load_process
+from tests.benchmarks.results import Goodput, Outcome, Point, Watch, short
+from tests.benchmarks.servers import OURS_NAME, Server, litserve_server, servers, started
+from tests.benchmarks.together import make_together
+from tests.benchmarks.wishes import Wish, answer, draw_calls, draw_pool
 
-ROOT = Path(__file__).parents[2]
 MODULE = "tests.benchmarks.goodput"
-OURS = "/v1/images/generations"
 LITSERVE = tuple((batch, wait_ms) for batch in (4, 8, 16) for wait_ms in (0.0, 10.0))
-SCREEN_AT = (0.6, 0.8)
-LOADS = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Offered rate over what the raw loop makes."""
+SCREEN_AT = (0.4, 0.6)
+LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Offered rates, over what the raw loop makes."""
+HALVINGS = 2
 OBJECTIVE_OF_LONE = 5.0
 """The objective, in medians of a lone request of the most steps through the bare chain."""
 ENOUGH_WITHIN = 0.99
+LONE_REPEATS = 9
+WARM_UP_S, WARM_UP_SEED = 2.0, 1000
 
 _err = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """How one is started. arguments: after ``python -m``, {port} filled in; ready: a path that answers 200."""
+class Bare:
+    """The pipeline without a server. pool: wishes and their right pictures."""
 
-    name: str
-    arguments: tuple[str, ...]
-    path: str
-    ready: str
+    lone_s: float
+    images_per_s: float
+    pool: tuple[tuple[Wish, Pixels], ...]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One contender at one rate."""
+class Bench:
+    """Loads one server at a time. rate: images/s of the raw loop; seconds: of load at each rate."""
 
-    contender: str
-    load: float
-    round: int
-    outcome: Outcome
+    process: LoadProcess
+    pool: Sequence[tuple[Wish, Pixels]]
+    rate: float
+    objective_s: float
+    seconds: float
+    seed: int
+
+    def climb(self, server: Server, number: int) -> list[Point]:
+        """All loads of one round of a server."""
+        with self._started(server) as offer:
+            return search(lambda load: self._point(server, load, number, offer(load, self.seed + number)))
+
+    def screen(self, server: Server) -> list[Point]:
+        """A few fixed loads."""
+        with self._started(server) as offer:
+            return [self._point(server, load, 0, offer(load, self.seed)) for load in SCREEN_AT]
+
+    @contextmanager
+    def _started(self, server: Server) -> Iterator[Callable[[float, int], Outcome]]:
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-goodput-") as folder,
+            started(server, Path(folder) / "log") as url,
+        ):
+
+            def offer(load: float, seed: int, seconds: float = self.seconds) -> Outcome:
+                calls = draw_calls(self.pool, server.path, self.rate * load, seconds, seed)
+                return self.process.offer(url, calls, self.objective_s)
+
+            offer(LADDER[0], self.seed + WARM_UP_SEED, WARM_UP_S)
+            yield offer
+
+    def _point(self, server: Server, load: float, number: int, outcome: Outcome) -> Point:
+        _err.print(f"{server.name} at {load:g}: {outcome}")
+        return Point(contender=server.name, load=load, round=number, outcome=outcome)
 
 
-def contenders(bundle: Path, litserve: tuple[int, float], tiny: bool) -> tuple[Contender, ...]:
-    serve = ("serve", "--bundle", str(bundle), "--port", "{port}", "--log-level", "error")
-    return (
-        Contender("halfstep", ("server", *serve), OURS, "/readyz"),
-        Contender("halfstep, whole requests batched", ("tests.benchmarks.request_level", *serve), OURS, "/readyz"),
-        lit_contender(bundle, *litserve),
-        Contender(
-            "FastAPI + diffusers",
-            ("tests.benchmarks.rivals", "diffusers", "{port}", *(["--tiny"] if tiny else [])),
-            PATH,
-            "/health",
-        ),
+def search(measure: Callable[[float], Point]) -> list[Point]:
+    """Rates up the ladder until one is missed, then halving the gap between the last kept and the missed."""
+    points: list[Point] = []
+
+    def keeps(load: float) -> bool:
+        points.append(measure(load))
+        return points[-1].outcome.within >= ENOUGH_WITHIN
+
+    kept = 0.0
+    for load in LADDER:
+        if not keeps(load):
+            missed = load
+            break
+        kept = load
+    else:
+        return points
+    for _ in range(HALVINGS):
+        middle = (kept + missed) / 2
+        kept, missed = (middle, missed) if keeps(middle) else (kept, middle)
+    return points
+
+
+def bare(pipeline: Pipeline, seed: int) -> Bare:
+    """Time a lone request of the most steps, and the pool in whole batches of like steps, files included."""
+    assert pipeline.costs is not None
+    wishes = sorted(draw_pool(pipeline, seed), key=lambda wish: wish.steps)
+    longest = [wish for wish in wishes if wish.task == "text_to_image"][-1]
+    lone = []
+    for _ in range(LONE_REPEATS):
+        begun = time.perf_counter()
+        answer(make_together(pipeline, [longest])[0])
+        lone.append(time.perf_counter() - begun)
+    batch = pipeline.costs.best_rung(pipeline.student(None).graph, pipeline.max_rows)
+    begun, pictures = time.perf_counter(), []
+    for start in range(0, len(wishes), batch):
+        pictures += make_together(pipeline, wishes[start : start + batch])
+        for picture in pictures[start:]:
+            answer(picture)
+    rate = len(wishes) / (time.perf_counter() - begun)
+    return Bare(statistics.median(lone), rate, tuple(zip(wishes, pictures, strict=True)))
+
+
+def measure(pipeline: Pipeline, bundle: Path, rounds: int, seconds: float, seed: int) -> Goodput:
+    """Sweep LitServe, then every server in every round, each round beginning with another one."""
+    watch, alone = Watch(), bare(pipeline, seed)
+    objective_s = OBJECTIVE_OF_LONE * alone.lone_s
+    _err.print(f"objective {1000 * objective_s:.0f} ms, raw loop {alone.images_per_s:.1f} images/s")
+    with load_process() as process:
+        bench = Bench(process, alone.pool, alone.images_per_s, objective_s, seconds, seed)
+        screened = {pair: bench.screen(litserve_server(bundle, *pair)) for pair in LITSERVE}
+        best = max(screened, key=lambda pair: sum(point.outcome.goodput for point in screened[pair]))
+        everyone = servers(bundle, best)
+        points: list[Point] = []
+        for number, k in itertools.product(range(rounds), range(len(everyone))):
+            points += bench.climb(everyone[(k + number) % len(everyone)], number)
+    wishes = [wish for wish, _ in alone.pool]
+    return Goodput(
+        provenance=watch.provenance(MODULE, seed),
+        bundle=pipeline.manifest.name,
+        engine=pipeline.engine_name,
+        steps=tuple(sorted({wish.steps for wish in wishes})),
+        tasks=tuple(sorted({wish.task for wish in wishes})),
+        rounds=rounds,
+        seconds=seconds,
+        lone_ms=round(1000 * alone.lone_s, 1),
+        objective_ms=round(1000 * objective_s, 1),
+        enough_within=ENOUGH_WITHIN,
+        raw_images_per_s=round(alone.images_per_s, 1),
+        contenders=tuple(server.name for server in everyone),
+        screened=tuple(point for points in screened.values() for point in points),
+        points=tuple(points),
     )
 
 
-def lit_contender(bundle: Path, batch: int, wait_ms: float) -> Contender:
-    options = ("--batch", str(batch), "--wait-ms", str(wait_ms))
-    arguments = ("tests.benchmarks.rivals", "litserve", str(bundle), "{port}", *options)
-    return Contender(f"LitServe, batch {batch}, {wait_ms:g} ms", arguments, PATH, "/health")
-
-
-@contextmanager
-def started(contender: Contender, log: Path) -> Iterator[str]:
-    """The base URL of a contender that answers; it is ended afterwards with all its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", *(part.format(port=port) for part in contender.arguments)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _await(url + contender.ready, process, log)
-            yield url
-        finally:
-            subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
-            process.wait()
-
-
-def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(1200):
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"{url} never answered: {log.read_text()[-2000:]}")
-
-
-def calls(pipeline: Pipeline, path: str, rate: float, seconds: float, seed: int) -> list[Call]:
-    """The same wishes for every contender: N from the bundle's students, guidance from its whole range."""
-    chosen = random.Random(seed)
-    prompts, steps = pipeline.tokenizer.known(), sorted({s.steps for s in pipeline.manifest.students})
-    allowed = pipeline.manifest.guidance
-    made = []
-    for at_s in arrivals(rate, seconds, seed):
-        wish: dict[str, Any] = {
-            "prompt": chosen.choice(prompts),
-            "guidance_scale": round(chosen.uniform(allowed.min, allowed.max), 2),
-            "steps": chosen.choice(steps),
-            "seed": chosen.randrange(2**32),
-        }
-        if path == OURS:
-            wish["output_format"] = "jpeg"
-        made.append(Call(at_s, path, json.dumps(wish).encode()))
+def table(result: Goodput) -> Table:
+    """One line a contender."""
+    made = Table(title=f"objective {result.objective_ms:.0f} ms; raw loop {result.raw_images_per_s:.1f} images/s")
+    for column in ("contender", "goodput a second", "ours / its", "rates kept, of raw", "p99 ms there"):
+        made.add_column(column)
+    for row in rows(result):
+        made.add_row(*row)
     return made
 
 
-def bare_figures(pipeline: Pipeline) -> tuple[float, float]:
-    """(seconds of a lone request of the most steps, images/s of the raw loop over the same mix of N)."""
-    prompt, steps = pipeline.tokenizer.known()[0], sorted({s.steps for s in pipeline.manifest.students})
-    encoding = Encoding("jpeg", None, "{}")
-    lone = []
-    for seed in range(9):
-        begun = time.perf_counter()
-        encode(pipeline.generate([prompt], 2.0, [seed], steps[-1])[0], encoding)
-        lone.append(time.perf_counter() - begun)
-    begun, images = time.perf_counter(), 0
-    assert pipeline.costs is not None
-    while images < 200:
-        for n in steps:
-            batch = pipeline.costs.best_rung(pipeline.student(n).graph, pipeline.max_rows)
-            count = max(1, batch)
-            for pixels in pipeline.generate([prompt] * count, 2.0, range(count), n):
-                encode(pixels, encoding)
-            images += count
-    return statistics.median(lone), images / (time.perf_counter() - begun)
-
-
-def sustained(points: Sequence[Point], contender: str) -> float:
-    """Goodput at the highest rate kept in every round, its median over the rounds; 0 where none is kept."""
-    best = 0.0
-    for load in sorted({p.load for p in points if p.contender == contender}):
-        here = [p.outcome for p in points if p.contender == contender and p.load == load]
-        if min(outcome.within for outcome in here) >= ENOUGH_WITHIN:
-            best = max(best, statistics.median(outcome.goodput for outcome in here))
-    return best
-
-
-def table(points: Sequence[Point], objective_s: float) -> Table:
-    made = Table(title=f"goodput a second | p99 ms, objective {1000 * objective_s:.0f} ms, by offered / raw")
-    made.add_column("contender")
-    loads = sorted({p.load for p in points})
-    for load in loads:
-        made.add_column(f"{load:g}", justify="right")
-    for name in dict.fromkeys(p.contender for p in points):
-        cells = []
-        for load in loads:
-            here = [p.outcome for p in points if p.contender == name and p.load == load]
-            rate, p99 = (
-                statistics.median(getattr(o, f) for o in here) if here else 0 for f in ("goodput", "p99_ms")
-            )
-            cells.append(f"{rate:.1f} | {p99:.0f}")
-        made.add_row(name, *cells)
-    return made
+def rows(result: Goodput) -> Iterator[tuple[str, str, str, str, str]]:
+    """The cells of ``table``, for the page too."""
+    ours = result.sustained(OURS_NAME)
+    for name in result.contenders:
+        kept, figure = result.kept(name), result.sustained(name)
+        rates = ", ".join("none" if point is None else f"{point.load:g}" for point in kept)
+        p99 = ", ".join("none" if point is None else f"{point.outcome.p99_ms:.0f}" for point in kept)
+        yield name, short(figure), f"{ours / figure:.2f}" if figure else "its is 0", rates, p99
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle that every contender serves.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(help="Random bundle that every contender serves.", show_default=False)],
     rounds: Annotated[int, typer.Option(min=1, help="Times each contender is started.")] = 2,
-    seconds: Annotated[float, typer.Option(min=1, help="Of load at each rate.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Of load at each rate.")] = 8.0,
     seed: Annotated[int, typer.Option(min=0, help="Of arrivals and wishes.")] = 0,
-    tiny: Annotated[bool, typer.Option("--tiny", help="The bundle is a --tiny one, to try the harness.")] = False,
 ) -> None:
     """Compare ways to serve one student. The last line is one JSON object."""
-    watch = Watch()
-    pipeline = open_pipeline(bundle)
-    lone_s, raw = bare_figures(pipeline)
-    objective_s = OBJECTIVE_OF_LONE * lone_s
-    _err.print(f"lone {1000 * lone_s:.0f} ms, objective {1000 * objective_s:.0f} ms, raw loop {raw:.1f} images/s")
-    with tempfile.TemporaryDirectory(prefix="bench-goodput-") as folder:
-        log = Path(folder) / "log"
-
-        def load(contender: Contender, loads: Sequence[float], number: int) -> list[Point]:
-            points = []
-            with started(contender, log) as url:
-                warm_up = calls(pipeline, contender.path, raw * loads[0], 3.0, seed + 99)
-                offer(url, warm_up, objective_s)
-                for share in loads:
-                    sent = calls(pipeline, contender.path, raw * share, seconds, seed + number)
-                    points.append(Point(contender.name, share, number, offer(url, sent, objective_s)))
-                    _err.print(f"{contender.name} at {share:g}: {points[-1].outcome}")
-            return points
-
-        screened: Mapping[tuple[int, float], list[Point]] = {
-            pair: load(lit_contender(bundle, *pair), SCREEN_AT, 0) for pair in LITSERVE
-        }
-        best = max(screened, key=lambda pair: sum(p.outcome.goodput for p in screened[pair]))
-        points: list[Point] = []
-        everyone = contenders(bundle, best, tiny)
-        for number in range(rounds):
-            for k in range(len(everyone)):
-                points += load(everyone[(k + number) % len(everyone)], LOADS, number)
-    Console(width=160).print(table(points, objective_s))
-    figures = {c.name: round(sustained(points, c.name), 2) for c in everyone}
-    result = {
-        "provenance": watch.provenance(MODULE, seed).model_dump(),
-        "bundle": pipeline.manifest.name,
-        "engine": pipeline.engine_name,
-        "lone_ms": round(1000 * lone_s, 1),
-        "objective_ms": round(1000 * objective_s, 1),
-        "raw_images_per_s": round(raw, 1),
-        "sustained_goodput": figures,
-        "litserve_screening": [asdict(p) for pair in screened for p in screened[pair]],
-        "points": [asdict(replace(p)) for p in points],
-    }
-    typer.echo(json.dumps(result))
+    result = measure(open_pipeline(bundle), bundle, rounds, seconds, seed)
+    Console(width=160).print(table(result))
+    typer.echo(result.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A complete bundle of random weights, as large as a small real student: for speed, where quality is no matter.
 
 A stock UNet2DConditionModel with 3 × 16 × 16 latents in pixel space, shown at 64 × 64, through the project's own
-exporter and its parity check. Run: python -m tests.benchmarks.random_bundle DIR [--seed 0] [--tiny]
+exporter and its parity check. Run: python -m tests.benchmarks.random_bundle DIR [--seed 0] [--shared] [--tiny]
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from distill_jobs.export import (
     DECODE_LIMIT,
     ENCODE_LIMIT,
     PARITY_BATCHES,
+    SHARED_GRAPH,
     STEP_LIMIT,
     TOKENIZER_FILE,
     parity_images,
     parity_latents,
     parity_rows,
+    shared_parity_rows,
     vocabulary,
     write_checked,
 )
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
-from distill_jobs.student import new_teacher, student_of
+from distill_jobs.student import GUIDANCE_WIDTH, new_teacher, student_of, told_its_grid
 from engines.bundle import Bundle, file_records, write_bundle
 from engines.manifest import (
     CONDITION_GRAPH,
@@ -54,6 +56,8 @@ from engines.schedule import NoiseSchedule, ScheduleSpec
 UPSCALE = 4
 GUIDANCE = GuidanceRange(min=1.0, max=5.0, default=2.0)
 COND_PROJ_STD = 0.05
+SEPARATE_STEPS, SHARED_STEPS = (4, 1), (4, 8, 2, 1)
+"""What the students of a bundle are trained for, the default first."""
 
 UNET: dict[str, Any] = {
     "sample_size": 16,
@@ -72,11 +76,22 @@ TINY_UNET: dict[str, Any] = {**UNET, "sample_size": 8, "block_out_channels": [8,
 
 @dataclass(frozen=True)
 class RandomOptions:
-    """seed: of all weights; every student has its own. unet: what diffusers takes."""
+    """seed: of all weights; every student has its own, or one set is shared. unet: what diffusers takes."""
 
     seed: int = 0
-    steps: tuple[int, ...] = (4, 1)
+    steps: tuple[int, ...] = SEPARATE_STEPS
     unet: Mapping[str, Any] = field(default_factory=lambda: UNET)
+    shared: bool = False
+
+    @classmethod
+    def of(cls, manifest: BundleManifest) -> RandomOptions:
+        """What a random bundle was made with."""
+        return cls(
+            seed=manifest.evaluation.seeds[0],
+            steps=tuple(student.steps for student in manifest.students),
+            unet=next(unet for unet in (UNET, TINY_UNET) if unet["sample_size"] == manifest.sizes[0].latent_width),
+            shared=any(student.grid is not None for student in manifest.students),
+        )
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -94,12 +109,25 @@ def random_student(options: RandomOptions, steps: int) -> UNet2DConditionModel:
     return student.eval()
 
 
+def random_network(options: RandomOptions, steps: int) -> UNet2DConditionModel:
+    """The network that draws in ``steps`` steps: its own student, or the one that is told its grid."""
+    if not options.shared:
+        return random_student(options, steps)
+    shared = told_its_grid(random_student(options, options.steps[0]))
+    weight = shared.time_embedding.cond_proj.weight
+    generator = torch.Generator().manual_seed(options.seed)
+    with torch.no_grad():
+        columns = weight[:, GUIDANCE_WIDTH:]
+        columns.copy_(torch.randn(columns.shape, generator=generator) * COND_PROJ_STD)
+    return shared.eval()
+
+
 def plan(steps: int) -> SamplerPlan:
     return sampler_plan(NoiseSchedule(ScheduleSpec()), steps)
 
 
-def graph_name(steps: int) -> str:
-    return f"step_{steps}"
+def graph_name(steps: int, *, shared: bool = False) -> str:
+    return SHARED_GRAPH if shared else f"step_{steps}"
 
 
 def make_random_bundle(destination: Path, options: RandomOptions | None = None) -> Bundle:
@@ -129,12 +157,13 @@ def _write_graphs(folder: Path, options: RandomOptions) -> dict[str, GraphSpec]:
     at, specs = folder / f"{ENCODE_GRAPH}.onnx", (encode.inputs(*size), encode.outputs(*size))
     images = parity_images(count, specs[0][0].shape[1:])
     graphs[ENCODE_GRAPH] = write_checked(encode, [images], *specs, at, ENCODE_LIMIT)
-    for steps in options.steps:
-        step = StepGraph(random_student(options, steps))
+    for steps in options.steps[:1] if options.shared else options.steps:
+        step, name = StepGraph(random_network(options, steps)), graph_name(steps, shared=options.shared)
         rows = parity_rows(plan(steps), GUIDANCE, shape, count)
-        at = folder / f"{graph_name(steps)}.onnx"
+        if options.shared:
+            rows = shared_parity_rows([plan(n) for n in options.steps], GUIDANCE, shape, count)
         specs = step.inputs(*size, tokens=1), step.outputs(*size)
-        graphs[graph_name(steps)] = write_checked(step, rows, *specs, at, STEP_LIMIT)
+        graphs[name] = write_checked(step, rows, *specs, folder / f"{name}.onnx", STEP_LIMIT)
     return graphs
 
 
@@ -142,7 +171,7 @@ def _manifest(folder: Path, options: RandomOptions, graphs: dict[str, GraphSpec]
     channels, height, width = options.latent
     at = Size(width=width * UPSCALE, height=height * UPSCALE, latent_width=width, latent_height=height)
     return BundleManifest(
-        name="random",
+        name="random-shared" if options.shared else "random",
         description="Random weights, for measuring speed",
         created=0,
         tasks=("text_to_image", "edit", "inpaint"),
@@ -154,7 +183,13 @@ def _manifest(folder: Path, options: RandomOptions, graphs: dict[str, GraphSpec]
         condition=ConditionSpec(kind="labels", tokenizer=TOKENIZER_FILE, tokens=1, width=WIDTH),
         graphs=graphs,
         students=tuple(
-            StudentSpec(steps=n, graph=graph_name(n), timesteps=plan(n).timesteps) for n in options.steps
+            StudentSpec(
+                steps=n,
+                graph=graph_name(n, shared=options.shared),
+                timesteps=plan(n).timesteps,
+                grid=float(n) if options.shared else None,
+            )
+            for n in options.steps
         ),
         default_steps=options.steps[0],
         evaluation=Evaluation(metric="none: random weights", samples=0, seeds=(options.seed,), rows=()),
@@ -167,10 +202,12 @@ def _manifest(folder: Path, options: RandomOptions, graphs: dict[str, GraphSpec]
 def main(
     destination: Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)],
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
+    shared: Annotated[bool, typer.Option("--shared", help="One set of weights for every step count.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy size, to try the harness.")] = False,
 ) -> None:
     """Write a bundle of random weights."""
-    options = RandomOptions(seed=seed, unet=TINY_UNET if tiny else UNET)
+    steps, unet = SHARED_STEPS if shared else SEPARATE_STEPS, TINY_UNET if tiny else UNET
+    options = RandomOptions(seed=seed, steps=steps, unet=unet, shared=shared)
     bundle = make_random_bundle(destination, options)
     megabytes = sum(record.bytes for record in bundle.manifest.files.values()) / 1e6
     typer.echo(f"{destination}: {megabytes:.0f} MB, students of {', '.join(map(str, options.steps))} steps")

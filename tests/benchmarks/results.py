@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 import time
 from datetime import UTC, datetime
@@ -105,6 +106,71 @@ class Overhead(Frozen, extra="ignore"):
     @property
     def p50_ratio(self) -> float:
         return self.http_p50_ms / self.bare_p50_ms
+
+
+class Outcome(Frozen):
+    """Of one open-loop load. offered: requests a second; goodput: right answers within the objective a second.
+
+    within: share of the requests that were; rejected: 429 and 503; wrong: 200 with another picture than the wish's;
+    p50_ms, p99_ms: of the right answers, None where there were none.
+    """
+
+    offered: float
+    goodput: float
+    within: float
+    rejected: int
+    failed: int
+    wrong: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+class Point(Frozen):
+    """One contender under one load. load: rate offered over what the raw loop makes."""
+
+    contender: str
+    load: float
+    round: int
+    outcome: Outcome
+
+
+class Goodput(Frozen):
+    """What ``goodput`` prints of one bundle. contenders: ours first; screened: the sweep of LitServe's settings."""
+
+    provenance: Provenance
+    bundle: str
+    engine: str
+    steps: tuple[int, ...]
+    tasks: tuple[str, ...]
+    rounds: int
+    seconds: float
+    lone_ms: float
+    objective_ms: float
+    enough_within: float
+    raw_images_per_s: float
+    contenders: tuple[str, ...]
+    screened: tuple[Point, ...]
+    points: tuple[Point, ...]
+
+    def kept(self, contender: str) -> tuple[Point | None, ...]:
+        """By round, the point of the highest rate that it kept, None where it kept none."""
+        return tuple(
+            max(
+                (
+                    point
+                    for point in self.points
+                    if (point.contender, point.round) == (contender, number)
+                    and point.outcome.within >= self.enough_within
+                ),
+                key=lambda point: point.load,
+                default=None,
+            )
+            for number in range(self.rounds)
+        )
+
+    def sustained(self, contender: str) -> float:
+        """Goodput a second at the highest rate kept, the median over the rounds."""
+        return statistics.median(point.outcome.goodput if point else 0.0 for point in self.kept(contender))
 
 
 class Watch:

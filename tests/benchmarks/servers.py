@@ -1,0 +1,79 @@
+"""The servers that the goodput benchmark compares, and how each is started and ended."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.wishes import OURS, RIVALS
+
+ROOT = Path(__file__).parents[2]
+OURS_NAME = "halfstep"
+START_S, END_S = 180.0, 20.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """arguments: after ``python -m``, {port} filled in; path: of its wishes; ready: a path that answers 200."""
+
+    name: str
+    arguments: tuple[str, ...]
+    path: str
+    ready: str
+
+
+def servers(bundle: Path, litserve: tuple[int, float]) -> tuple[Server, ...]:
+    """All of them, ours first. litserve: batch size and timeout in ms."""
+    serve = ("serve", "--bundle", str(bundle), "--port", "{port}", "--log-level", "error")
+    whole = ("tests.benchmarks.request_level", *serve)
+    diffusers = ("tests.benchmarks.rivals", "diffusers", str(bundle), "{port}")
+    return (
+        Server(OURS_NAME, ("server", *serve), OURS, "/readyz"),
+        Server("halfstep, whole requests batched", whole, OURS, "/readyz"),
+        litserve_server(bundle, *litserve),
+        Server("FastAPI + diffusers", diffusers, RIVALS, "/health"),
+    )
+
+
+def litserve_server(bundle: Path, batch: int, wait_ms: float) -> Server:
+    options = ("--batch", str(batch), "--wait-ms", str(wait_ms))
+    arguments = ("tests.benchmarks.rivals", "litserve", str(bundle), "{port}", *options)
+    return Server(f"LitServe, batch {batch}, {wait_ms:g} ms", arguments, RIVALS, "/health")
+
+
+@contextmanager
+def started(server: Server, log: Path) -> Iterator[str]:
+    """The base URL of a server that answers; it is ended afterwards with all its children."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", *(part.format(port=port) for part in server.arguments)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _await(url + server.ready, process, log)
+            yield url
+        finally:
+            subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+            process.wait()
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"{url} never answered: {log.read_text()[-2000:]}")
