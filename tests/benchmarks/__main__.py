@@ -1,27 +1,44 @@
-"""Every benchmark, one after the other, into docs/benchmarks.md: some minutes on a machine that does nothing else.
+"""The benchmarks, one after the other, into docs/benchmarks.md: some minutes on a machine that does nothing else.
 
-Run: python -m tests.benchmarks [--out FILE] [--digits BUNDLE] [--tiny]
+What each found is kept in runs/benchmarks, so that ``--only`` measures one part again and writes the whole page.
+Run: python -m tests.benchmarks [--only goodput]… [--out FILE] [--digits BUNDLE] [--tiny]
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from tests.benchmarks.page import page
-from tests.benchmarks.results import Overhead, Throughput
+from tests.benchmarks.page_parts import RANDOM, SHARED
+from tests.benchmarks.results import Results
 
 ROOT = Path(__file__).parents[2]
-RANDOM = Path("runs/benchmarks/random")
 DIGITS = Path("server/bundles/default")
-RANDOM_ROUNDS, DIGITS_ROUNDS = 5, 5
+ROUNDS = 5
 
 _err = Console(stderr=True)
+
+
+class Part(StrEnum):
+    """What can be measured; each names a field of ``Results``."""
+
+    THROUGHPUT = "throughput"
+    RANDOM = "random"
+    DIGITS = "digits"
+    GOODPUT = "goodput"
+    GOODPUT_SEPARATE = "goodput_separate"
+
+
+DEFAULT = (Part.THROUGHPUT, Part.RANDOM, Part.DIGITS, Part.GOODPUT)
+"""Some 15 minutes; the last part of all adds six."""
 
 
 def run(module: str, *arguments: str) -> str:
@@ -42,28 +59,42 @@ def run(module: str, *arguments: str) -> str:
     return last
 
 
+def measure(part: Part, digits: Path, *, tiny: bool) -> dict[str, Any]:
+    """The last line of a part's benchmark."""
+    small, rounds = ["--tiny"] if tiny else [], ["--rounds", "1" if tiny else str(ROUNDS)]
+    once = ["--rounds", "1", "--seconds", "1"] if tiny else []
+    if part is Part.THROUGHPUT:
+        last = run("throughput", *(["--batches", "1,2", "--rounds", "1", *small] if tiny else []))
+    elif part is Part.DIGITS:
+        last = run("http_overhead", str(digits), *rounds)
+    elif part is Part.GOODPUT:
+        run("random_bundle", SHARED, "--shared", *small)
+        last = run("goodput", SHARED, *once)
+    else:
+        run("random_bundle", RANDOM, *small)
+        last = run("http_overhead", RANDOM, *rounds) if part is Part.RANDOM else run("goodput", RANDOM, *once)
+    found: dict[str, Any] = json.loads(last)
+    return found
+
+
 def main(
+    only: Annotated[list[Part] | None, typer.Option(help="Parts to measure; the others stay as kept.")] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = ROOT / "docs" / "benchmarks.md",
     digits: Annotated[Path, typer.Option(help="Bundle whose HTTP overhead is measured too.")] = DIGITS,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Toy sizes, to try the harness: the figures mean nothing.")
     ] = False,
 ) -> None:
-    """Run every benchmark and write the page."""
-    small = ["--tiny"] if tiny else []
-    rounds = ["--rounds", "1"] if tiny else ["--rounds", str(RANDOM_ROUNDS)]
-    throughput = Throughput.model_validate_json(
-        run("throughput", *(["--batches", "1,2", "--rounds", "1", *small] if tiny else []))
-    )
-    run("random_bundle", str(RANDOM), *small)
-    random = Overhead.model_validate_json(run("http_overhead", str(RANDOM), *rounds))
-    embedded = None
-    if (ROOT / digits).is_dir():
-        answer = run("http_overhead", str(digits), "--rounds", "1" if tiny else str(DIGITS_ROUNDS))
-        embedded = Overhead.model_validate_json(answer)
-    command = f"python -m tests.benchmarks.random_bundle {RANDOM} && {random.provenance.command}"
+    """Run the benchmarks and write the page."""
+    kept = ROOT / "runs" / "benchmarks" / ("tiny.json" if tiny else "results.json")
+    results = Results.model_validate_json(kept.read_bytes()) if kept.is_file() else Results()
+    for part in only or DEFAULT:
+        found = {**results.model_dump(), part.value: measure(part, digits, tiny=tiny)}
+        results = Results.model_validate(found)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(throughput, random, command, embedded, str(digits)), encoding="utf-8")
+    out.write_text(page(results), encoding="utf-8")
     typer.echo(f"written: {out}")
 
 

@@ -26,8 +26,9 @@ from rich.table import Table
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.benchmarks.load import LoadProcess, Pixels, load_process
-from tests.benchmarks.results import Goodput, Outcome, Point, Watch, short
-from tests.benchmarks.servers import OURS_NAME, Server, litserve_server, servers, started
+from tests.benchmarks.page_goodput import rows
+from tests.benchmarks.results import Goodput, Outcome, Point, Watch
+from tests.benchmarks.servers import Server, litserve_server, servers, started
 from tests.benchmarks.together import make_together
 from tests.benchmarks.wishes import Wish, answer, draw_calls, draw_pool
 
@@ -156,6 +157,7 @@ def measure(pipeline: Pipeline, bundle: Path, rounds: int, seconds: float, seed:
         bundle=pipeline.manifest.name,
         engine=pipeline.engine_name,
         steps=tuple(sorted({wish.steps for wish in wishes})),
+        one_graph=len({student.graph for student in pipeline.manifest.students}) == 1,
         tasks=tuple(sorted({wish.task for wish in wishes})),
         rounds=rounds,
         seconds=seconds,
@@ -172,21 +174,11 @@ def measure(pipeline: Pipeline, bundle: Path, rounds: int, seconds: float, seed:
 def table(result: Goodput) -> Table:
     """One line a contender."""
     made = Table(title=f"objective {result.objective_ms:.0f} ms; raw loop {result.raw_images_per_s:.1f} images/s")
-    for column in ("contender", "goodput a second", "ours / its", "rates kept, of raw", "p99 ms there"):
+    for column in ("contender", "goodput a second", "ours over its", "rates kept, of raw", "p50 ms", "p99 ms"):
         made.add_column(column)
     for row in rows(result):
         made.add_row(*row)
     return made
-
-
-def rows(result: Goodput) -> Iterator[tuple[str, str, str, str, str]]:
-    """The cells of ``table``, for the page too."""
-    ours = result.sustained(OURS_NAME)
-    for name in result.contenders:
-        kept, figure = result.kept(name), result.sustained(name)
-        rates = ", ".join("none" if point is None else f"{point.load:g}" for point in kept)
-        p99 = ", ".join("none" if point is None else f"{point.outcome.p99_ms:.0f}" for point in kept)
-        yield name, short(figure), f"{ours / figure:.2f}" if figure else "its is 0", rates, p99
 
 
 def main(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16
-from tests.benchmarks.results import Overhead, Provenance, Row, Throughput, short
-
-QUIET = 0.1
-"""Share of the CPU that others may take during a run whose figures mean something."""
-
-TARGETS = {"eager": 2.0, "http_over_raw": 0.90, "p50_ratio": 1.15, "digits_overhead_ms": 5.0}
-"""See shared/performance.md and the issue: at least, at least, at most, at most."""
+from tests.benchmarks.page_goodput import goodput_section, over_litserve
+from tests.benchmarks.page_parts import QUIET, origin, quiet_note, repeat, table
+from tests.benchmarks.results import Overhead, Results, Row, Throughput, short
 
 HEAD = """# Benchmarks
 
-Written by `python -m tests.benchmarks` (`make prove`), which replaces this file: every figure below is of that run.
+Written by `python -m tests.benchmarks` (`make prove`), which replaces this file; each part names the command that
+repeats it and when it ran, and `--only PART` measures one of them anew.
 Contenders alternate inside one run and medians are given; ratios carry over to other machines, milliseconds do not.
 Benchmarks record; no test asserts a time.
 """
@@ -40,7 +37,7 @@ the client's CPU seconds, spread over the cores, taken off the wall time. CPU an
 Closed loops measure capacity, not latency under load.
 """
 
-MISSING = "No `{path}` in this checkout: the digits bundle was not measured.\n"
+MISSING = "Not measured: {parts}.\n"
 
 
 class Target(NamedTuple):
@@ -52,50 +49,58 @@ class Target(NamedTuple):
     met: bool
 
 
-def page(throughput: Throughput, random: Overhead, random_command: str, digits: Overhead | None, path: str) -> str:
-    """The whole file. random_command: how to repeat the run of ``random``; path: where digits was looked for."""
-    overheads = {f"random, {throughput.parameters / 1e6:.1f} M": random}
-    if digits is not None:
-        overheads[digits.bundle] = digits
-    targets = [*_throughput_targets(throughput), *_http_targets(random, digits)]
-    busiest = max(o.others_cpu for o in (throughput.provenance, *(o.provenance for o in overheads.values())))
-    commands = {name: o.provenance.command for name, o in overheads.items()}
-    commands[next(iter(commands))] = random_command
+def page(results: Results) -> str:
+    """The whole file, with what was not measured named."""
+    busiest = max((origin.others_cpu for origin in results.provenances()), default=0.0)
+    missing = [name for name, part in results if part is None]
     parts = [
         HEAD,
-        _quiet_note(busiest),
+        quiet_note(busiest),
+        MISSING.format(parts=", ".join(missing)) if missing else "",
         "## Targets\n",
-        _table(("target", "wanted", "measured", ""), [(*t[:3], _verdict(t, busiest)) for t in targets]),
-        _throughput_section(throughput),
-        HTTP,
-        *(_origin(o.provenance, commands[name], name) for name, o in overheads.items()),
-        _overhead_table(overheads),
-        "" if digits is not None else MISSING.format(path=path),
+        table(("target", "wanted", "measured", ""), [(*t[:3], _verdict(t, busiest)) for t in targets(results)]),
+        "" if results.throughput is None else _throughput_section(results.throughput),
+        _http_section(results),
+        *(goodput_section(found) for found in (results.goodput, results.goodput_separate) if found is not None),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _throughput_targets(result: Throughput) -> list[Target]:
-    ours, eager = result.best(OPENVINO), result.best(EAGER)
-    ratio, wanted = ours.images_per_s / eager.images_per_s, TARGETS["eager"]
-    what = "images/s of OpenVINO float32 over eager torch float32 (stock diffusers), each at its best batch"
-    return [Target(what, f"≥ {wanted:g}", f"{ratio:.2f}", ratio >= wanted)]
-
-
-def _http_targets(random: Overhead, digits: Overhead | None) -> list[Target]:
-    full, low, digits_ms = (TARGETS[name] for name in ("http_over_raw", "p50_ratio", "digits_overhead_ms"))
-    apart, p50 = random.http_over_raw_apart, random.p50_ratio
-    found = [
-        Target(
-            "images/s through HTTP over the raw loop, client apart", f"≥ {full:.2f}", f"{apart:.2f}", apart >= full
-        ),
-        Target("p50 through HTTP, alone, over the bare chain", f"≤ {low:.2f}", f"{p50:.2f}", p50 <= low),
-    ]
-    if digits is not None:
-        ms = digits.overhead_p50_ms
-        what = f"{digits.bundle}: p50 overhead of HTTP over the bare chain, alone"
-        found.append(Target(what, f"≤ {digits_ms:g} ms", f"{ms:.1f} ms", ms <= digits_ms))
+def targets(results: Results) -> list[Target]:
+    """Of what was measured."""
+    found = []
+    if results.throughput is not None:
+        ours, eager = results.throughput.best(OPENVINO), results.throughput.best(EAGER)
+        what = "images/s of OpenVINO float32 over eager torch float32 (stock diffusers), each at its best batch"
+        found.append(_at_least(what, ours.images_per_s / eager.images_per_s, 2.0))
+    if results.random is not None:
+        what = "images/s through HTTP over the raw loop, client apart"
+        found.append(_at_least(what, results.random.http_over_raw_apart, 0.90))
+        what = "p50 through HTTP, alone, over the bare chain"
+        found.append(_at_most(what, results.random.p50_ratio, 1.15))
+    if results.digits is not None:
+        what = f"{results.digits.bundle}: p50 overhead of HTTP over the bare chain, alone"
+        found.append(_at_most(what, results.digits.overhead_p50_ms, 5.0, " ms"))
+    if results.goodput is not None:
+        what = "goodput over LitServe's, its settings swept, mixed tasks, N and guidance"
+        found.append(_at_least(what, over_litserve(results.goodput), 1.3))
     return found
+
+
+def _at_least(what: str, measured: float, wanted: float) -> Target:
+    return Target(what, f"≥ {wanted:g}", f"{measured:.2f}", measured >= wanted)
+
+
+def _at_most(what: str, measured: float, wanted: float, unit: str = "") -> Target:
+    return Target(what, f"≤ {wanted:g}{unit}", f"{measured:.2f}{unit}", measured <= wanted)
+
+
+def _http_section(results: Results) -> str:
+    overheads = [overhead for overhead in (results.random, results.digits) if overhead is not None]
+    if not overheads:
+        return ""
+    lines = [origin(o.provenance, repeat(o.provenance.command, o.bundle), o.bundle) for o in overheads]
+    return "\n".join([HTTP, *lines, _overhead_table({o.bundle: o for o in overheads})])
 
 
 def _throughput_section(result: Throughput) -> str:
@@ -105,10 +110,10 @@ def _throughput_section(result: Throughput) -> str:
     batches = result.batches()
     parts = [
         words,
-        _origin(result.provenance, result.provenance.command),
+        origin(result.provenance, result.provenance.command),
         _by_batch("ms per step, at batch", result, lambda row: short(row.ms_per_step)),
         _by_batch(f"images/s at N = {result.steps}, at batch", result, lambda row: short(row.images_per_s)),
-        _table(("ratio of images/s, at batch", *map(str, batches)), _ratio_rows(result)),
+        table(("ratio of images/s, at batch", *map(str, batches)), _ratio_rows(result)),
         *_remarks(result),
     ]
     return "\n".join(parts)
@@ -117,7 +122,7 @@ def _throughput_section(result: Throughput) -> str:
 def _by_batch(corner: str, result: Throughput, cell: Callable[[Row], str]) -> str:
     batches = result.batches()
     rows = [(name, *(cell(result.row(name, size)) for size in batches)) for name in result.contenders()]
-    return _table((corner, *map(str, batches)), rows)
+    return table((corner, *map(str, batches)), rows)
 
 
 def _ratio_rows(result: Throughput) -> list[tuple[str, ...]]:
@@ -169,32 +174,10 @@ def _overhead_table(overheads: dict[str, Overhead]) -> str:
         "full: CPU an image, raw / server": lambda o: f"{o.raw_cpu_over_server_cpu:.3f}",
     }
     rows = [(name, *(show(o) for o in overheads.values())) for name, show in figures.items()]
-    return _table(("bundle", *overheads), rows)
+    return table(("bundle", *overheads), rows)
 
 
 def _verdict(target: Target, busiest: float) -> str:
     if busiest > QUIET:
         return "not judged"
     return "met" if target.met else "**missed**"
-
-
-def _quiet_note(busiest: float) -> str:
-    if busiest <= QUIET:
-        return ""
-    share = f"{100 * busiest:.0f} %"
-    return f"> **Not a quiet machine**: others took {share} of the CPU during a run. Do not trust these figures.\n"
-
-
-def _origin(origin: Provenance, command: str, name: str = "") -> str:
-    versions = ", ".join(f"{library} {number}" for library, number in origin.versions.items())
-    lines = [
-        f"- {name + ': ' if name else ''}`{command}`",
-        f"- {origin.machine}; {versions}; seed {origin.seed}; {origin.date}; "
-        f"CPU taken by others meanwhile: {100 * origin.others_cpu:.0f} %\n",
-    ]
-    return "\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

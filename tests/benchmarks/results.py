@@ -135,12 +135,13 @@ class Point(Frozen):
 
 
 class Goodput(Frozen):
-    """What ``goodput`` prints of one bundle. contenders: ours first; screened: the sweep of LitServe's settings."""
+    """What ``goodput`` prints of one bundle. contenders: in the order of ``servers``; screened: of LitServe."""
 
     provenance: Provenance
     bundle: str
     engine: str
     steps: tuple[int, ...]
+    one_graph: bool
     tasks: tuple[str, ...]
     rounds: int
     seconds: float
@@ -171,6 +172,20 @@ class Goodput(Frozen):
     def sustained(self, contender: str) -> float:
         """Goodput a second at the highest rate kept, the median over the rounds."""
         return statistics.median(point.outcome.goodput if point else 0.0 for point in self.kept(contender))
+
+
+class Results(Frozen):
+    """What the page is written from; None: not measured yet. random, digits: the HTTP overhead of those bundles."""
+
+    throughput: Throughput | None = None
+    random: Overhead | None = None
+    digits: Overhead | None = None
+    goodput: Goodput | None = None
+    goodput_separate: Goodput | None = None
+
+    def provenances(self) -> tuple[Provenance, ...]:
+        parts = (self.throughput, self.random, self.digits, self.goodput, self.goodput_separate)
+        return tuple(part.provenance for part in parts if part is not None)
 
 
 class Watch:

@@ -15,8 +15,7 @@ from pathlib import Path
 from tests.benchmarks.wishes import OURS, RIVALS
 
 ROOT = Path(__file__).parents[2]
-OURS_NAME = "halfstep"
-START_S, END_S = 180.0, 20.0
+START_S, END_S = 600.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class Server:
 
 
 def servers(bundle: Path, litserve: tuple[int, float]) -> tuple[Server, ...]:
-    """All of them, ours first. litserve: batch size and timeout in ms."""
+    """Ours, ours with whole requests batched, LitServe, eager torch. litserve: batch size and timeout in ms."""
     serve = ("serve", "--bundle", str(bundle), "--port", "{port}", "--log-level", "error")
     whole = ("tests.benchmarks.request_level", *serve)
     diffusers = ("tests.benchmarks.rivals", "diffusers", str(bundle), "{port}")
     return (
-        Server(OURS_NAME, ("server", *serve), OURS, "/readyz"),
+        Server("halfstep", ("server", *serve), OURS, "/readyz"),
         Server("halfstep, whole requests batched", whole, OURS, "/readyz"),
         litserve_server(bundle, *litserve),
         Server("FastAPI + diffusers", diffusers, RIVALS, "/health"),

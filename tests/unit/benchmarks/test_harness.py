@@ -14,7 +14,7 @@ from tests.benchmarks import http_overhead, throughput
 from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16, ORT, TORCH
 from tests.benchmarks.page import page
 from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle, random_student
-from tests.benchmarks.results import Overhead, Provenance, Row, Throughput
+from tests.benchmarks.results import Overhead, Provenance, Results, Row, Throughput
 
 OPTIONS = RandomOptions(steps=(throughput.STEPS,), unet=TINY_UNET)
 
@@ -67,18 +67,17 @@ def test_every_contender_samples_the_same_student(result: Throughput) -> None:
 def test_the_page_says_what_was_met_missed_and_not_measured(result: Throughput) -> None:
     result = on_a_quiet_machine(result)
     origin = result.provenance
-    written = page(result, overhead(origin, "random"), "the command", overhead(origin), "server/bundles/default")
+    written = page(Results(throughput=result, random=overhead(origin, "random"), digits=overhead(origin)))
     assert "| p50 through HTTP, alone, over the bare chain | ≤ 1.15 | 1.25 | **missed** |" in written
-    assert "| digits: p50 overhead of HTTP over the bare chain, alone | ≤ 5 ms | 4.0 ms | met |" in written
-    assert "the command" in written
+    assert "| digits: p50 overhead of HTTP over the bare chain, alone | ≤ 5 ms | 4.00 ms | met |" in written
+    assert "random_bundle runs/benchmarks/random && " in written
     assert all(name in written for name in result.contenders())
-    without = page(result, overhead(origin, "random"), "the command", None, "server/bundles/default")
-    assert "the digits bundle was not measured" in without
+    assert "Not measured: goodput, goodput_separate." in written
 
 
 def test_a_busy_machine_is_named(result: Throughput) -> None:
     busy = result.provenance.model_copy(update={"others_cpu": 0.5})
-    written = page(on_a_quiet_machine(result), overhead(busy), "the command", None, "nowhere")
+    written = page(Results(throughput=on_a_quiet_machine(result), random=overhead(busy)))
     assert "Not a quiet machine" in written
     assert "missed" not in written
 

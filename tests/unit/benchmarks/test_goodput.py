@@ -1,0 +1,105 @@
+"""The goodput benchmark: every contender draws the same pictures, a wrong one is seen, the search ends right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
+from tests.benchmarks.eager import EagerStudent
+from tests.benchmarks.goodput import HALVINGS, LADDER, search
+from tests.benchmarks.load import Answer, Call, Pixels, is_right, judge
+from tests.benchmarks.page_goodput import goodput_section, over_litserve
+from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle
+from tests.benchmarks.results import Goodput, Outcome, Point, Provenance
+from tests.benchmarks.servers import servers
+from tests.benchmarks.together import make_together
+from tests.benchmarks.wishes import TASKS, Wish, answer, draw_pool
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    options = RandomOptions(steps=(4, 1), unet=TINY_UNET, shared=True)
+    bundle = make_random_bundle(tmp_path_factory.mktemp("bundle") / "random", options)
+    return open_pipeline(bundle.path, rungs=(1, 8), warm=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(pipeline: Pipeline) -> list[tuple[Wish, Pixels]]:
+    pool = draw_pool(pipeline, seed=0, count=6)
+    return list(zip(pool, make_together(pipeline, pool), strict=True))
+
+
+def test_every_task_and_step_count_shares_one_graph(pipeline: Pipeline, drawn: list[tuple[Wish, Pixels]]) -> None:
+    assert {(wish.task, wish.steps) for wish, _ in drawn} == {(task, n) for task in TASKS for n in (1, 4)}
+    assert len({student.graph for student in pipeline.manifest.students}) == 1
+
+
+def test_eager_diffusers_draws_the_same_pictures(pipeline: Pipeline, drawn: list[tuple[Wish, Pixels]]) -> None:
+    student = EagerStudent(pipeline.bundle.path)
+    for wish, expected in drawn:
+        assert is_right(json.dumps(answer(student.make(wish))).encode(), expected), wish
+
+
+def test_only_the_expected_picture_within_the_objective_counts(drawn: list[tuple[Wish, Pixels]]) -> None:
+    (_, first), (_, second) = drawn[:2]
+    calls = [Call(float(k), "/", "application/json", b"", first) for k in range(1, 6)]
+    right, wrong = (json.dumps(answer(pixels)).encode() for pixels in (first, second))
+    bodies = [(200, 0.1, right), (200, 9.0, right), (200, 0.1, wrong), (503, 0.1, b""), (0, 0.1, b"")]
+    outcome = judge(calls, [Answer(*body) for body in bodies], objective_s=1.0)
+    assert (outcome.within, outcome.wrong, outcome.rejected, outcome.failed) == (0.2, 1, 1, 1)
+    assert outcome.goodput == pytest.approx(1 / 5)
+    assert not is_right(b"no json", first)
+    openai = {"data": [{"b64_json": answer(first)["image"]}]}
+    assert is_right(json.dumps(openai).encode(), first)
+    assert not is_right(json.dumps(openai).encode(), first[:-1])
+
+
+def point(load: float, within: float, name: str = "ours") -> Point:
+    outcome = Outcome(
+        offered=10 * load,
+        goodput=10 * load * within,
+        within=within,
+        rejected=0,
+        failed=0,
+        wrong=0,
+        p50_ms=1.0,
+        p99_ms=2.0,
+    )
+    return Point(contender=name, load=load, round=0, outcome=outcome)
+
+
+@pytest.mark.parametrize("capacity", [0.03, 0.3, 0.55, 0.95])
+def test_the_search_finds_the_highest_rate_kept(capacity: float) -> None:
+    points = search(lambda load: point(load, 1.0 if load <= capacity else 0.5))
+    kept = max([p.load for p in points if p.outcome.within == 1.0], default=0.0)
+    assert kept <= capacity < kept + np.diff((0.0, *LADDER)).max() / 2**HALVINGS
+    assert search(lambda load: point(load, 1.0))[-1].load == LADDER[-1]
+
+
+def test_the_page_gives_the_ratio_over_the_rates_kept() -> None:
+    names = tuple(server.name for server in servers(Path("a"), (8, 10.0)))
+    loads = dict(zip(names, (0.8, 0.6, 0.4, 0.2), strict=True))
+    result = Goodput(
+        provenance=Provenance(machine="", versions={}, seed=0, command="go", date="", others_cpu=0.0),
+        bundle="random-shared",
+        engine="an engine",
+        steps=(1, 4),
+        one_graph=True,
+        tasks=TASKS,
+        rounds=1,
+        seconds=1.0,
+        lone_ms=1.0,
+        objective_ms=5.0,
+        enough_within=0.99,
+        raw_images_per_s=10.0,
+        contenders=names,
+        screened=(),
+        points=tuple(p for name, load in loads.items() for p in (point(load, 1.0, name), point(0.9, 0.9, name))),
+    )
+    assert over_litserve(result) == pytest.approx(2.0)
+    assert "| LitServe, batch 8, 10 ms | 4 | 2.00 | 0.4 | 1 | 2 |" in goodput_section(result)
