@@ -51,6 +51,7 @@ class EngineProcess:
         self._waiting: list[Lease] = []
         self._up = asyncio.Event()
         self._failures = 0
+        self._closed = False
         self._writer: asyncio.StreamWriter | None = None
 
     @property
@@ -66,10 +67,16 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         page = shared_page()
         descriptors = (theirs.fileno(), page.fileno())
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [*self._command, *map(str, descriptors)], pass_fds=descriptors, stdout=subprocess.DEVNULL
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [*self._command, *map(str, descriptors)], pass_fds=descriptors, stdout=subprocess.DEVNULL
+            )
+        except OSError as error:
+            raise BackendError(f"The engine process cannot be started: {error}.") from error
+        finally:
+            theirs.close()
+        if self._closed:  # meanwhile; nobody else would end it, and its loading would be waited for
+            self._process.kill()
         self._watch = CallWatch(page.fileno())
         page.close()
         self._link = ours
@@ -116,6 +123,7 @@ class EngineProcess:
 
     async def close(self) -> bool:
         """End the process, whatever it is doing."""
+        self._closed = True
         self._supervising.cancel()
         await asyncio.wait([self._supervising])
         self._process.kill()

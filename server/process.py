@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import faulthandler
 import ipaddress
 import json
 import os
@@ -30,8 +31,12 @@ from server.worker import Worker
 
 _log = structlog.get_logger()
 
+STDERR = 2
 KEEP_ALIVE_S = 75
 FLUSH_S = 3
+OVERTIME_S = 4
+"""A process that has not ended so long after its drain timeout is ended, saying what it was doing."""
+
 LOOK_AT_OFFERS_S = 2.0
 
 
@@ -87,6 +92,9 @@ def url_of(sock: socket.socket) -> str:
 class DrainingServer(uvicorn.Server):
     """uvicorn with a drain before its shutdown, begun by the first signal; a second one ends the process at once.
 
+    Whatever does not return, a thread included, the process ends ``OVERTIME_S`` after its drain timeout, with
+    status 1 and the stacks of all threads on stderr.
+
     ready: called with the URL when requests are welcome.
     """
 
@@ -134,6 +142,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.draining:
             end_at_once("ended_by_second_signal")
+        faulthandler.dump_traceback_later(self._drain_timeout_s + OVERTIME_S, file=STDERR, exit=True)
         self._drain_ends_s = time.monotonic() + self._drain_timeout_s - FLUSH_S
 
 

@@ -71,5 +71,6 @@ class Signals:
 async def signalled(event: asyncio.Event, timeout_s: float) -> None:
     """Wait until the event is set, and clear it; returns after timeout_s in any case."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):  # wait_for may lose a cancellation before Python 3.12
+            await event.wait()
     event.clear()

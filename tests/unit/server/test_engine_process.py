@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -108,6 +110,35 @@ async def test_a_killed_engine_is_replaced_and_its_jobs_made_again(settings: Set
         await store.submit(job("after", 1, n=10, steps=8))
         before, after = await ended(store, "before", "after")
     assert files(before) == files(after)
+
+
+async def test_an_engine_that_was_being_restarted_ends_with_its_worker(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, begun, closed = EngineProcess(settings), asyncio.Event(), threading.Event()
+    loop, started, popen = asyncio.get_running_loop(), list[subprocess.Popen[bytes]](), subprocess.Popen
+
+    def restart(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        loop.call_soon_threadsafe(begun.set)
+        closed.wait(60)
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(120)"], **options))
+        return started[0]
+
+    async with working(engine, MemoryStore()):
+        monkeypatch.setattr("server.engine_process.subprocess.Popen", restart)
+        os.kill(engine.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await begun.wait()
+    closed.set()
+    async with asyncio.timeout(60):
+        while not started or started[0].returncode is None:  # noqa: ASYNC110 - a thread sets it
+            await asyncio.sleep(0.01)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+async def test_an_engine_that_cannot_be_started_says_so(settings: Settings) -> None:
+    with pytest.raises(BackendError, match="cannot be started"):
+        await asyncio.to_thread(EngineProcess(settings, ("/nowhere/to/be/found",)).spawn)
 
 
 async def test_a_cancelled_job_leaves_the_engine_process(settings: Settings) -> None:

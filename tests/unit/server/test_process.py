@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -50,7 +53,8 @@ Start = Callable[..., Lab]
 
 
 @pytest.fixture
-def start(toy_bundle: Path) -> Any:
+def start(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("server.process.OVERTIME_S", 600)  # these processes are threads of this one
     labs: list[Lab] = []
 
     def make(**settings: Any) -> Lab:
@@ -71,6 +75,7 @@ def start(toy_bundle: Path) -> Any:
         with suppress(Exception, SystemExit):
             lab.ended.result(timeout=30)
         lab.pool.shutdown()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
@@ -124,6 +129,26 @@ def test_a_stuck_engine_call_does_not_hold_the_process(start: Start, monkeypatch
     assert answer.result(timeout=10).status_code == 503
     with pytest.raises(SystemExit, match="1"):
         lab.ended.result(timeout=15)
+
+
+NEVER_ENDS = """
+import os, signal
+from server import process
+from server.metrics import Metrics
+from server.settings import Settings
+
+process.OVERTIME_S = -3.5
+told = lambda url: os.kill(os.getpid(), signal.SIGTERM)
+process.DrainingServer(None, Settings(drain_timeout_s=4), Metrics(), process.bind("127.0.0.1", 0), told).run()
+"""
+
+
+def test_a_process_that_does_not_end_is_ended_and_says_where_it_was() -> None:
+    command = [sys.executable, "-c", NEVER_ENDS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Timeout" in done.stderr
+    assert "in main_loop" in done.stderr or "in run" in done.stderr
 
 
 def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
