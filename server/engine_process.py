@@ -25,7 +25,7 @@ from server.engine import Report
 from server.engine_wire import HEAD, events_from, frame, sizes
 from server.jobs import Lease
 from server.settings import Settings
-from server.work import Died, Event, Failed, Late, Made
+from server.work import Crashed, Died, Event, Failed, Late, Made
 
 START_S = 900.0
 """Most time to load and measure the models."""
@@ -131,6 +131,14 @@ class EngineProcess:
         return True
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_one_up()
+        except Exception as error:  # nobody awaits this task: its end must not leave the worker waiting
+            self._up.clear()
+            _log.exception("engine_supervision_failed")
+            self._report([Crashed(error)])
+
+    async def _keep_one_up(self) -> None:
         while True:
             reason = await self._listen()
             self._up.clear()

@@ -173,16 +173,16 @@ class Process(DrainingServer):
         if self._worker is not None and self._worker.stuck:
             end_at_once("ended_with_a_stuck_engine_call")
         if self._service.engine_down:
-            return "The worker failed and the process ended; the log above says why."
+            return "A task of this process failed and it ended; the log above says which and why."
         if self._abandoned:
             return f"The drain timed out: {self._abandoned} accepted requests were answered 503 draining."
         return None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._tasks = [asyncio.create_task(self._hear_offers(), name="offers")]
-        self._asides = [asyncio.create_task(self._service.webhooks.run(), name="webhooks")]
+        self._tasks.append(asyncio.create_task(self._service.webhooks.run(), name="webhooks"))
         if self._service.files is not None:
-            self._asides.append(asyncio.create_task(self._service.files.keep_swept(), name="sweep"))
+            self._tasks.append(asyncio.create_task(self._service.files.keep_swept(), name="sweep"))
         if self._worker is not None:
             self._tasks.append(asyncio.create_task(self._worker.run(), name="worker"))
         if self._metrics_port is not None:
@@ -191,10 +191,10 @@ class Process(DrainingServer):
 
     async def on_tick(self, counter: int) -> bool:
         for task in self._tasks:
-            if task.done() and not self._service.engine_down:
+            if task.done() and task.exception() and not self._service.engine_down:
                 self._service.engine_down = True
                 given_up = await self._service.abandon(ENGINE_DOWN)
-                _log.error("worker_ended", error=repr(task.exception()), abandoned=given_up)
+                _log.error("task_failed", task=task.get_name(), abandoned=given_up, exc_info=task.exception())
                 self.should_exit = True
         if self.draining:
             idle = await self._service.idle()
@@ -207,10 +207,9 @@ class Process(DrainingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining.set()
         await super().shutdown(sockets)
-        for task in (*self._tasks, *self._asides):
+        for task in self._tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError, ExceptionGroup):  # the latter was logged when it happened
-                await task
+        await asyncio.wait(self._tasks)  # what they failed with was logged when it happened
         if self._metrics_port is not None:
             await self._metrics_port.close()
         await self._service.store.close()

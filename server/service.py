@@ -149,8 +149,17 @@ class Service:
         self._open.discard(job_id)
 
     async def abandon(self, failure: JobFailure) -> int:
-        """Fail what was accepted here and is not finished; their callers get the failure. Returns how many."""
-        return sum([await self.store.abandon(job_id, failure) for job_id in list(self._open)])
+        """Fail what was accepted here and is not finished; their callers get the failure. Returns how many.
+
+        While the store is away none can be failed; whoever waits for one is told that instead.
+        """
+
+        async def abandon(job_id: str) -> bool:
+            with suppress(StoreUnavailableError):
+                return await self.store.abandon(job_id, failure)
+            return False
+
+        return sum(await asyncio.gather(*map(abandon, self._open)))
 
     async def idle(self) -> bool:
         """Nothing accepted here is still to be done by this process or to be answered by it."""

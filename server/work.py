@@ -66,7 +66,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The engine thread itself has ended; nothing more will come."""
+    """The engine itself, or what watched over its process, has ended; nothing more will come."""
 
     error: Exception
 

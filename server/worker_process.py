@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 from fastapi import FastAPI
@@ -52,9 +51,9 @@ class WorkerProcess(DrainingServer):
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        if self._working.done():
+        if self._working.done() and not self._failed:
             self._failed = True
-            _log.error("worker_ended", error=repr(self._working.exception()))
+            _log.error("task_failed", task="worker", exc_info=self._working.exception())
             self.should_exit = True
         if self.draining:
             self._worker.drain()
@@ -66,8 +65,7 @@ class WorkerProcess(DrainingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         self._working.cancel()
-        with suppress(asyncio.CancelledError, ExceptionGroup):
-            await self._working
+        await asyncio.wait([self._working])
         await self._store.close()
 
     async def _readiness(self) -> Readiness:

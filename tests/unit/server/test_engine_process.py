@@ -25,7 +25,7 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 from server.stores.memory import MemoryStore
-from server.work import Dropped, Failed, Made, Progress, Started, Stepped
+from server.work import Dropped, Event, Failed, Made, Progress, Started, Stepped
 from server.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -134,6 +134,39 @@ async def test_an_engine_that_was_being_restarted_ends_with_its_worker(
         while not started or started[0].returncode is None:  # noqa: ASYNC110 - a thread sets it
             await asyncio.sleep(0.01)
     assert started[0].returncode == -signal.SIGKILL
+
+
+async def test_a_supervision_that_fails_ends_the_worker_and_its_job(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[Event]:
+        raise KeyError("events")
+
+    store, engine = MemoryStore(), EngineProcess(settings)
+    monkeypatch.setattr("server.engine_process.events_from", broken)
+    await asyncio.to_thread(engine.spawn)
+    task = asyncio.create_task(Worker("w", engine, store, Metrics()).run())
+    await store.submit(job("a", 1))
+    (state,) = await ended(store, "a")
+    assert state.status is JobStatus.FAILED
+    with pytest.raises(ExceptionGroup) as caught:
+        await task
+    assert caught.group_contains(KeyError)
+    assert not engine.up
+
+
+async def test_others_get_what_a_worker_without_supervision_held(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, engine = MemoryStore(), EngineProcess(settings)
+    monkeypatch.setattr(store, "outlives_process", True)
+    monkeypatch.setattr("server.engine_process.events_from", None)
+    await store.submit(job("a", 1))
+    await asyncio.to_thread(engine.spawn)
+    with pytest.raises(ExceptionGroup):
+        await Worker("w", engine, store, Metrics()).run()
+    (lease,) = await store.claim("another", ["toy-digits"], 10)
+    assert (lease.job.id, lease.alone) == ("a", True)
 
 
 async def test_an_engine_that_cannot_be_started_says_so(settings: Settings) -> None:

@@ -21,6 +21,8 @@ from server.engine_thread import EngineThread
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
+from server.stores.base import StoreUnavailableError
+from server.webhooks import Webhooks
 from server.worker import Worker
 from tests.support.fake_engines import Bench
 from tests.support.offline import offline_client, offline_service
@@ -167,7 +169,31 @@ def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
     response = queued.result(timeout=10)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
     assert int(response.headers["retry-after"]) >= 1
-    assert "worker failed" in str(lab.ended.result(timeout=10))
+    assert "task of this process failed" in str(lab.ended.result(timeout=10))
+
+
+def test_a_drain_ends_in_time_though_the_store_is_away(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: object) -> bool:
+        raise StoreUnavailableError("away")
+
+    lab = start(drain_timeout_s=4, max_rows=10)
+    lab.bench.hold()
+    answer = lab.post()
+    lab.accepted(1)
+    monkeypatch.setattr(lab.service.store, "abandon", away)
+    lab.process.handle_exit(signal.SIGTERM, None)
+    until(lambda: lab.process.should_exit, "the drain is over", 60)
+    lab.bench.allow()
+    lab.ended.result(timeout=60)
+    assert answer.done()
+
+
+def test_webhooks_that_fail_for_good_end_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(_: Webhooks) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(Webhooks, "run", broken)
+    assert "task of this process failed" in str(start().ended.result(timeout=30))
 
 
 def test_new_work_is_refused_while_the_engine_is_down(toy_bundle: Path) -> None:
