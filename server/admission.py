@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 
 from server.catalogue import Catalogue
-from server.errors import OverloadedError
+from server.errors import OverloadedError, RateError
 from server.jobs import Backlog
 from server.request import DenoiseRequest
 
 
 class Admission:
-    """max_queue_s, max_queued_rows: accepted, unfinished work beyond which requests are refused."""
+    """max_queue_s, max_queued_rows: accepted, unfinished work beyond which requests are refused.
 
-    def __init__(self, catalogue: Catalogue, max_queue_s: float, max_queued_rows: int) -> None:
+    tenant_share: of both, what one tenant may fill.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, max_queue_s: float, max_queued_rows: int, tenant_share: float = 1.0
+    ) -> None:
         self._catalogue = catalogue
         self._max_queue_s = max_queue_s
         self._max_queued_rows = max_queued_rows
+        self._tenant_share = tenant_share
 
     def cost_s(self, request: DenoiseRequest) -> float:
         """Predicted engine seconds of a request at the best batch size."""
@@ -29,16 +35,30 @@ class Admission:
 
         Raises: OverloadedError, with the time until there is room again, as predicted from measured costs.
         """
-        cost_s = self.cost_s(request)
-        waiting_s = backlog.seconds + cost_s
-        late_s = backlog.seconds / max(workers, 1) + cost_s - (deadline_ms or math.inf) / 1000
+        late_s = backlog.seconds / max(workers, 1) + self.cost_s(request) - (deadline_ms or math.inf) / 1000
         if late_s > 0 and backlog.jobs:
             message = "The deadline cannot be met: more work is waiting than fits before it."
             raise OverloadedError("deadline_unmeetable", message, retry_after_s=late_s)
-        rows = backlog.rows + request.n
-        if backlog.jobs == 0 or (waiting_s <= self._max_queue_s and rows <= self._max_queued_rows):
-            return
+        excess_s = self._excess_s(backlog, request, 1.0)
+        if excess_s > 0:
+            message = "The server has as much work as it accepts; the Retry-After header says when to try again."
+            raise OverloadedError("queue_full", message, retry_after_s=excess_s)
+
+    def check_share(self, own: Backlog, request: DenoiseRequest) -> None:
+        """own: the accepted, unfinished work of the tenant that asks.
+
+        Raises: RateError, with the time until it has room again when its work alone is done.
+        """
+        excess_s = self._excess_s(own, request, self._tenant_share)
+        if excess_s > 0:
+            message = "This tenant's share of the queue is full; the Retry-After header says when to try again."
+            raise RateError("tenant_queue_full", message, retry_after_s=excess_s)
+
+    def _excess_s(self, backlog: Backlog, request: DenoiseRequest, share: float) -> float:
+        """Predicted seconds until there is room; 0 when there is, as there always is beside nothing."""
+        max_s, max_rows = share * self._max_queue_s, share * self._max_queued_rows
+        waiting_s, rows = backlog.seconds + self.cost_s(request), backlog.rows + request.n
+        if backlog.jobs == 0 or (waiting_s <= max_s and rows <= max_rows):
+            return 0.0
         per_row_s = backlog.seconds / max(backlog.rows, 1)
-        excess_s = max(waiting_s - self._max_queue_s, (rows - self._max_queued_rows) * per_row_s)
-        message = "The server has as much work as it accepts; the Retry-After header says when to try again."
-        raise OverloadedError("queue_full", message, retry_after_s=max(excess_s, 0.001))
+        return max(waiting_s - max_s, (rows - max_rows) * per_row_s, 0.001)

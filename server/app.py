@@ -38,7 +38,9 @@ _STATUS_ERRORS = {
 def create_app(service: Service) -> ASGIApp:
     """All routes behind guard and gate. Lifespan and worker belong to the caller."""
     settings = service.settings
-    gate = Gate(create_api(service), service.keyring, service.rates, settings.rate_limit, service.metrics)
+    gate = Gate(
+        create_api(service), service.keyring, service.rates, settings.rate_limit, service.store, service.metrics
+    )
     return AccessLog(Guard(_cors(gate, settings.cors_origins), service.metrics, settings))
 
 

@@ -219,6 +219,13 @@ class Submission(Frozen):
     replayed: bool = False
 
 
+class End(Frozen):
+    """How a job ended, and how many seconds after its acceptance; status None where the store has forgotten it."""
+
+    status: JobStatus | None
+    seconds: float = 0.0
+
+
 class Delivery(Frozen):
     """A webhook to send. attempt: counts from 1; ended_s: when the job ended, seconds since 1970."""
 

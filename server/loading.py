@@ -105,7 +105,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: 
         settings=settings,
         catalogue=catalogue,
         store=store,
-        admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows),
+        admission=Admission(catalogue, settings.max_queue_s, settings.max_queued_rows, settings.tenant_share),
         metrics=metrics,
         costs=costs,
         keyring=None if settings.api_keys is None else Keyring(settings.api_keys),

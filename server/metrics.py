@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from engines.manifest import BundleManifest
 from server.jobs import Backlog, JobStatus, Timing, Total
+from server.request import DenoiseRequest
 from server.work import Dropped, Stepped
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -137,6 +138,13 @@ class Metrics:
         self.step_s.labels(event.model, str(event.rung)).observe(event.seconds)
         self.occupancy.labels(event.model).observe(event.rows / event.rung)
         self.padding.labels(event.model).inc(event.rung - event.rows)
+
+    def ended(self, request: DenoiseRequest, status: str, seconds: float) -> None:
+        """Note how an accepted request ended; seconds: from its acceptance."""
+        size = f"{request.width}x{request.height}"
+        self.requests.labels(request.model, request.task, size, status).inc()
+        if status == JobStatus.SUCCEEDED.value:
+            self.request_s.labels(request.model, request.task).observe(seconds)
 
     def made(self, model: str, timing: Timing) -> None:
         """Note where the time of a finished job went."""

@@ -183,6 +183,7 @@ class Process(DrainingServer):
         self._tasks.append(asyncio.create_task(self._service.webhooks.run(), name="webhooks"))
         if self._service.files is not None:
             self._tasks.append(asyncio.create_task(self._service.files.keep_swept(), name="sweep"))
+        self._tasks.append(asyncio.create_task(self._service.counts.run(), name="request counts"))
         if self._worker is not None:
             self._tasks.append(asyncio.create_task(self._worker.run(), name="worker"))
         if self._metrics_port is not None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from asyncio import Lock
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from server.admission import Admission
 from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
+from server.counting import RequestCounts
 from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError
 from server.jobs import (
     EncodedImage,
+    End,
     IdempotencyConflictError,
     IdempotencyKey,
     Job,
@@ -43,6 +47,19 @@ ENGINE_DOWN = JobFailure(
 )
 
 
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job that lives on its own may have besides its request; see ``Job``."""
+
+    priority: int = 0
+    deadline_ms: int | None = None
+    webhook_url: str | None = None
+    base_url: str = ""
+
+
+NO_OPTIONS = JobOptions()
+
+
 @dataclass(eq=False)
 class Service:
     """draining: set once the process was told to end; it then finishes what it accepted.
@@ -63,16 +80,19 @@ class Service:
     signer: Signer = field(init=False)
     links: FileLinks | None = field(init=False)
     webhooks: Webhooks = field(init=False)
+    counts: RequestCounts = field(init=False)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
-    _following: set[asyncio.Task[None]] = field(default_factory=set)
+    _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
+    """By idempotency key: its submissions, one after another."""
 
     def __post_init__(self) -> None:
         secret = self.settings.secret.get_secret_value()
         self.signer = Signer(secret or None)
         self.links = None if self.files is None else FileLinks(self.files, self.signer)
         self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store, self.links)
+        self.counts = RequestCounts(self.metrics, self.store)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -81,7 +101,7 @@ class Service:
         Raises: OverloadedError when there is no room, or the process is about to end.
         """
         job, _ = await self._submit(request)
-        self.metrics.accepted.labels(request.model, request.task).inc()
+        self.counts.accepted(job)
         started = time.monotonic()
         self._open.add(job.id)
         try:
@@ -93,30 +113,32 @@ class Service:
             self._open.discard(job.id)
             with suppress(StoreUnavailableError):  # the job ends by itself, and is dropped after its time
                 await self.store.cancel(job.id)
-                await self._count(job, time.monotonic() - started)
+                state = await self.store.get(job.id)
+                status = JobStatus.CANCELLED if state is None else state.status
+                self.counts.ended(job, End(status=status, seconds=time.monotonic() - started))
                 await self.store.forget(job.id)
 
     async def submit(
-        self,
-        request: DenoiseRequest,
-        *,
-        key: IdempotencyKey | None = None,
-        priority: int = 0,
-        deadline_ms: int | None = None,
-        webhook_url: str | None = None,
-        base_url: str = "",
+        self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
     ) -> str:
         """The id of a job that lives on its own; an earlier one where the key was used for the same body before.
+
+        An earlier one needs no room and spends nothing.
 
         Raises: OverloadedError, RateError; ApiError 422 when the key was used for another body; InvalidRequestError
         when files are to be stored and there is nowhere to.
         """
-        job, submission = await self._submit(request, key, priority, deadline_ms, webhook_url, base_url)
-        if not submission.replayed and not self.store.outlives_process:
-            task = asyncio.create_task(self._follow(job.id))
-            self._following.add(task)
-            task.add_done_callback(self._following.discard)
-        return submission.job_id
+        if key is None:
+            return await self._start(request, None, options)
+        turn = self._turns.setdefault((key.tenant, key.key), Lock())
+        async with turn:  # so that of those that come at once, too, one alone is charged
+            earlier = await self.store.find_key(key.tenant, key.key)
+            if earlier is None:
+                return await self._start(request, key, options)
+        first, job_id = earlier
+        if first != key:
+            raise _key_reused()
+        return job_id
 
     async def links_of(self, state: JobState, base_url: str) -> list[Link | None]:
         """The addresses of a job's stored files; None for what came inside its result. Raises: ResultStoreError."""
@@ -141,12 +163,11 @@ class Service:
             raise ResultStoreError("this process knows no result store, but its workers do")
         return await self.links.link(image.key, base_url)
 
-    async def _follow(self, job_id: str) -> None:
-        """A job that ends with this process is open until it has ended."""
-        self._open.add(job_id)
-        with suppress(KeyError):
-            await self.store.wait(job_id)
-        self._open.discard(job_id)
+    async def _start(self, request: DenoiseRequest, key: IdempotencyKey | None, options: JobOptions) -> str:
+        job, submission = await self._submit(request, key, options)
+        if not submission.replayed:
+            self.counts.follow(job)
+        return submission.job_id
 
     async def abandon(self, failure: JobFailure) -> int:
         """Fail what was accepted here and is not finished; their callers get the failure. Returns how many.
@@ -159,7 +180,8 @@ class Service:
                 return await self.store.abandon(job_id, failure)
             return False
 
-        return sum(await asyncio.gather(*map(abandon, self._open)))
+        ending = self._open if self.store.outlives_process else self._open | self.counts.followed
+        return sum(await asyncio.gather(*map(abandon, ending)))
 
     async def idle(self) -> bool:
         """Nothing accepted here is still to be done by this process or to be answered by it."""
@@ -179,13 +201,7 @@ class Service:
         return "ok"
 
     async def _submit(
-        self,
-        request: DenoiseRequest,
-        key: IdempotencyKey | None = None,
-        priority: int = 0,
-        deadline_ms: int | None = None,
-        webhook_url: str | None = None,
-        base_url: str = "",
+        self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
     ) -> tuple[Job, Submission]:
         caller = current_caller.get()
         if request.stored and self.files is None:
@@ -198,24 +214,25 @@ class Service:
             raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
             raise _refusal(DRAINING)
-        self.admission.check(await self.store.backlog(), request, deadline_ms, self.costs.workers)
+        if self.keyring is not None and len(self.keyring.tenants) > 1:
+            self.admission.check_share(await self.store.backlog(caller.tenant), request)
+        self.admission.check(await self.store.backlog(), request, options.deadline_ms, self.costs.workers)
         await self._spend_quota(caller, request.n)
         job = Job(
             id=self.signer.new_job_id(caller.tenant),
             request=request,
             cost_s=self.admission.cost_s(request),
             tenant=caller.tenant,
-            priority=priority,
-            deadline_ms=deadline_ms,
-            webhook_url=webhook_url,
-            base_url=base_url,
+            priority=options.priority,
+            deadline_ms=options.deadline_ms,
+            webhook_url=options.webhook_url,
+            base_url=options.base_url,
             trace=carrier(),
         )
         try:
             return job, await self.store.submit(job, key)
         except IdempotencyConflictError:
-            message = "This Idempotency-Key was used for another body; take a new key for a new request."
-            raise ApiError(422, "idempotency_key_reuse", message, headers={"x-should-retry": "false"}) from None
+            raise _key_reused() from None
 
     async def _spend_quota(self, caller: Caller, images: int) -> None:
         wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)
@@ -223,18 +240,14 @@ class Service:
             message = "The quota of this tenant is used up; the Retry-After header says when to try again."
             raise RateError("quota_exceeded", message, retry_after_s=wait_s)
 
-    async def _count(self, job: Job, seconds: float) -> None:
-        """Accepted requests and terminal ones are counted one for one."""
-        state = await self.store.get(job.id)
-        status = JobStatus.CANCELLED if state is None else state.status
-        size = f"{job.request.width}x{job.request.height}"
-        self.metrics.requests.labels(job.request.model, job.request.task, size, status.value).inc()
-        if status is JobStatus.SUCCEEDED:
-            self.metrics.request_s.labels(job.request.model, job.request.task).observe(seconds)
-
 
 def _refusal(failure: JobFailure) -> OverloadedError:
     return OverloadedError(failure.code, failure.message, retry_after_s=failure.retry_after_s or 1.0)
+
+
+def _key_reused() -> ApiError:
+    message = "This Idempotency-Key was used for another body; take a new key for a new request."
+    return ApiError(422, "idempotency_key_reuse", message, headers={"x-should-retry": "false"})
 
 
 def succeeded(state: JobState) -> bool:

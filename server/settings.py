@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     max_rows: int = Field(64, ge=10, description="images in the making at once, encoding included")
     max_queue_s: float = Field(30.0, gt=0, description="predicted seconds of accepted work beyond which 503")
     max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
+    tenant_share: float = Field(
+        0.5, gt=0, le=1, description="part of both that one tenant may fill where there are several; beyond it 429"
+    )
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="largest request body")
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of request headers")
     header_timeout_s: float = Field(10.0, gt=0, description="time a client has to send its headers")

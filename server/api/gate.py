@@ -15,7 +15,7 @@ from server.auth import Scope as KeyScope
 from server.errors import ApiError, RateError, store_away
 from server.metrics import Metrics
 from server.rates import Rates
-from server.stores.base import StoreUnavailableError
+from server.stores.base import JobStore, StoreUnavailableError
 
 _OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*|/files/.*")
 """Probes, static pages, and files at addresses that are signed."""
@@ -25,12 +25,19 @@ class Gate:
     """keyring: None where keys are off and every caller is the same."""
 
     def __init__(
-        self, app: ASGIApp, keyring: Keyring | None, rates: Rates, rate: str | None, metrics: Metrics
+        self,
+        app: ASGIApp,
+        keyring: Keyring | None,
+        rates: Rates,
+        rate: str | None,
+        store: JobStore,
+        metrics: Metrics,
     ) -> None:
         self._app = app
         self._keyring = keyring
         self._rates = rates
         self._rate = rate
+        self._store = store
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,12 +59,20 @@ class Gate:
         needed = _needed(scope)
         if needed not in caller.scopes:
             raise ApiError(403, "insufficient_scope", f"This API key lacks the scope {needed}.")
-        if needed is KeyScope.GENERATE:
-            wait_s = await self._rates.spend(caller.rate or self._rate, 1, "rate", caller.key or "")
+        rate = caller.rate or self._rate
+        if needed is KeyScope.GENERATE and rate is not None and not await self._repeats(scope, caller):
+            wait_s = await self._rates.spend(rate, 1, "rate", caller.key or "")
             if wait_s is not None:
                 message = "This API key is used too often; the Retry-After header says when to try again."
                 raise RateError("rate_limited", message, retry_after_s=wait_s)
         return caller
+
+    async def _repeats(self, scope: Scope, caller: Caller) -> bool:
+        """Whether a job is submitted under a key that has one already: that generates nothing."""
+        key = Headers(scope=scope).get("idempotency-key")
+        if key is None or (scope["method"], scope["path"]) != ("POST", "/v1/jobs"):
+            return False
+        return await self._store.find_key(caller.tenant, key) is not None
 
 
 def _needed(scope: Scope) -> KeyScope:

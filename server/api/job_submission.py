@@ -24,7 +24,7 @@ from server.errors import ApiError, InvalidRequestError
 from server.job_requests import resolve_job
 from server.job_schemas import JobBody, JobStateBody
 from server.jobs import IdempotencyKey, JobState
-from server.service import Service
+from server.service import JobOptions, Service
 
 MAX_WAIT_S = 60
 _MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
@@ -76,12 +76,7 @@ async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, b
     if body.webhook_url is not None:
         service.webhooks.check(body.webhook_url)
     return await service.submit(
-        wanted,
-        key=key,
-        priority=body.priority or 0,
-        deadline_ms=body.deadline_ms,
-        webhook_url=body.webhook_url,
-        base_url=base,
+        wanted, key, JobOptions(body.priority or 0, body.deadline_ms, body.webhook_url, base)
     )
 
 

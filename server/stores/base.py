@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from server.costs import Offer
 from server.jobs import (
     Backlog,
     Delivery,
+    End,
     IdempotencyKey,
     Job,
     JobEvent,
@@ -40,6 +41,10 @@ class JobStore(Protocol):
 
         Raises: ValueError when the id exists; IdempotencyConflictError when the key was used for another body.
         """
+        ...
+
+    async def find_key(self, tenant: str, key: str) -> tuple[IdempotencyKey, str] | None:
+        """A key as it was first used, and the id of its job."""
         ...
 
     async def claim(self, worker: str, models: Collection[str], rows: int, wait_s: float = 0.0) -> list[Lease]:
@@ -92,6 +97,10 @@ class JobStore(Protocol):
         """The state once terminal. Raises: KeyError when the job is unknown or forgotten."""
         ...
 
+    async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
+        """Those of these jobs that have ended, or that the store does not know."""
+        ...
+
     def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
         """The job's history, from the event after that id, as it happens; the last one is terminal.
 
@@ -103,7 +112,9 @@ class JobStore(Protocol):
         """Drop a terminal job whose result was delivered; others, and those with a key, are left alone."""
         ...
 
-    async def backlog(self) -> Backlog: ...
+    async def backlog(self, tenant: str | None = None) -> Backlog:
+        """Of one tenant, or of all."""
+        ...
 
     async def totals(self) -> list[Total]:
         """Jobs accepted and ended since the store began; a job that ended was counted as accepted."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 
 from server.costs import Offer
 from server.jobs import (
     Backlog,
     Delivery,
+    End,
     IdempotencyKey,
     Job,
     JobEvent,
@@ -44,6 +45,9 @@ class MemoryStore:
         if not submission.replayed:
             self._arrived.set()
         return submission
+
+    async def find_key(self, tenant: str, key: str) -> tuple[IdempotencyKey, str] | None:
+        return self.jobs.keys.get((tenant, key))
 
     async def claim(self, worker: str, models: Collection[str], rows: int, wait_s: float = 0.0) -> list[Lease]:
         leases = self.jobs.take(worker, models, rows)
@@ -123,6 +127,14 @@ class MemoryStore:
         await record.ended.wait()
         return record.state(None)
 
+    async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
+        found = {job_id: self.jobs.records.get(job_id) for job_id in job_ids}
+        return {
+            job_id: End(status=None) if record is None else record.end
+            for job_id, record in found.items()
+            if record is None or record.status.terminal
+        }
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
         if after is not None and not after.isdecimal():
             raise ValueError("there is no such event")
@@ -139,11 +151,11 @@ class MemoryStore:
     async def forget(self, job_id: str) -> None:
         self.jobs.forget(job_id)
 
-    async def backlog(self) -> Backlog:
-        return self.jobs.backlog()
+    async def backlog(self, tenant: str | None = None) -> Backlog:
+        return self.jobs.counts.backlog(tenant)
 
     async def totals(self) -> list[Total]:
-        return self.jobs.totals()
+        return self.jobs.counts.totals()
 
     async def reap(self) -> int:
         if queued := self.jobs.reap():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
 
 from server.jobs import (
     MAX_ATTEMPTS,
     MAX_CRASHES,
     POISON,
-    Backlog,
     IdempotencyConflictError,
     IdempotencyKey,
     Job,
@@ -18,9 +16,9 @@ from server.jobs import (
     JobStatus,
     Lease,
     Submission,
-    Total,
 )
 from server.stores.fair_queue import FairQueue
+from server.stores.memory_counts import MemoryCounts
 from server.stores.memory_outbox import MemoryOutbox
 from server.stores.memory_record import Record
 
@@ -34,16 +32,15 @@ class MemoryJobs:
         self._clock = clock
         self._epoch = time.time() - clock()
         self.records: dict[str, Record] = {}
-        self._keys: dict[tuple[str, str], tuple[IdempotencyKey, str]] = {}
+        self.counts = MemoryCounts()
+        self.keys: dict[tuple[str, str], tuple[IdempotencyKey, str]] = {}
         self.queue = FairQueue()
         self.outbox = MemoryOutbox(lease_s, clock)
-        self._totals: Counter[tuple[str, str, JobStatus | None]] = Counter()
-        self._open_jobs, self._open_rows, self._open_s = 0, 0, 0.0
 
     def submit(self, job: Job, key: IdempotencyKey | None) -> Submission:
         """Raises: see JobStore.submit."""
-        if key is not None and (key.tenant, key.key) in self._keys:
-            earlier, job_id = self._keys[key.tenant, key.key]
+        if key is not None and (key.tenant, key.key) in self.keys:
+            earlier, job_id = self.keys[key.tenant, key.key]
             if earlier != key:
                 raise IdempotencyConflictError
             return Submission(job_id=job_id, replayed=True)
@@ -52,13 +49,12 @@ class MemoryJobs:
         now = self._clock()
         job = job.model_copy(update={"created_s": self._epoch + now})
         deadline = None if job.deadline_ms is None else now + job.deadline_ms / 1000
-        record = Record(job, key, now, deadline)
+        record = Record(job, key, now, deadline, now)
         self.records[job.id] = record
         if key is not None:
-            self._keys[key.tenant, key.key] = (key, job.id)
+            self.keys[key.tenant, key.key] = (key, job.id)
         self.queue.add(job)
-        self._count(job, 1)
-        self._totals[job.request.model, job.request.task, None] += 1
+        self.counts.accepted(job)
         record.tell("queued")
         return Submission(job_id=job.id)
 
@@ -119,8 +115,7 @@ class MemoryJobs:
         job = record.job
         self.queue.remove(job.id)
         record.status, record.since = status, self._clock()
-        self._count(job, -1)
-        self._totals[job.request.model, job.request.task, status] += 1
+        self.counts.ended(job, status)
         if job.webhook_url is not None:
             self.outbox.add(job, status, self._epoch + record.since)
         record.tell(status.value)
@@ -144,18 +139,7 @@ class MemoryJobs:
         if record is not None and record.status.terminal and record.key is None:
             self._drop(record)
 
-    def backlog(self) -> Backlog:
-        return Backlog(jobs=self._open_jobs, rows=self._open_rows, seconds=max(0.0, self._open_s))
-
-    def totals(self) -> list[Total]:
-        return [Total(model=m, task=t, status=s, count=count) for (m, t, s), count in self._totals.items()]
-
     def _drop(self, record: Record) -> None:
         del self.records[record.job.id]
         if record.key is not None:
-            del self._keys[record.key.tenant, record.key.key]
-
-    def _count(self, job: Job, sign: int) -> None:
-        self._open_jobs += sign
-        self._open_rows += sign * job.request.n
-        self._open_s += sign * job.cost_s
+            del self.keys[record.key.tenant, record.key.key]

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from server.jobs import (
+    End,
     EventType,
     IdempotencyKey,
     Job,
@@ -21,12 +22,13 @@ from server.jobs import (
 
 @dataclass(eq=False)
 class Record:
-    """A job and what became of it. since: clock of its last change of status or heartbeat."""
+    """A job and what became of it. accepted, since: clock then, and at its last change of status or heartbeat."""
 
     job: Job
     key: IdempotencyKey | None
     since: float
     deadline: float | None
+    accepted: float
     status: JobStatus = JobStatus.QUEUED
     worker: str = ""
     attempt: int = 0
@@ -45,6 +47,11 @@ class Record:
 
     def held_by(self, lease: Lease) -> bool:
         return self.status is JobStatus.RUNNING and (self.worker, self.attempt) == (lease.worker, lease.attempt)
+
+    @property
+    def end(self) -> End:
+        """Of one that has ended."""
+        return End(status=self.status, seconds=self.since - self.accepted)
 
     def past(self, now: float) -> bool:
         return self.deadline is not None and now >= self.deadline and not self.status.terminal

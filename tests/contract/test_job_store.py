@@ -181,3 +181,30 @@ async def test_a_job_that_loses_its_lease_over_and_over_fails(lab: Lab) -> None:
     assert state.failure.code == "poison"
     assert await lab.store.claim("w", MODELS, 10) == []
     assert (await lab.store.backlog()).jobs == 0
+
+
+async def test_a_backlog_is_told_apart_by_tenant(lab: Lab) -> None:
+    await lab.store.submit(job("a", n=2, cost_s=3.0, tenant="t"))
+    await lab.store.submit(job("b", n=1, cost_s=0.5, tenant="u"))
+    own = await lab.store.backlog("t")
+    assert (own.jobs, own.rows, own.seconds) == (1, 2, pytest.approx(3.0))
+    await lab.store.cancel("a")
+    assert (await lab.store.backlog("t")).jobs == 0
+    assert (await lab.store.backlog("u")).rows == (await lab.store.backlog()).rows == 1
+
+
+async def test_ends_are_told_with_their_time_and_unknown_jobs_too(lab: Lab) -> None:
+    for name in "abc":
+        await lab.store.submit(job(name))
+    await lab.pass_time(3)
+    (lease,) = await lab.store.claim("w", MODELS, 1)
+    await lab.store.finish(lease, RESULT)
+    await lab.store.cancel("b")
+    ends = await lab.store.ends(["a", "b", "c", "nothing"])
+    assert {name: end.status for name, end in ends.items()} == {
+        "a": JobStatus.SUCCEEDED,
+        "b": JobStatus.CANCELLED,
+        "nothing": None,
+    }
+    assert 3 <= ends["a"].seconds < 60
+    assert await lab.store.ends([]) == {}

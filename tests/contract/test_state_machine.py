@@ -41,8 +41,8 @@ Q, R = JobStatus.QUEUED, JobStatus.RUNNING
 class Known:
     """A job as the model sees it."""
 
-    def __init__(self, n: int, model: str, deadline_s: float | None) -> None:
-        self.n, self.model, self.deadline_s = n, model, deadline_s
+    def __init__(self, n: int, model: str, tenant: str, deadline_s: float | None) -> None:
+        self.n, self.model, self.tenant, self.deadline_s = n, model, tenant, deadline_s
         self.status = Q
         self.attempt = self.lost = self.crashes = 0
         self.beat_s = 0.0
@@ -106,6 +106,8 @@ class StoreMachine(RuleBasedStateMachine):
         made = job(name, n, model=model, deadline_ms=deadline_s and deadline_s * 1000, **fields)
         idempotency = IdempotencyKey(tenant=tenant, key=key, fingerprint=body) if key else None
         earlier = self.keys.get((tenant, key))
+        found = self.do(self.lab.store.find_key(tenant, key))
+        assert (found and (found[0].fingerprint, found[1])) == earlier
         if earlier is not None and earlier[0] != body:
             with pytest.raises(IdempotencyConflictError):
                 self.do(self.lab.store.submit(made, idempotency))
@@ -116,7 +118,7 @@ class StoreMachine(RuleBasedStateMachine):
             return multiple()
         if key:
             self.keys[tenant, key] = (body, name)
-        self.known[name] = Known(n, model, None if deadline_s is None else self.now_s + deadline_s)
+        self.known[name] = Known(n, model, tenant, None if deadline_s is None else self.now_s + deadline_s)
         return name
 
     @rule(
@@ -217,12 +219,18 @@ class StoreMachine(RuleBasedStateMachine):
             assert state is not None
             assert (state.status, state.attempt) == (known.status, known.attempt), name
             assert (state.queue_position is not None) == (known.status is Q)
+        ends = self.do(self.lab.store.ends(self.known))
+        assert {name: end.status for name, end in ends.items()} == {
+            name: known.status for name, known in self.known.items() if known.status.terminal
+        }
 
     @invariant()
     def sums_agree(self) -> None:
         open_jobs = [known for known in self.known.values() if not known.status.terminal]
-        backlog = self.do(self.lab.store.backlog())
-        assert (backlog.jobs, backlog.rows) == (len(open_jobs), sum(known.n for known in open_jobs))
+        for tenant in (None, "a", "b"):
+            own = [known.n for known in open_jobs if tenant in (None, known.tenant)]
+            backlog = self.do(self.lab.store.backlog(tenant))
+            assert (backlog.jobs, backlog.rows) == (len(own), sum(own))
         counted: Counter[JobStatus | None] = Counter()
         for total in self.do(self.lab.store.totals()):
             counted[total.status] += total.count

@@ -48,6 +48,13 @@ async def test_a_key_lives_as_long_as_its_job(lab: Lab) -> None:
     assert (await lab.store.submit(job("b"), KEY)).job_id == "b"
 
 
+async def test_a_key_is_found_with_its_job_by_its_own_tenant(lab: Lab) -> None:
+    await lab.store.submit(job("a"), KEY)
+    assert await lab.store.find_key("a", "k") == (KEY, "a")
+    assert await lab.store.find_key("b", "k") is None
+    assert await lab.store.find_key("a", "other") is None
+
+
 # ---- deadlines
 
 

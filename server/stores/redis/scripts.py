@@ -10,7 +10,7 @@ from redis.exceptions import NoScriptError
 
 from server.stores.redis.errors import translated
 
-READ_ONLY = frozenset({"position"})
+READ_ONLY = frozenset({"ends", "position"})
 NEEDS_MEMORY = frozenset({"submit"})
 """Refused when Redis is out of memory; what ends accepted jobs is not."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -18,6 +18,7 @@ from server.jobs import (
     POISON,
     Backlog,
     Delivery,
+    End,
     IdempotencyConflictError,
     IdempotencyKey,
     Job,
@@ -47,6 +48,7 @@ LOOK_S = 1.0
 
 CONNECTIONS = 64
 EVENTS_AT_ONCE = 100
+ENDS_AT_ONCE = 200
 
 _OFFERS = TypeAdapter(dict[str, Offer])
 _LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
@@ -92,6 +94,13 @@ class RedisStore:
         if answer == b"exists":
             raise ValueError("a job with this id exists")
         return Submission(job_id=job_id.decode(), replayed=answer == b"replayed")
+
+    async def find_key(self, tenant: str, key: str) -> tuple[IdempotencyKey, str] | None:
+        hashed = self._key("key", wire.key_name(tenant, key))
+        fingerprint, job_id = await _ask(self._redis.hmget(hashed, ["fingerprint", "job"]))
+        if fingerprint is None:
+            return None
+        return IdempotencyKey(tenant=tenant, key=key, fingerprint=fingerprint.decode()), job_id.decode()
 
     async def claim(self, worker: str, models: Collection[str], rows: int, wait_s: float = 0.0) -> list[Lease]:
         until = time.monotonic() + wait_s
@@ -149,6 +158,12 @@ class RedisStore:
             raise KeyError(job_id)
         return state
 
+    async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
+        ids, found = list(job_ids), dict[str, End]()
+        for start in range(0, len(ids), ENDS_AT_ONCE):
+            found.update(map(wire.end_from, await self._scripts.run("ends", *ids[start : start + ENDS_AT_ONCE])))
+        return found
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
         if after is not None:
             wire.check_event_id(after)
@@ -172,8 +187,9 @@ class RedisStore:
     async def forget(self, job_id: str) -> None:
         await self._scripts.run("forget", job_id)
 
-    async def backlog(self) -> Backlog:
-        values = await _ask(self._redis.hmget(self._key("backlog"), ["jobs", "rows", "cost_us"]))
+    async def backlog(self, tenant: str | None = None) -> Backlog:
+        key = self._key("backlog") if tenant is None else self._key("backlog", tenant)
+        values = await _ask(self._redis.hmget(key, ["jobs", "rows", "cost_us"]))
         jobs, rows, cost_us = (int(value or 0) for value in values)
         return Backlog(jobs=jobs, rows=rows, seconds=cost_us / 1e6)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from server.jobs import (
     Delivery,
+    End,
     IdempotencyKey,
     Job,
     JobEvent,
@@ -43,9 +44,14 @@ def job_args(job: Job) -> tuple[str | int | bytes, ...]:
     )
 
 
+def key_name(tenant: str, key: str) -> str:
+    """The tenant's length keeps ``a:b`` and ``c`` apart from ``a`` and ``b:c``."""
+    return f"{len(tenant)}:{tenant}:{key}"
+
+
 def key_args(key: IdempotencyKey | None) -> tuple[str, str]:
-    """Name and fingerprint; the tenant's length keeps ``a:b`` and ``c`` apart from ``a`` and ``b:c``."""
-    return ("", "") if key is None else (f"{len(key.tenant)}:{key.tenant}:{key.key}", key.fingerprint)
+    """Name and fingerprint."""
+    return ("", "") if key is None else (key_name(key.tenant, key.key), key.fingerprint)
 
 
 def held_args(lease: Lease) -> tuple[str, str, int]:
@@ -111,6 +117,11 @@ def delivery_from(reply: Reply) -> Delivery:
         ended_s=int(ended_ms) / 1000,
         attempt=attempt,
     )
+
+
+def end_from(reply: Reply) -> tuple[str, End]:
+    job_id, status, ms = reply
+    return job_id.decode(), End(status=JobStatus(status.decode()) if status else None, seconds=max(0, ms) / 1000)
 
 
 def total_from(name: bytes, count: bytes) -> Total:

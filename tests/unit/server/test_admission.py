@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.errors import OverloadedError
+from server.errors import OverloadedError, RateError
 from server.jobs import Backlog
 from server.request import DenoiseRequest
 from server.settings import Settings
@@ -43,3 +43,12 @@ def test_too_many_images_say_when_they_will_be_gone(toy_bundle: Path) -> None:
     with pytest.raises(OverloadedError) as refused:
         check(toy_bundle, Backlog(jobs=10, rows=100, seconds=1.0), n=10)
     assert refused.value.headers["retry-after-ms"] == "100"
+
+
+def test_a_tenant_has_its_share_and_anything_beside_nothing(toy_bundle: Path) -> None:
+    admission = offline_service(toy_bundle, Settings(max_queue_s=2.0, max_queued_rows=100)).admission
+    admission.check_share(Backlog(jobs=1, rows=49, seconds=1.0 - 4 * ROW_STEP_S), request())
+    admission.check_share(Backlog(jobs=0, rows=0, seconds=0.0), request(n=10))
+    with pytest.raises(RateError) as refused:
+        admission.check_share(Backlog(jobs=5, rows=50, seconds=0.5), request())
+    assert (refused.value.code, refused.value.headers["retry-after-ms"]) == ("tenant_queue_full", "10")

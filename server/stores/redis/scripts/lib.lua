@@ -12,7 +12,8 @@
 --   waiting, served, level     hash, hash, string: queued jobs a tenant; seconds of idle tenants; of the last served
 --   taken                      set     jobs claimed at least once that have not ended
 --   deadlines                  zset    open jobs with a deadline -> ms
---   backlog, totals            hash    open jobs, rows and cost; jobs accepted and ended
+--   backlog, backlog:<tenant>  hash    open jobs, rows and cost, of all and of each tenant that has some
+--   totals                     hash    jobs accepted and ended
 --   outbox, delivery:<id>      zset    webhooks -> ms when due; hash
 --   workers, offer:<worker>    set     who is there; string: what it has ready, expires with its silence
 --   told                       channel ids of jobs at every event, "!" <id> at their end, "+" when one is queued
@@ -127,10 +128,16 @@ end
 
 -- ---- ends
 
+local function count_in(backlog, job, sign)
+  call('HINCRBY', backlog, 'rows', sign * job.n)
+  call('HINCRBY', backlog, 'cost_us', sign * job.cost_us)
+  return call('HINCRBY', backlog, 'jobs', sign)
+end
+
 local function count(job, sign)
-  call('HINCRBY', P .. 'backlog', 'jobs', sign)
-  call('HINCRBY', P .. 'backlog', 'rows', sign * job.n)
-  call('HINCRBY', P .. 'backlog', 'cost_us', sign * job.cost_us)
+  local own = P .. 'backlog:' .. job.tenant
+  count_in(P .. 'backlog', job, sign)
+  if count_in(own, job, sign) <= 0 then call('DEL', own) end
 end
 
 local function total(job, what) call('HINCRBY', P .. 'totals', job.model .. ' ' .. job.task .. ' ' .. what, 1) end

@@ -1,0 +1,192 @@
+"""What the API owes its callers whatever the store: repeats are free, tenants leave room, requests are counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.auth import Keyring
+from server.service import Service
+from server.settings import Settings
+from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
+from tests.support.keys import bearer, write_key_file
+from tests.support.offline import offline_service
+
+pytestmark = pytest.mark.anyio
+
+JOBS = "/v1/jobs"
+MODELS = ("toy-digits",)
+PATIENCE_S = 120
+
+Serve = Callable[..., Service]
+
+
+@pytest.fixture
+def serve(lab: Lab, toy_bundle: Path) -> Serve:
+    def make(keyring: Keyring | None = None, **settings: Any) -> Service:
+        return offline_service(toy_bundle, Settings(**settings), keyring, lab.store)
+
+    return make
+
+
+@asynccontextmanager
+async def asking(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE_S) as client:
+        yield client
+
+
+def keyed(name: str) -> dict[str, str]:
+    return {"idempotency-key": name}
+
+
+def outcome(answer: httpx.Response) -> tuple[int, str]:
+    """Status, and the id or the code."""
+    body = answer.json()
+    if answer.status_code in (429, 503):
+        assert int(answer.headers["retry-after"]) >= 1
+    return answer.status_code, body["id"] if "id" in body else body["error"]["code"]
+
+
+# ---- repeats
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        pytest.param({"max_queue_s": 0.001}, (503, "queue_full"), id="queue"),
+        pytest.param({"quota": "3/day"}, (429, "quota_exceeded"), id="quota"),
+        pytest.param({"rate_limit": "1/day"}, (429, "rate_limited"), id="rate"),
+    ],
+)
+async def test_a_repeat_passes_where_new_work_is_refused(
+    serve: Serve, settings: dict[str, Any], refusal: tuple[int, str]
+) -> None:
+    async with asking(serve(**settings)) as client:
+        body = {"prompt": "one", "n": 3}
+        first = outcome(await client.post(JOBS, json=body, headers=keyed("a")))
+        assert first[0] == 202
+        for _ in range(3):
+            assert outcome(await client.post(JOBS, json=body, headers=keyed("a"))) == first
+        assert outcome(await client.post(JOBS, json=body, headers=keyed("b"))) == refusal
+        assert outcome(await client.post(JOBS, json=body)) == refusal
+
+
+async def test_repeats_leave_the_rate_to_what_is_new(serve: Serve) -> None:
+    async with asking(serve(rate_limit="2/day")) as client:
+        for _ in range(5):
+            assert (await client.post(JOBS, json={"prompt": "one"}, headers=keyed("a"))).status_code == 202
+        assert (await client.post(JOBS, json={"prompt": "two"})).status_code == 202
+        assert (await client.post(JOBS, json={"prompt": "two"})).status_code == 429
+
+
+async def test_a_repeat_is_answered_by_a_server_about_to_end(serve: Serve) -> None:
+    service = serve()
+    async with asking(service) as client:
+        first = outcome(await client.post(JOBS, json={"prompt": "one"}, headers=keyed("a")))
+        service.draining.set()
+        assert outcome(await client.post(JOBS, json={"prompt": "one"}, headers=keyed("a"))) == first
+        assert outcome(await client.post(JOBS, json={"prompt": "one"}))[0] == 503
+
+
+async def test_fifty_at_once_under_one_key_are_one_job_and_charged_once(serve: Serve) -> None:
+    service = serve(quota="1/day")
+    async with asking(service) as client:
+        posts = (client.post(JOBS, json={"prompt": "one"}, headers=keyed("a")) for _ in range(50))
+        answers = {outcome(answer) for answer in await asyncio.gather(*posts)}
+        assert [status for status, _ in answers] == [202]
+        assert (await service.store.backlog()).jobs == 1
+        assert outcome(await client.post(JOBS, json={"prompt": "one"}))[1] == "quota_exceeded"
+
+
+async def test_another_body_under_a_known_key_is_refused_before_anything_else(serve: Serve) -> None:
+    async with asking(serve(max_queue_s=0.001)) as client:
+        await client.post(JOBS, json={"prompt": "one"}, headers=keyed("a"))
+        answer = await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))
+        assert outcome(answer) == (422, "idempotency_key_reuse")
+
+
+# ---- shares
+
+
+async def test_a_tenant_fills_its_share_and_no_more(serve: Serve, lab: Lab, tmp_path: Path) -> None:
+    keys = write_key_file(tmp_path / "keys.json")
+    service = serve(Keyring(tmp_path / "keys.json"), max_queued_rows=20, tenant_share=0.5)
+    async with asking(service) as client:
+
+        async def post(tenant: str, n: int = 1) -> tuple[int, str]:
+            body = {"prompt": "one", "n": n}
+            return outcome(await client.post(JOBS, json=body, headers=bearer(keys[tenant])))
+
+        assert (await post("a", 4))[0] == (await post("a", 6))[0] == 202
+        assert await post("a") == (429, "tenant_queue_full")
+        assert (await post("b", 10))[0] == 202
+        assert await post("b") == (429, "tenant_queue_full")
+        assert await post("c") == (503, "queue_full")
+        for lease in await lab.store.claim("w", MODELS, 20):
+            if lease.job.tenant == "a":
+                await lab.store.finish(lease, RESULT)
+        assert (await post("a"))[0] == 202
+        assert await post("b") == (429, "tenant_queue_full")
+
+
+async def test_without_keys_the_whole_queue_is_everyones(serve: Serve) -> None:
+    async with asking(serve(max_queued_rows=10, tenant_share=0.1)) as client:
+        for _ in range(5):
+            assert (await client.post(JOBS, json={"prompt": "one", "n": 2})).status_code == 202
+        assert outcome(await client.post(JOBS, json={"prompt": "one"})) == (503, "queue_full")
+
+
+# ---- counts
+
+
+def counted(service: Service, name: str) -> dict[str, float]:
+    """Samples of a metric by their last label."""
+    samples = [s for family in service.metrics.registry.collect() for s in family.samples if s.name == name]
+    return {list(sample.labels.values())[-1]: sample.value for sample in samples}
+
+
+async def test_jobs_are_counted_as_requests_one_for_one(serve: Serve, lab: Lab) -> None:
+    service = serve(rate_limit="7/day")
+    ids = []
+    async with asking(service) as client:
+        for name in "abcdef":
+            body = {"prompt": "one", **({"deadline_ms": 1000} if name == "f" else {})}
+            ids.append(outcome(await client.post(JOBS, json=body, headers=keyed(name)))[1])
+            await client.post(JOBS, json=body, headers=keyed(name))
+        assert (await client.delete(f"{JOBS}/{ids[4]}")).status_code == 200
+        assert (await client.post(JOBS, json={"prompt": "one"})).status_code == 429
+    await lab.pass_time(2)
+    await lab.store.reap()
+    leases = await lab.store.claim("w", MODELS, 3)
+    await lab.store.finish(leases[0], RESULT)
+    await lab.store.finish(leases[1], RESULT)
+    await lab.store.fail(leases[2], FAILURE)
+    await service.counts.look()
+    await service.counts.look()
+    assert counted(service, "halfstep_requests_accepted_total") == {"text_to_image": 6}
+    ends = {"succeeded": 2, "failed": 1, "cancelled": 1, "expired": 1}
+    assert counted(service, "halfstep_requests_total") == ends
+    assert counted(service, "halfstep_requests_rejected_total") == {"rate_limited": 1}
+    assert counted(service, "halfstep_request_seconds_count") == {"text_to_image": 2}
+    assert counted(service, "halfstep_request_seconds_sum")["text_to_image"] >= 4
+    assert service.counts.followed == {ids[3]}
+
+
+async def test_an_end_that_nobody_saw_is_counted_all_the_same(serve: Serve, lab: Lab) -> None:
+    service = serve()
+    async with asking(service) as client:
+        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
+    await lab.store.cancel(job_id)
+    await lab.pass_time(10 * RESULT_TTL_S)
+    await lab.store.reap()
+    await service.counts.look()
+    assert counted(service, "halfstep_requests_total") == {"unknown": 1}
+    assert not service.counts.followed
