@@ -75,7 +75,7 @@ def start(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         lab.process.should_exit = True
         lab.bench.allow()
         with suppress(Exception, SystemExit):
-            lab.ended.result(timeout=30)
+            lab.ended.result(timeout=60)
         lab.pool.shutdown()
     faulthandler.cancel_dump_traceback_later()
 
@@ -87,11 +87,11 @@ def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
     lab.accepted(3)
     lab.process.handle_exit(signal.SIGTERM, None)
     for answer in answers:
-        response = answer.result(timeout=10)
+        response = answer.result(timeout=60)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
         assert int(response.headers["retry-after"]) >= 1
     lab.bench.allow()
-    assert "3 accepted requests" in str(lab.ended.result(timeout=10))
+    assert "3 accepted requests" in str(lab.ended.result(timeout=60))
     sample = lab.service.metrics.registry.get_sample_value
     labels = {"model": "toy-digits", "task": "text_to_image", "size": "64x64", "status": "failed"}
     assert sample("halfstep_requests_total", labels) == 3
@@ -99,9 +99,9 @@ def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
 
 def test_a_drain_without_work_ends_well(start: Start) -> None:
     lab = start()
-    assert lab.post().result(timeout=30).status_code == 200
+    assert lab.post().result(timeout=60).status_code == 200
     lab.process.handle_exit(signal.SIGTERM, None)
-    assert lab.ended.result(timeout=10) is None
+    assert lab.ended.result(timeout=60) is None
 
 
 def test_a_second_signal_ends_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +128,9 @@ def test_a_stuck_engine_call_does_not_hold_the_process(start: Start, monkeypatch
     answer = lab.post()
     lab.accepted(1)
     lab.process.handle_exit(signal.SIGTERM, None)
-    assert answer.result(timeout=10).status_code == 503
+    assert answer.result(timeout=60).status_code == 503
     with pytest.raises(SystemExit, match="1"):
-        lab.ended.result(timeout=15)
+        lab.ended.result(timeout=60)
 
 
 NEVER_ENDS = """
@@ -165,11 +165,11 @@ def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
     lab.accepted(2)
     monkeypatch.setattr("server.engine_thread.EngineThread._decode", None)
     lab.bench.allow()
-    assert (held.result(timeout=10).status_code, held.result().json()["error"]["code"]) == (500, "engine_error")
-    response = queued.result(timeout=10)
+    assert (held.result(timeout=60).status_code, held.result().json()["error"]["code"]) == (500, "engine_error")
+    response = queued.result(timeout=60)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
     assert int(response.headers["retry-after"]) >= 1
-    assert "task of this process failed" in str(lab.ended.result(timeout=10))
+    assert "task of this process failed" in str(lab.ended.result(timeout=60))
 
 
 def test_a_drain_ends_in_time_though_the_store_is_away(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_webhooks_that_fail_for_good_end_the_process(start: Start, monkeypatch: 
         raise ValueError("broken")
 
     monkeypatch.setattr(Webhooks, "run", broken)
-    assert "task of this process failed" in str(start().ended.result(timeout=30))
+    assert "task of this process failed" in str(start().ended.result(timeout=60))
 
 
 def test_new_work_is_refused_while_the_engine_is_down(toy_bundle: Path) -> None:
