@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engines.masks import paste_known
@@ -13,6 +13,7 @@ from server.encoding import encode, encoding_of
 from server.images import read_image, read_mask
 from server.jobs import EncodedImage, JobFailedError, JobFailure, JobResult, Lease, Preview, Timing
 from server.request import DenoiseRequest
+from server.safety import Safety
 from server.storage import ResultStore, ResultStoreError
 from server.work import Made, Pixels, Progress
 
@@ -33,7 +34,7 @@ NO_STORE = JobFailure(
 class Finisher:
     """offers: the models; files and results name the engine that made them.
 
-    store: for files whose addresses are asked for.
+    store: for files whose addresses are asked for; safety: sees every image and preview before it is encoded.
     """
 
     def __init__(
@@ -41,24 +42,35 @@ class Finisher:
         offers: Mapping[str, Offer],
         threads: int,
         store: ResultStore | None = None,
+        safety: Safety | None = None,
     ) -> None:
         self._engines = {name: offer.engine for name, offer in offers.items()}
         self._store = store
+        self._safety = safety
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
     async def previews(self, request: DenoiseRequest, event: Progress) -> tuple[Preview, ...]:
-        """Raises: OSError, ValueError when Pillow does."""
-        files = [await self._encode(request, pixels, request.seed + image) for image, _, pixels in event.previews]
+        """Those that are not withheld. Raises: OSError, ValueError when Pillow does; JobFailedError."""
+        images = [await self._pasted(request, pixels) for _, _, pixels in event.previews]
+        flags = await self._flags(request, images)
+        shown = [each for each in zip(event.previews, images, flags, strict=True) if not each[2]]
         return tuple(
-            Preview(image=image, index=index, data=data)
-            for (image, index, _), data in zip(event.previews, files, strict=True)
+            [
+                Preview(image=image, index=index, data=await self._encode(request, pixels, request.seed + image))
+                for (image, index, _), pixels, _ in shown
+            ]
         )
 
     async def result(self, lease: Lease, made: Made) -> JobResult:
-        """Raises: OSError, ValueError when Pillow does; JobFailedError where its files cannot be stored."""
+        """Raises: OSError, ValueError when Pillow does; JobFailedError where its files cannot be checked or
+        stored.
+        """
         request, begun = lease.job.request, time.perf_counter()
-        pairs = zip(made.pixels, request.seeds, strict=True)
-        files = await asyncio.gather(*(self._encode(request, pixels, seed) for pixels, seed in pairs))
+        pixels = await asyncio.gather(*(self._pasted(request, each) for each in made.pixels))
+        flags = await self._flags(request, pixels)
+        images = await asyncio.gather(
+            *(self._image(request, *each) for each in zip(pixels, request.seeds, flags, strict=True))
+        )
         timing = Timing(
             queue=made.queue_ms,
             condition=made.condition_ms,
@@ -66,16 +78,14 @@ class Finisher:
             decode=made.decode_ms,
             encode=(time.perf_counter() - begun) * 1000,
         )
-        images = [
-            EncodedImage(seed=seed, data=data, format=request.output_format)
-            for seed, data in zip(request.seeds, files, strict=True)
-        ]
         if request.stored:
             images = await asyncio.gather(*(self._stored(lease, *each) for each in enumerate(images)))
         return JobResult(engine=self._engines[request.model], timing=timing, images=tuple(images))
 
     async def _stored(self, lease: Lease, index: int, image: EncodedImage) -> EncodedImage:
-        """The image with its key in place of its bytes."""
+        """The image with its key in place of its bytes; a withheld one as it is."""
+        if image.flagged:
+            return image
         if self._store is None:
             raise JobFailedError(NO_STORE)
         give_up_s = time.monotonic() + STORE_PATIENCE_S
@@ -91,13 +101,24 @@ class Finisher:
     def close(self) -> None:
         self._pool.shutdown(wait=False)
 
+    async def _flags(self, request: DenoiseRequest, images: Sequence[Pixels]) -> list[bool]:
+        """Which of them to withhold. Raises: JobFailedError when nobody could say."""
+        if self._safety is None or not images:
+            return [False] * len(images)
+        return await self._safety.flags(request.model, images, request.prompt)
+
+    async def _image(self, request: DenoiseRequest, pixels: Pixels, seed: int, flagged: bool) -> EncodedImage:
+        data = None if flagged else await self._encode(request, pixels, seed)
+        return EncodedImage(seed=seed, flagged=flagged, data=data, format=request.output_format)
+
+    async def _pasted(self, request: DenoiseRequest, pixels: Pixels) -> Pixels:
+        if request.mask is None:
+            return pixels
+        return await asyncio.get_running_loop().run_in_executor(self._pool, with_known, request, pixels)
+
     async def _encode(self, request: DenoiseRequest, pixels: Pixels, seed: int) -> bytes:
         encoding = encoding_of(request, seed, self._engines[request.model])
-
-        def work() -> bytes:
-            return encode(with_known(request, pixels), encoding)
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
 
 
 def with_known(request: DenoiseRequest, pixels: Pixels) -> Pixels:

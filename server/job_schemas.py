@@ -99,7 +99,8 @@ class JobImageBody(BaseModel):
     index: int
     seed: int
     output_format: OutputFormat
-    url: str
+    flagged: bool = Field(description="The safety check withheld it; it has no url.")
+    url: str | None
     expires_at: int | None = Field(
         None, exclude_if=is_none, description="Of a url without API key: its end, in seconds since 1970."
     )

@@ -59,17 +59,21 @@ class Timing(Frozen):
 
 
 class EncodedImage(Frozen):
-    """A finished file. data: its bytes; key: where it lies in the result store instead."""
+    """A finished file. data: its bytes; key: where it lies in the result store instead.
+
+    flagged: the safety check withheld it, so there is neither.
+    """
 
     seed: int
+    flagged: bool = False
     data: bytes | None = None
     key: str | None = None
     format: OutputFormat
 
     def inline(self) -> bytes:
-        """Raises: ValueError when the file lies in the result store."""
+        """Raises: ValueError when the file lies in the result store, or was withheld."""
         if self.data is None:
-            raise ValueError("this file lies in the result store")
+            raise ValueError("this file does not come inside its result")
         return self.data
 
     def stored_key(self) -> str:

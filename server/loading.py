@@ -21,6 +21,7 @@ from server.costs import CostBook, Offer
 from server.errors import StartError
 from server.metrics import Metrics
 from server.rates import Rates
+from server.safety import Safety, load_check
 from server.service import Service
 from server.settings import DEFAULT_BUNDLE, Settings
 from server.storage import ResultStore
@@ -89,6 +90,14 @@ def open_files(settings: Settings, metrics: Metrics) -> ResultStore | None:
     if not settings.result_store:
         return None
     return ResultStore.open(settings.result_store, settings.result_ttl_s, metrics)
+
+
+def open_safety(settings: Settings, metrics: Metrics) -> Safety | None:
+    """The check of finished images, if there is one. Raises: StartError."""
+    if not settings.safety_check:
+        return None
+    check = load_check(settings.safety_check)
+    return Safety(check, settings.safety_timeout_s, settings.encode_threads, metrics)
 
 
 def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: ResultStore | None) -> Service:

@@ -80,6 +80,8 @@ class Metrics:
         self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", request, _REQUEST_S)
         queued = "Predicted engine seconds of accepted, unfinished work"
         self.queued_s = gauge("halfstep_queued_seconds", queued, [])
+        checked = "Images and previews by what the safety check said of them"
+        self.safety_checks = count("halfstep_safety_checks_total", checked, ["model", "outcome"])
         failed = "Calls of the result store that failed"
         self.result_store_failures = count("halfstep_result_store_failures_total", failed, ["operation"])
         self.store_up = gauge("halfstep_store_up", "Whether the job store answered (1) or not (0)", [])

@@ -102,7 +102,7 @@ class TimingBody(BaseModel):
 
 
 class Delivered(BaseModel):
-    """How a finished file comes: inside the answer, or as an address that needs no API key."""
+    """How a finished file comes: inside the answer, or as an address that needs no API key, or not at all."""
 
     b64_json: str | None = Field(None, exclude_if=is_none, description="The file, base64-encoded.")
     url: str | None = Field(None, exclude_if=is_none, description="Where the file is, with response_format url.")
@@ -110,6 +110,10 @@ class Delivered(BaseModel):
         None,
         exclude_if=is_none,
         description="Of the url: the end of the file and its address, in seconds since 1970.",
+    )
+
+    flagged: Literal[True] | None = Field(
+        None, exclude_if=is_none, description="The safety check withheld this image."
     )
 
 

@@ -70,6 +70,12 @@ class Settings(BaseSettings):
     result_store: str = Field(
         "", description="where files go whose addresses are asked for: a folder, or s3://bucket/prefix"
     )
+    safety_check: str = Field(
+        "",
+        pattern=r"^([A-Za-z_][\w.]*:[A-Za-z_][\w.]*)?$",
+        description="module:function that is called with finished images and says which to withhold",
+    )
+    safety_timeout_s: float = Field(10.0, gt=0, description="time that function has for one request")
     redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
     isolate_engine: bool = Field(False, description="run the engine in a process of its own; a worker always does")
     hang_s: float = Field(30.0, gt=0, description="least time an engine call is given before its process is ended")

@@ -146,7 +146,7 @@ class Settling:
         lease = held.lease
         try:
             previews = await self._finisher.previews(lease.job.request, event)
-        except (OSError, ValueError) as error:  # what Pillow raises
+        except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
             await self._end(held, partial(self._store.fail, lease, failure_of(error)))
             self._engine.stop_job(lease.token)
             return
@@ -158,7 +158,7 @@ class Settling:
         try:
             result = await self._finisher.result(lease, made)
         except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
-            failure = error.failure if isinstance(error, JobFailedError) else failure_of(error)
+            failure = failure_of(error)
             record_job(lease, "failed", made.spans)
             await self._end(held, partial(self._store.fail, lease, failure))
             return

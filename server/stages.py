@@ -14,7 +14,7 @@ from engines.errors import BackendError, RequestError
 from engines.pipeline import Pipeline
 from engines.rows import Floats, Row
 from server.images import read_image
-from server.jobs import JobFailure
+from server.jobs import JobFailedError, JobFailure
 from server.work import Work, find_size
 
 ItemT = TypeVar("ItemT")
@@ -43,6 +43,8 @@ def isolate(
 
 def failure_of(error: Exception) -> JobFailure:
     """What the client is told; the details are logged, not sent."""
+    if isinstance(error, JobFailedError):
+        return error.failure
     if isinstance(error, RequestError):
         return JobFailure(code=error.code, message=str(error))
     _log.error("row_failed", error=type(error).__name__, detail=str(error))

@@ -8,9 +8,10 @@ from server.engine import Engine
 from server.engine_process import EngineProcess
 from server.engine_thread import EngineThread
 from server.errors import StartError
-from server.loading import build_service, build_store, load_pipelines, open_files
+from server.loading import build_service, build_store, load_pipelines, open_files, open_safety
 from server.metrics import Metrics
 from server.process import Process, bind, check_exposure, own_name, url_of
+from server.safety import Safety
 from server.settings import Settings
 from server.storage import ResultStore, is_folder
 from server.stores.base import JobStore
@@ -26,14 +27,14 @@ def serve(settings: Settings) -> str | None:
     check_exposure(settings)
     sock = bind(settings.host, settings.port)
     store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
+    safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, isolated=settings.isolate_engine)
-    files = open_files(settings, metrics)
     service = build_service(settings, store, metrics, files)
     service.costs.update({own_name(): engine.offers})
     metrics.watch_memory(lambda: engine.pid)
     for model in service.catalogue:
         metrics.serves(model.manifest, engine.offers[model.name].engine)
-    worker = _worker(settings, engine, store, metrics, files)
+    worker = _worker(settings, engine, store, metrics, files, safety)
     prompt = service.catalogue.default.tokenizer.known()[0]
     return Process(service, worker, sock, lambda url: _announce(url, _names(engine), prompt)).run_until_told()
 
@@ -65,13 +66,14 @@ def worker(settings: Settings) -> str | None:
     _need_redis(settings)
     sock = bind(settings.host, settings.metrics_port or 0, "--metrics-port")
     store, metrics = build_store(settings, patient=True), Metrics()
+    safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, isolated=True)
     metrics.watch_memory(lambda: engine.pid)
     for name, offer in engine.offers.items():
         metrics.engine.labels(name, offer.engine).set(1)
     process = WorkerProcess(
         settings,
-        _worker(settings, engine, store, metrics, open_files(settings, metrics)),
+        _worker(settings, engine, store, metrics, files, safety),
         store,
         metrics,
         sock,
@@ -90,7 +92,12 @@ def _open_engine(settings: Settings, *, isolated: bool) -> Engine:
 
 
 def _worker(
-    settings: Settings, engine: Engine, store: JobStore, metrics: Metrics, files: ResultStore | None
+    settings: Settings,
+    engine: Engine,
+    store: JobStore,
+    metrics: Metrics,
+    files: ResultStore | None,
+    safety: Safety | None,
 ) -> Worker:
     return Worker(
         own_name(),
@@ -100,6 +107,7 @@ def _worker(
         max_rows=settings.max_rows,
         encode_threads=settings.encode_threads,
         files=files,
+        safety=safety,
     )
 
 

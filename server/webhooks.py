@@ -119,8 +119,11 @@ class Webhooks:
         state = None if self._links is None else await self._store.get(delivery.job_id)
         if self._links is None or state is None or state.result is None or not state.job.request.stored:
             return told
-        images = []
+        images: list[dict[str, Any]] = []
         for index, image in enumerate(state.result.images):
+            if image.flagged:
+                images.append({"index": index, "seed": image.seed, "flagged": True})
+                continue
             link = await self._links.link(image.stored_key(), state.job.base_url)
             images.append({"index": index, "seed": image.seed, "url": link.url, "expires_at": link.expires_at})
         return {**told, "images": images}

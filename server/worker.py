@@ -17,6 +17,7 @@ from server.holdings import Holdings
 from server.jobs import HEARTBEAT_S, Lease
 from server.metrics import Metrics
 from server.request import MAX_IMAGES
+from server.safety import Safety
 from server.settling import STORE_RETRY_S, Settling
 from server.storage import ResultStore
 from server.stores.base import JobStore
@@ -30,7 +31,7 @@ _log = structlog.get_logger()
 class Worker:
     """max_rows: images in the making at once, encoding included.
 
-    files: where results go whose addresses are asked for.
+    files: where results go whose addresses are asked for; safety: what may withhold finished images.
     stuck: True once it ended while an engine call did not return.
 
     Claims only while a request of any size would fit, so a large one at the head is never overtaken.
@@ -46,6 +47,7 @@ class Worker:
         max_rows: int = 64,
         encode_threads: int = 2,
         files: ResultStore | None = None,
+        safety: Safety | None = None,
     ) -> None:
         self.stuck = False
         self._name = name
@@ -54,7 +56,7 @@ class Worker:
         self._metrics = metrics
         self._max_rows = max_rows
         self._holdings = Holdings(metrics)
-        finisher = Finisher(engine.offers, encode_threads, files)
+        finisher = Finisher(engine.offers, encode_threads, files, safety)
         self._settling = Settling(engine, store, metrics, self._holdings, finisher)
         self._draining = False
         self._claiming = False

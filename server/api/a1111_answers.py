@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from PIL import Image
 from starlette.responses import Response
 
 from server.api.answers import result_of
 from server.errors import ApiError
+from server.images import write_png
 from server.jobs import JobState, JobStatus
 
 
@@ -64,7 +66,10 @@ def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> R
         "sd_model_name": request.model,
         "interrupted": interrupted,
         "adjusted": adjusted,
+        "flagged": [image.flagged for image in files],
     }
-    images = [base64.b64encode(image.inline()).decode("ascii") for image in files] if send else []
+    black = write_png(Image.new("RGB", (request.width, request.height)))  # these clients know no gap in the list
+    shown = [black if image.flagged else image.inline() for image in files] if send else []
+    images = [base64.b64encode(data).decode("ascii") for data in shown]
     body = {"images": images, "parameters": used, "info": json.dumps(info)}
     return Response(json.dumps(body), media_type="application/json")

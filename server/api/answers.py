@@ -30,6 +30,19 @@ def result_of(state: JobState) -> JobResult:
     raise failure_error(state.failure or JobFailure(code="cancelled", message="The request was cancelled."))
 
 
+def shown_result(state: JobState) -> JobResult:
+    """Raises: ApiError when the job did not succeed, or when every image of it was withheld."""
+    result = result_of(state)
+    if all(image.flagged for image in result.images):
+        raise withheld(400)
+    return result
+
+
+def withheld(status: int) -> ApiError:
+    """What a client gets in place of an image that the safety check flagged."""
+    return ApiError(status, "content_policy_violation", "The safety check of this server withheld the image.")
+
+
 def failure_error(failure: JobFailure) -> ApiError:
     """A failed job is the server's fault: what the client could get wrong was checked before."""
     if failure.retry_after_s is not None:
@@ -39,7 +52,7 @@ def failure_error(failure: JobFailure) -> ApiError:
 
 def images_response(state: JobState, catalogue: Catalogue, links: Sequence[Link | None]) -> ImagesResponse:
     """links: of its images, where they are stored. Raises: ApiError when the job did not succeed."""
-    result, request = result_of(state), state.job.request
+    result, request = shown_result(state), state.job.request
     return ImagesResponse(
         created=int(time.time()),
         data=[
@@ -78,7 +91,7 @@ def completed_events(
     state: JobState, catalogue: Catalogue, links: Sequence[Link | None]
 ) -> Iterator[CompletedEvent]:
     """One an image. links: as above. Raises: ApiError when the job did not succeed."""
-    result, request = result_of(state), state.job.request
+    result, request = shown_result(state), state.job.request
     for index, (image, link) in enumerate(zip(result.images, links, strict=True)):
         yield CompletedEvent(
             type="image_generation.completed" if request.task == "text_to_image" else "image_edit.completed",
@@ -102,6 +115,8 @@ def completed_events(
 
 def _delivered(image: EncodedImage, link: Link | None) -> dict[str, Any]:
     """Its fields of ``Delivered``."""
+    if image.flagged:
+        return {"flagged": True}
     if link is None:
         return {"b64_json": _base64(image.inline())}
     return {"url": link.url, "expires_at": link.expires_at}

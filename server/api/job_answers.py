@@ -28,7 +28,8 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
             index=k,
             seed=image.seed,
             output_format=image.format,
-            url=f"{base}/images/{k}" if link is None else link.url,
+            flagged=image.flagged,
+            url=None if image.flagged else f"{base}/images/{k}" if link is None else link.url,
             expires_at=None if link is None else link.expires_at,
         )
         for k, (image, link) in enumerate(zip(result.images if result else (), links, strict=True))

@@ -56,6 +56,11 @@ IMAGE: dict[int | str, dict[str, Any]] = {
         }
         | {"image/webp": {"schema": {"type": "string", "format": "binary"}}},
     },
+    403: error_response(
+        "The safety check withheld it",
+        "content_policy_violation",
+        "The safety check of this server withheld the image.",
+    ),
     409: error_response("There is no image yet, or never", "not_ready", "This job has not ended yet."),
 }
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from server.api.answers import withheld
 from server.api.job_answers import job_body, job_events
 from server.api.job_reference import EVENTS, IMAGE, JOB, REFUSED, UNKNOWN
 from server.auth import current_caller
@@ -75,7 +76,7 @@ async def find_job(service: Service, job_id: str) -> JobState:
 
 
 def _image(state: JobState, index: str) -> EncodedImage:
-    """Raises: ApiError 409 where there is none yet, or never; NotFoundError for another number."""
+    """Raises: ApiError 403 where it was withheld, 409 where there is none yet, or never; NotFoundError."""
     if not state.status.terminal:
         raise ApiError(409, "not_ready", "This job has not ended yet; its status_url tells when it has.")
     if state.result is None:
@@ -83,4 +84,6 @@ def _image(state: JobState, index: str) -> EncodedImage:
     known = {str(k): image for k, image in enumerate(state.result.images)}
     if index not in known:
         raise NotFoundError("not_found", f"This job has the images 0 to {len(known) - 1}.")
+    if known[index].flagged:
+        raise withheld(403)
     return known[index]

@@ -50,7 +50,7 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
     400: error_response(
-        "A field is unknown, malformed, or asks for what the model does not offer",
+        "A field is unknown, malformed, or asks for what the model does not offer; or every image was withheld",
         "out_of_range",
         "steps must be one this model was distilled for: 1, 2, 4, 8.",
         "steps",

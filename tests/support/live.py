@@ -16,6 +16,7 @@ import httpx
 
 from server.auth import Keyring
 from server.engine_thread import EngineThread
+from server.loading import open_safety
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
@@ -52,8 +53,15 @@ def live(bundle: Path, **settings: Any) -> Iterator[Live]:
     keyring = None if chosen.api_keys is None else Keyring(chosen.api_keys)
     service = offline_service(bundle, chosen, keyring)
     engine = EngineThread({"toy-digits": bench.pipeline})
+    safety = open_safety(chosen, service.metrics)
     worker = Worker(
-        "w", engine, service.store, service.metrics, max_rows=service.settings.max_rows, files=service.files
+        "w",
+        engine,
+        service.store,
+        service.metrics,
+        max_rows=service.settings.max_rows,
+        files=service.files,
+        safety=safety,
     )
     process = Process(service, worker, bind("127.0.0.1", 0), ready.put)
     with ThreadPoolExecutor(1) as pool:
