@@ -5,6 +5,7 @@ Everything is saved as stock diffusers folders (``unet/``, ``scheduler/``), so d
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,12 @@ def load_stock(folder: Path) -> UNet2DConditionModel:
         raise JobError(f"{folder} holds no trained network; run the job first: python -m distill_jobs run RECIPE")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
     return unet.eval()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights of a stock folder. Raises: JobError when there are none."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        raise JobError(f"{folder} holds no trained network; finish the job first, with --resume")
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
