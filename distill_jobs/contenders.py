@@ -8,7 +8,6 @@ report, curves, verdicts and ``compare`` take it from there. Students with a nam
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from distill_jobs.data.digits import NULL_CLASS, class_condition
 from distill_jobs.data.source import Condition
-from distill_jobs.errors import JobError
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_teacher, sample, student_network
 from distill_jobs.sections import EvaluationSection, Solver
 from distill_jobs.solvers import TITLES, solve, stock_scheduler
-from distill_jobs.student import load_stock
+from distill_jobs.student import load_stock, weights_sha256
 from engines.guidance import weight_from_scale
 from engines.sampler import Sampler, SamplerPlan, sampler_plan
 from engines.schedule import NoiseSchedule
@@ -95,11 +93,7 @@ class Contender:
 
     def weights_sha256(self) -> str:
         """Hash of the weights on disk. Raises: JobError when there are none."""
-        file = self.folder / "unet" / "diffusion_pytorch_model.safetensors"
-        if not file.is_file():
-            raise JobError(f"{self.folder} holds no trained {self.role}; finish the job first, with --resume")
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return weights_sha256(self.folder)
 
     def network(self, unet: UNet2DConditionModel, guidance_scale: float) -> Network:
         """The sampler's view of a loaded network at a public guidance_scale."""

@@ -17,6 +17,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.sheets import write_sheets
+from distill_jobs.tasks import measure_tasks, task_gates, task_weights
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 CELLS = "evaluation"
@@ -51,8 +52,9 @@ def evaluate_run(
         reference=everyone[0],
         lenders=tuple(lender / CELLS for lender in lenders),
     )
-    started = time.monotonic()
-    results = _measure_all(judge, everyone, progress or Progress(disable=True), compiled)
+    started, display = time.monotonic(), progress or Progress(disable=True)
+    results = _measure_all(judge, everyone, display, compiled)
+    tasks = measure_tasks(run_dir, recipe, classifier, digits, display)
     rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
     report = Report(
         recipe=recipe.name,
@@ -60,13 +62,14 @@ def evaluate_run(
         command=command,
         machine=machine(),
         versions=versions(),
-        weights={c.key: c.weights_sha256() for c in everyone},
+        weights={c.key: c.weights_sha256() for c in everyone} | task_weights(run_dir, recipe),
         classifier_accuracy=accuracy(classifier, split_digits(digits)[1]),
         seconds=time.monotonic() - started,
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
         training_seconds=training_seconds(RunFolder(run_dir)),
         evaluation=Evaluation(metric=space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
-        gates=gates(rows, settings.teacher_steps),
+        tasks=tasks,
+        gates=(*gates(rows, settings.teacher_steps), *task_gates(tasks)),
     )
     write_sheets(run_dir / "sheets", recipe, everyone)
     write_report(run_dir, report)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from distill_jobs.contenders import Contender, contenders, latent_shape
 from distill_jobs.data.digits import CLASSES, LICENCE, NAMES, WIDTH, class_condition
+from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.student import load_stock
+from distill_jobs.tasks import task_weights
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.condition import LabelClass, LabelVocabulary
 from engines.guidance import weight_from_scale
@@ -41,6 +43,7 @@ from engines.sampler import SamplerPlan
 
 TOKENIZER_FILE = "tokenizer.json"
 SHARED_GRAPH = "step"
+ENCODER_GRAPH = "invert"
 STEP_LIMIT = 1e-4
 DECODE_LIMIT = 1.0  # grey levels
 ENCODE_LIMIT = 1e-5
@@ -75,18 +78,17 @@ def export_run(
             f"the report of {run_dir} misses {len(missed)} of its gates, first: {missed[0]}; "
             "train longer, or export all the same with --despite-gates"
         )
-    students = [c for c in everyone if c.exported]
+    students, inverters = [c for c in everyone if c.exported], encoders(run_dir, recipe)
     display = progress or Progress(disable=True)
-    task = display.add_task(
-        "export", total=(1 if recipe.stage_two.weights == "shared" else len(students)) + 3, loss=""
-    )
+    step_graphs = (1 if recipe.stage_two.weights == "shared" else len(students)) + len(inverters)
+    task = display.add_task("export", total=step_graphs + 3, loss="")
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
         graphs = _write_graphs(staging, RunFolder(run_dir), recipe, students, lambda: display.advance(task))
         (staging / TOKENIZER_FILE).write_text(vocabulary().model_dump_json(indent=1), encoding="utf-8")
-        return write_bundle(staging, bundle_dir, _manifest(staging, recipe, report, students, graphs))
+        return write_bundle(staging, bundle_dir, _manifest(staging, recipe, report, students, inverters, graphs))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -153,7 +155,7 @@ def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> R
     if not (run_dir / JSON_NAME).is_file():
         raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
     report = Report.read(run_dir)
-    weights = {contender.key: contender.weights_sha256() for contender in everyone}
+    weights = {contender.key: contender.weights_sha256() for contender in everyone} | task_weights(run_dir, recipe)
     if report.weights != weights or report.recipe_sha256 != recipe.sha256():
         raise ExportError(
             f"the evaluation in {run_dir} is of other weights; run again: python -m distill_jobs evaluate {run_dir}"
@@ -188,6 +190,9 @@ def _write_graphs(
         graphs[name] = write_checked(step, rows, inputs, outputs, folder / f"{name}.onnx", STEP_LIMIT)
         advance()
 
+    for encoder in encoders(run.path, recipe):
+        rows = parity_rows(encoder.plan(recipe), recipe.guidance, shape, count)
+        add(f"{ENCODER_GRAPH}_{encoder.steps}", StepGraph(encoder.load()), rows)
     if recipe.stage_two.weights == "shared":
         plans = [student.plan(recipe) for student in students]
         rows = shared_parity_rows(plans, recipe.guidance, shape, count)
@@ -221,8 +226,18 @@ def _student(student: Contender, recipe: Recipe) -> StudentSpec:
     )
 
 
+def _encoder(encoder: Encoder, recipe: Recipe) -> StudentSpec:
+    timesteps = encoder.plan(recipe).timesteps
+    return StudentSpec(steps=encoder.steps, graph=f"{ENCODER_GRAPH}_{encoder.steps}", timesteps=timesteps)
+
+
 def _manifest(
-    folder: Path, recipe: Recipe, report: Report, students: list[Contender], graphs: dict[str, GraphSpec]
+    staging: Path,
+    recipe: Recipe,
+    report: Report,
+    students: list[Contender],
+    inverters: Sequence[Encoder],
+    graphs: dict[str, GraphSpec],
 ) -> BundleManifest:
     channels, height, width = latent_shape(recipe)
     scale = recipe.export.upscale
@@ -240,9 +255,10 @@ def _manifest(
         condition=ConditionSpec(kind="labels", tokenizer=TOKENIZER_FILE, tokens=1, width=WIDTH),
         graphs=graphs,
         students=tuple(_student(student, recipe) for student in students),
+        encoders=tuple(_encoder(encoder, recipe) for encoder in inverters),
         default_steps=recipe.export.default_steps,
         evaluation=report.evaluation,
         recipe=RecipeRecord(name=recipe.name, sha256=recipe.sha256(), text=recipe.to_yaml()),
         licences=Licences(teacher="Apache-2.0 (trained from scratch by this recipe)", data=LICENCE),
-        files=file_records(folder),
+        files=file_records(staging),
     )

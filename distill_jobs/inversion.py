@@ -6,7 +6,7 @@ another class with guidance it should become that class and keep its hand. Sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from distill_jobs.classifier import DigitClassifier
+from distill_jobs.columns import column_sheet
 from distill_jobs.contenders import STUDENT, TEACHER, Contender, latent_shape
 from distill_jobs.data.digits import CLASSES, Digits, class_condition
 from distill_jobs.data.source import Condition
-from distill_jobs.encoders import encoders
+from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.metrics import class_agreement, paired_distance
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
@@ -27,10 +28,8 @@ from engines.manifest import EvaluationRow, Measured
 from engines.sampler import SamplerPlan, encoder_plan
 from engines.schedule import NoiseSchedule
 
-INVERTED, RECONSTRUCTION, AGREEMENT, KEPT = (
-    *("inversion", "reconstruction_error"),
-    *("edit_agreement", "edit_distance"),
-)
+INVERSION = "inversion"
+RECONSTRUCTION, AGREEMENT, CHANGE = "reconstruction_error", "edit_agreement", "edit_distance"
 SCALE_OFF = 1.0
 
 
@@ -55,16 +54,17 @@ class Route:
         return _walk(network, self.decoder.plan(recipe), class_condition(labels), noise).clamp(-1, 1)
 
 
-def routes(run_dir: Path, recipe: Recipe) -> Iterator[Route]:
-    """For every encoder, the teacher in as many steps, then the encoder with its student; one loaded at a time."""
-    folder, shape = RunFolder(run_dir), latent_shape(recipe)
-    for encoder in encoders(run_dir, recipe):
-        n = encoder.steps
-        teacher = Contender(TEACHER, n, folder.teacher, shape)
-        unet = teacher.load()
-        yield Route(TEACHER, n, teacher.network(unet, SCALE_OFF), teacher, unet)
-        student = Contender(STUDENT, n, folder.student(n), shape)
-        yield Route(STUDENT, n, student_network(encoder.load(), 0.0), student, student.load())
+def teacher_route(run_dir: Path, recipe: Recipe, steps: int) -> Route:
+    """DDIM both ways."""
+    teacher = Contender(TEACHER, steps, RunFolder(run_dir).teacher, latent_shape(recipe))
+    unet = teacher.load()
+    return Route(TEACHER, steps, teacher.network(unet, SCALE_OFF), teacher, unet)
+
+
+def student_route(run_dir: Path, recipe: Recipe, encoder: Encoder) -> Route:
+    """An encoder, and the student of as many steps."""
+    student = Contender(STUDENT, encoder.steps, RunFolder(run_dir).student(encoder.steps), latent_shape(recipe))
+    return Route(STUDENT, encoder.steps, student_network(encoder.load(), 0.0), student, student.load())
 
 
 def measure_inversion(
@@ -74,32 +74,52 @@ def measure_inversion(
 
     Edits turn digit d into d + 1 … d + 9 in turn, at the recipe's default guidance. advance: told the evaluations.
     """
-    targets = edit_targets(digits.labels)
-    scale, rows = recipe.guidance.default, []
-    for route in routes(run_dir, recipe):
-        again, edited = [], []
-        for at in torch.arange(len(digits)).split(recipe.evaluation.batch_size):
-            noise = route.noise(recipe, digits.images[at], digits.labels[at])
-            again.append(route.draw(recipe, noise, digits.labels[at], SCALE_OFF))
-            edited.append(route.draw(recipe, noise, targets[at], scale))
-            advance(len(at) * route.steps * (2 + route.decoder.computed(scale) // route.steps))
-        with torch.inference_mode():
-            _, logits = classifier(torch.cat(edited))
-        metrics = {
-            RECONSTRUCTION: paired_distance(torch.cat(again).numpy(), digits.images.numpy()),
-            AGREEMENT: class_agreement(logits.argmax(dim=1).numpy(), targets.numpy()),
-            KEPT: paired_distance(torch.cat(edited).numpy(), digits.images.numpy()),
-        }
-        rows.append(
-            EvaluationRow(
-                model=route.model,
-                steps=route.steps,
-                evaluations=2 * route.steps,
-                guidance_scale=scale,
-                metrics={name: Measured(mean=value, spread=0) for name, value in metrics.items()},
-            )
-        )
+    rows = []
+    for encoder in encoders(run_dir, recipe):
+        both = (teacher_route(run_dir, recipe, encoder.steps), student_route(run_dir, recipe, encoder))
+        rows += [_row(route, recipe, classifier, digits, advance) for route in both]
     return tuple(rows)
+
+
+def _row(
+    route: Route, recipe: Recipe, classifier: DigitClassifier, digits: Digits, advance: Callable[[int], None]
+) -> EvaluationRow:
+    targets, scale = edit_targets(digits.labels), recipe.guidance.default
+    again, edited = [], []
+    for first in range(0, len(digits), recipe.evaluation.batch_size):
+        at = slice(first, first + recipe.evaluation.batch_size)
+        noise = route.noise(recipe, digits.images[at], digits.labels[at])
+        again.append(route.draw(recipe, noise, digits.labels[at], SCALE_OFF))
+        edited.append(route.draw(recipe, noise, targets[at], scale))
+        advance(len(noise) * (2 * route.steps + route.decoder.computed(scale)))
+    with torch.inference_mode():
+        _, logits = classifier(torch.cat(edited))
+    metrics = {
+        RECONSTRUCTION: paired_distance(torch.cat(again).numpy(), digits.images.numpy()),
+        AGREEMENT: class_agreement(logits.argmax(dim=1).numpy(), targets.numpy()),
+        CHANGE: paired_distance(torch.cat(edited).numpy(), digits.images.numpy()),
+    }
+    return EvaluationRow(
+        model=route.model,
+        steps=route.steps,
+        evaluations=2 * route.steps,
+        guidance_scale=scale,
+        metrics={name: Measured(mean=value, spread=0) for name, value in metrics.items()},
+    )
+
+
+def write_edit_sheet(file: Path, run_dir: Path, recipe: Recipe, digits: Digits) -> None:
+    """A PNG: one digit of every class, drawn again, and as every class by the encoder of most steps."""
+    route = student_route(run_dir, recipe, encoders(run_dir, recipe)[0])
+    first = torch.stack([(digits.labels == c).nonzero()[0, 0] for c in range(CLASSES)])
+    images, labels = digits.images[first], digits.labels[first]
+    noise = route.noise(recipe, images, labels)
+    columns = {"image": images, "again": route.draw(recipe, noise, labels, SCALE_OFF)}
+    for target in range(CLASSES):
+        wanted = torch.full_like(labels, target)
+        columns[str(target)] = route.draw(recipe, noise, wanted, recipe.guidance.default)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    column_sheet(columns).save(file)
 
 
 def edit_targets(labels: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _inverts_what_it_draws(self) -> Recipe:
+        if self.encoder is None:
+            return self
+        if self.stage_two.sampler == "stochastic":
+            raise ValueError("an encoder goes with a deterministic stage_two: drawing must be its way back")
+        if missing := sorted(set(self.encoder.students) - set(self.stage_two.steps)):
+            raise ValueError(f"encoder.students {missing} have no student of as many steps in stage_two.halvings")
+        return self
+
+    @model_validator(mode="after")
     def _shares_or_shards(self) -> Recipe:
         if self.compute.shard and self.stage_two.weights == "shared":
             raise ValueError("compute.shard cannot go with stage_two.weights: shared")

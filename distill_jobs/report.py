@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from distill_jobs.task_tables import task_lines
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
@@ -60,7 +61,7 @@ class Report(_Frozen):
 
     seconds: of this call, with results kept from earlier ones costing nothing; timings: of each cell when it
     was measured. training_seconds: by phase, wall clock. classifier_accuracy: on held-out real digits.
-    weights: sha256 of every contender's weights.
+    weights: sha256 of every network's weights. tasks: a table for each task besides drawing from text.
     """
 
     recipe: str
@@ -74,6 +75,7 @@ class Report(_Frozen):
     timings: tuple[Timing, ...]
     training_seconds: dict[str, float]
     evaluation: Evaluation
+    tasks: dict[str, tuple[EvaluationRow, ...]] = {}
     gates: tuple[Gate, ...]
 
     @classmethod
@@ -139,7 +141,17 @@ def markdown(report: Report) -> str:
     ]
     if report.command:
         lines += ["", f"Command: `{report.command}`"]
-    return "\n".join([*lines, "", *_gate_table(report.gates), "", *_quality_table(evaluation.rows), ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_gate_table(report.gates),
+            "",
+            *_quality_table(evaluation.rows),
+            "",
+            *task_lines(report.tasks),
+        ]
+    )
 
 
 def _distance_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:

@@ -125,7 +125,7 @@ def test_sheets_have_a_row_per_model_and_a_column_per_guidance(evaluated: Evalua
 def test_a_missing_student_is_named(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path, RECIPE)
     shutil.rmtree(run / "students" / "d1")
-    with pytest.raises(JobError, match=r"d1 holds no trained student"):
+    with pytest.raises(JobError, match=r"d1 holds no trained network"):
         contenders(run, RECIPE)
 
 

@@ -66,6 +66,8 @@ def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
     for halving in recipe.stage_two.halvings:
         student = tiny_student(2 + halving.steps)
         save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip)
+    for n in recipe.encoder.steps if recipe.encoder else ():
+        save_stock(folder / "encoders" / f"e{n}", tiny_student(100 + n), schedule, recipe.clip)
     return folder
 
 

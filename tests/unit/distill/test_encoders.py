@@ -31,8 +31,8 @@ ENCODER = [
     *OVERRIDES,
     "teacher.updates=4",
     "stage_one.updates=4",
-    "stage_two.halvings=[{steps: 2, updates: 3}, {steps: 1, updates: 3}]",
-    "export.students=[2, 1]",
+    "stage_two.halvings=[{steps: 4, updates: 3}, {steps: 2, updates: 3}]",
+    "export.students=[4, 2]",
     "export.default_steps=2",
     "encoder={halvings: [{steps: 4, updates: 9}, {steps: 2, updates: 6}], students: [4, 2], batch_size: 8}",
 ]
@@ -76,7 +76,7 @@ def test_one_encoder_step_on_the_target_lands_where_two_of_its_teacher_do(n: int
 
 def test_every_halving_of_the_encoder_changes_the_network_and_records_its_seconds(finished: RunFolder) -> None:
     assert len(set(weights(finished.path).values())) == len(FOLDERS)
-    assert set(training_seconds(finished)) == {"teacher", "stage_one", "d2", "d1", "e4", "e2"}
+    assert set(training_seconds(finished)) == {"teacher", "stage_one", "d4", "d2", "e4", "e2"}
     assert not (finished.path / "checkpoints").exists()
 
 
@@ -92,7 +92,7 @@ def test_a_job_killed_among_its_encoders_ends_in_the_same_bytes(finished: RunFol
 
 
 def test_the_plan_counts_the_encoders(recipe: Recipe) -> None:
-    assert [phase.name for phase in plan_of(recipe).phases] == ["teacher", "stage_one", "d2", "d1", "e4", "e2"]
+    assert [phase.name for phase in plan_of(recipe).phases] == ["teacher", "stage_one", "d4", "d2", "e4", "e2"]
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,15 @@ def test_the_plan_counts_the_encoders(recipe: Recipe) -> None:
         ("{halvings: [{steps: 8, updates: 1, newest_share: 0.9}], students: [8]}", "weights: shared"),
         ("{halvings: [{steps: 512, updates: 1}], students: [512]}", "finer than"),
         ("{students: [8]}", "encoder.halvings"),
+        ("{halvings: [{steps: 64, updates: 1}], students: [64]}", "no student of as many steps"),
     ],
 )
 def test_a_wrong_encoder_section_is_refused_by_name(encoder: str, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         read_recipe("digits", [f"encoder={encoder}"])
+
+
+def test_an_encoder_of_a_stochastic_chain_is_refused() -> None:
+    section = "encoder={halvings: [{steps: 8, updates: 1}], students: [8]}"
+    with pytest.raises(RecipeError, match="deterministic"):
+        read_recipe("digits-stochastic", [section])

@@ -1,0 +1,51 @@
+"""The report's tables of the tasks: what stands above each, and its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engines.manifest import EvaluationRow
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """title, text: above the table; columns: headings by metric."""
+
+    title: str
+    text: str
+    columns: Mapping[str, str]
+
+
+TABLES = {
+    "inversion": TaskTable(
+        "Inversion",
+        "Every real digit, encoded to its noise under its own class with guidance off, in as many steps as it is "
+        "decoded in. Reconstruction error: RMS pixel difference, in the range -1 … 1, when it is decoded the same "
+        "way; evaluations are of both ways. Edits are decoded as another class at the guidance_scale shown: "
+        "agreement is the share that the classifier takes for it, change the RMS difference from the image.",
+        {
+            "reconstruction_error": "reconstruction error",
+            "edit_agreement": "agreement of edits",
+            "edit_distance": "change by edits",
+        },
+    ),
+}
+
+
+def task_lines(tables: Mapping[str, Sequence[EvaluationRow]]) -> list[str]:
+    """Markdown of every task's table."""
+    return [line for name, rows in tables.items() for line in _lines(TABLES[name], rows)]
+
+
+def _lines(table: TaskTable, rows: Sequence[EvaluationRow]) -> list[str]:
+    lines = [
+        *(f"## {table.title}", "", table.text, ""),
+        f"| guidance_scale | model | steps | evaluations | {' | '.join(table.columns.values())} |",
+        f"|---:|---|---:|---:|{'---:|' * len(table.columns)}",
+    ]
+    for row in rows:
+        cells = (f"{row.metrics[name].mean:.3f}" for name in table.columns)
+        head = f"| {row.guidance_scale:g} | {row.model} | {row.steps} | {row.evaluations} |"
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return [*lines, ""]
