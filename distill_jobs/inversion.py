@@ -70,11 +70,11 @@ def student_route(run_dir: Path, recipe: Recipe, encoder: Encoder) -> Route:
 def measure_inversion(
     run_dir: Path, recipe: Recipe, classifier: DigitClassifier, digits: Digits, advance: Callable[[int], None]
 ) -> tuple[EvaluationRow, ...]:
-    """A row a route: error of reconstructions, and agreement and distance of edits, over all digits.
+    """A row a route: error of reconstructions, and agreement and distance of edits.
 
-    Edits turn digit d into d + 1 … d + 9 in turn, at the recipe's default guidance. advance: told the evaluations.
+    Over the first evaluation.samples digits, which are all with the default. Edits turn digit d into d + 1 … d + 9 in turn, at the recipe's default guidance. advance: told the evaluations.
     """
-    rows = []
+    rows, digits = [], digits[: recipe.evaluation.samples]
     for encoder in encoders(run_dir, recipe):
         both = (teacher_route(run_dir, recipe, encoder.steps), student_route(run_dir, recipe, encoder))
         rows += [_row(route, recipe, classifier, digits, advance) for route in both]

@@ -20,8 +20,8 @@ class TaskTable:
 TABLES = {
     "inversion": TaskTable(
         "Inversion",
-        "Every real digit, encoded to its noise under its own class with guidance off, in as many steps as it is "
-        "decoded in. Reconstruction error: RMS pixel difference, in the range -1 … 1, when it is decoded the same "
+        "Real digits, encoded to its noise under its own class with guidance off, in as many steps as it is "
+        "decoded in. Reconstruction error: RMS pixel difference, in the range -1 … 1, when one is decoded the same "
         "way; evaluations are of both ways. Edits are decoded as another class at the guidance_scale shown: "
         "agreement is the share that the classifier takes for it, change the RMS difference from the image.",
         {

@@ -37,6 +37,9 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: slice) -> Digits:
+        return Digits(self.images[rows], self.labels[rows])
+
 
 def class_condition(labels: Tensor) -> Condition:
     """One float32 one-hot token, (B, 1, 16), for each of (B,) labels; NULL_CLASS is the empty condition."""
