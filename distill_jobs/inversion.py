@@ -72,7 +72,8 @@ def measure_inversion(
 ) -> tuple[EvaluationRow, ...]:
     """A row a route: error of reconstructions, and agreement and distance of edits.
 
-    Over the first evaluation.samples digits, which are all with the default. Edits turn digit d into d + 1 … d + 9 in turn, at the recipe's default guidance. advance: told the evaluations.
+    Over the first evaluation.samples digits, which are all with the default. Edits turn digit d into d + 1 … d + 9
+    in turn, at the recipe's default guidance. advance: told the evaluations.
     """
     rows, digits = [], digits[: recipe.evaluation.samples]
     for encoder in encoders(run_dir, recipe):
