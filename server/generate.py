@@ -74,6 +74,8 @@ def draw_there(url: str, key: str | None, wish: Wish, told: Told) -> list[tuple[
                 if event["type"].endswith(".completed"):
                     made.append((event["seed"], base64.b64decode(event["b64_json"])))
                     told(len(made), images)
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL):
+        raise GenerateError(f"{url} is no address of a server; one is http://127.0.0.1:8000") from None
     except (httpx.HTTPError, ValueError, KeyError) as error:
         message = f"{url} gave no images ({type(error).__name__}); is a halfstep server running there?"
         raise GenerateError(message) from None

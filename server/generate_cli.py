@@ -79,7 +79,7 @@ def _drawn(wish: Wish, url: str | None, api_key: str | None, bundle: Path) -> li
     from server.generate import draw_here, draw_there  # noqa: PLC0415 - so that --help answers at once
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=_err, transient=True) as progress:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
         task = progress.add_task("Loading the model" if url is None else f"Waiting for {url}", total=None)
         unit = "Steps" if url is None else "Images"
 
