@@ -134,16 +134,20 @@ class Drawing:
         return row_noise(seed, shape, Purpose.INITIAL)
 
 
-def find_encoder(manifest: BundleManifest, steps: int) -> StudentSpec:
-    """The encoder to go with a student of ``steps``: of as many steps, else of the most.
+def find_encoder(manifest: BundleManifest, steps: int, wanted: int | None = None) -> StudentSpec:
+    """The encoder of ``wanted`` steps; else one to go with a student of ``steps``: of as many, or of the most.
 
-    Raises: RequestError when the bundle has none.
+    Raises: RequestError when the bundle has none, or none of the wanted steps.
     """
     if not manifest.encoders:
         message = "mode invert needs a model with an encoder, and this one has none; use mode noise."
         raise RequestError("mode", "unsupported_value", message)
-    same = [encoder for encoder in manifest.encoders if encoder.steps == steps]
-    return same[0] if same else max(manifest.encoders, key=lambda encoder: encoder.steps)
+    by_steps = {encoder.steps: encoder for encoder in manifest.encoders}
+    if wanted is not None and wanted not in by_steps:
+        trained = ", ".join(str(n) for n in sorted(by_steps))
+        message = f"encoder_steps must be one this model has an encoder for: {trained}."
+        raise RequestError("encoder_steps", "out_of_range", message)
+    return by_steps[wanted] if wanted is not None else by_steps.get(steps, by_steps[max(by_steps)])
 
 
 def _row(

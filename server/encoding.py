@@ -53,7 +53,8 @@ def encoding_of(request: DenoiseRequest, seed: int, engine: str) -> Encoding:
     if request.effective_strength is not None:
         parameters["strength"] = request.effective_strength
     if request.source_prompt is not None:
-        parameters |= {"mode": request.mode, "source_prompt": request.source_prompt}
+        inversion = {"source_prompt": request.source_prompt, "encoder_steps": request.encoder_steps}
+        parameters |= {"mode": request.mode, **inversion}
     text = json.dumps(parameters, ensure_ascii=True)
     return Encoding(request.output_format, request.output_compression, text)
 

@@ -19,6 +19,7 @@ _TASKS_OF: dict[str, tuple[Task, ...]] = {
     "strength": _EDITS,
     "mode": _EDITS,
     "source_prompt": _EDITS,
+    "encoder_steps": _EDITS,
 }
 """The tasks that have a field; the others refuse it."""
 

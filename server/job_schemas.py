@@ -51,6 +51,9 @@ class JobBody(BaseModel):
         None, description='"noise" (when left out) noises the image, "invert" encodes it; invert is for edits.'
     )
     source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
+    encoder_steps: int | None = Field(
+        None, description="Of mode invert: steps of the encoder, one of the model's; as steps when left out."
+    )
     model: str | None = Field(None, description="A model id from GET /v1/models; the first one when left out.")
     n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="Number of images, 1 when left out.")
     size: str | None = Field(None, description='"auto" or one of the model\'s sizes, written as "WxH" in pixels.')

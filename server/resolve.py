@@ -99,9 +99,10 @@ def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
 def _entry(body: EditBody, model: Model, steps: int, *, masked: bool) -> dict[str, Any]:
     """How an edit enters the steps."""
     if body.mode != "invert":
-        if body.source_prompt is not None:
-            message = "source_prompt belongs to mode invert; leave it out, or set mode to invert."
-            raise InvalidRequestError("unsupported_value", message, param="source_prompt")
+        for name in ("source_prompt", "encoder_steps"):
+            if getattr(body, name) is not None:
+                message = f"{name} belongs to mode invert; leave it out, or set mode to invert."
+                raise InvalidRequestError("unsupported_value", message, param=name)
         strength = body.strength if body.strength is not None else (1.0 if masked else EDIT_STRENGTH)
         if strength == 0:
             message = "strength must be above 0: at 0 the image would stay as it is."
@@ -116,7 +117,7 @@ def _entry(body: EditBody, model: Model, steps: int, *, masked: bool) -> dict[st
         raise InvalidRequestError("missing_field", message, param="source_prompt")
     _check_prompt("source_prompt", body.source_prompt, model)
     try:
-        encoder = find_encoder(model.manifest, steps)
+        encoder = find_encoder(model.manifest, steps, body.encoder_steps)
     except RequestError as error:
         raise InvalidRequestError(error.code, str(error), param=error.param) from None
     return {"mode": "invert", "source_prompt": body.source_prompt, "encoder_steps": encoder.steps}

@@ -89,6 +89,9 @@ class EditBody(GenerationBody):
         None, description='"noise" (when left out) noises the image, "invert" encodes it; not both with a mask.'
     )
     source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
+    encoder_steps: int | None = Field(
+        None, description="Of mode invert: steps of the encoder, one of the model's; as steps when left out."
+    )
 
 
 class TimingBody(BaseModel):

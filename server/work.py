@@ -192,7 +192,8 @@ class Work:
             if known is None:
                 row = drawing.from_noise(seed, size)
             elif self.request.strength is None:
-                row = drawing.from_inversion(seed, known, find_encoder(pipeline.manifest, student.steps), *source)
+                encoder = find_encoder(pipeline.manifest, student.steps, self.request.encoder_steps)
+                row = drawing.from_inversion(seed, known, encoder, *source)
             else:
                 row = drawing.from_image(seed, known, self.request.strength, mask)
             entry = Image(self, index, row)

@@ -30,7 +30,7 @@ from engines.manifest import (
     Size,
     StudentSpec,
 )
-from engines.sampler import Sampler, sampler_plan
+from engines.sampler import Sampler, encoder_plan, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.toy_graphs import LATENT_PX, WIDTH, condition_graph, decode_graph, encode_graph, step_graph
 
@@ -43,7 +43,8 @@ class ToyOptions:
 
     channels, depth: size of the network (96 and 24 make a step of some 10 ms); nan_class: a class whose
     output is NaN, for fault tests; stochastic: step counts that also get a stochastic student; shared: one
-    step graph for every N, with the grid input; weights_seed: another model of the same shapes.
+    step graph for every N, with the grid input; encoders: step counts of encoders; weights_seed: another
+    model of the same shapes.
     """
 
     name: str = "toy-digits"
@@ -55,6 +56,7 @@ class ToyOptions:
     depth: int = 1
     nan_class: int | None = None
     shared: bool = False
+    encoders: tuple[int, ...] = ()
     weights_seed: int = 0
 
 
@@ -75,6 +77,7 @@ def _vocabulary() -> LabelVocabulary:
 
 def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
     students = [("step", 0)] if options.shared else [(f"step_{n}", n) for n in options.steps]
+    students += [(f"invert_{n}", 100 + n) for n in options.encoders]
     models = {CONDITION_GRAPH: condition_graph(), DECODE_GRAPH: decode_graph(), ENCODE_GRAPH: encode_graph()}
     for name, n in students:
         models[name] = step_graph(
@@ -82,7 +85,7 @@ def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
             channels=options.channels,
             depth=options.depth,
             nan_class=options.nan_class,
-            grid=options.shared,
+            grid=options.shared and name == "step",
         )
     parity = Parity(reference="built in ONNX, not exported", max_abs_error=0.0, mean_abs_error=0.0, rows=0)
     specs = {}
@@ -105,6 +108,11 @@ def _students(options: ToyOptions, schedule: NoiseSchedule) -> tuple[StudentSpec
         )
         for n, sampler in kinds
     )
+
+
+def _encoders(options: ToyOptions, schedule: NoiseSchedule) -> tuple[StudentSpec, ...]:
+    plans = {n: encoder_plan(schedule, n) for n in options.encoders}
+    return tuple(StudentSpec(steps=n, graph=f"invert_{n}", timesteps=p.timesteps) for n, p in plans.items())
 
 
 def _manifest(folder: Path, options: ToyOptions, graphs: dict[str, GraphSpec]) -> BundleManifest:
@@ -131,6 +139,7 @@ def _manifest(folder: Path, options: ToyOptions, graphs: dict[str, GraphSpec]) -
         condition=ConditionSpec(kind="labels", tokenizer="tokenizer.json", tokens=1, width=WIDTH),
         graphs=graphs,
         students=_students(options, NoiseSchedule(schedule)),
+        encoders=_encoders(options, NoiseSchedule(schedule)),
         default_steps=options.default_steps,
         evaluation=Evaluation(metric="none", samples=0, seeds=(0,), rows=tuple(evaluation)),
         recipe=RecipeRecord(name="toy", sha256="0" * 64, text=""),

@@ -15,6 +15,7 @@ from engines.rows import Drawing, Row, find_encoder
 from engines.sampler import encoder_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.pictures import photo
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,14 @@ def test_a_mask_of_everything_has_no_seam() -> None:
 def test_inversion_needs_an_encoder(pipeline: Pipeline) -> None:
     with pytest.raises(RequestError, match="mode noise"):
         find_encoder(pipeline.manifest, 4)
+
+
+def test_an_encoder_is_the_wanted_one_or_of_as_many_steps_or_of_the_most(tmp_path: Path) -> None:
+    manifest = make_toy_bundle(tmp_path / "toy", ToyOptions(encoders=(8, 4))).manifest
+    assert [find_encoder(manifest, n).steps for n in (8, 4, 2)] == [8, 4, 8]
+    assert find_encoder(manifest, 8, wanted=4).steps == 4
+    with pytest.raises(RequestError, match="4, 8"):
+        find_encoder(manifest, 8, wanted=16)
 
 
 def test_an_encoder_goes_from_the_clean_end_to_noise() -> None:
