@@ -6,6 +6,8 @@ of ``engines.manifest``. Everything outside the network body stays float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -35,12 +37,13 @@ class StepGraph(nn.Module):
     """One denoising step of a student: network, clean estimate, affine update and inpainting blend.
 
     The formulas are those of ``engines.sampler``; the student gives v (or whatever the coefficients' p and q
-    were made for).
+    were made for). unpack: what the network is told, from the graph's condition.
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, unpack: Callable[[Tensor], Condition] = Condition) -> None:
         super().__init__()
         self.unet = unet
+        self.unpack = unpack
 
     def forward(
         self,
@@ -60,7 +63,7 @@ class StepGraph(nn.Module):
         condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated; grid: (B,)
         step counts N, for a student with one set of weights for all of them.
         """
-        out = predict(self.unet, latent, timestep, Condition(condition), guidance, grid=grid)
+        out = predict(self.unet, latent, timestep, self.unpack(condition), guidance, grid=grid)
         p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
         clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
         update = a * latent + b * clean + d * out + c * noise
@@ -68,7 +71,7 @@ class StepGraph(nn.Module):
 
     def inputs(self, height: int, width: int, tokens: int) -> tuple[TensorSpec, ...]:
         """Specs of ``forward``'s arguments for latents of height × width."""
-        latent = (-1, self.unet.config.in_channels, height, width)
+        latent = (-1, self.unet.config.out_channels, height, width)
         shapes = {
             LATENT: latent,
             TIMESTEP: (-1,),
@@ -85,7 +88,7 @@ class StepGraph(nn.Module):
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
         """Specs of what ``forward`` returns."""
-        shape = (-1, self.unet.config.in_channels, height, width)
+        shape = (-1, self.unet.config.out_channels, height, width)
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name in (NEXT_LATENT, CLEAN_ESTIMATE))
 
 

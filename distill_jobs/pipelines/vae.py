@@ -38,6 +38,16 @@ class Autoencoder(nn.Module):
         assert isinstance(vae, AutoencoderKL)
         return cls(vae, folder.scaling_factor)
 
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Width of the square of pixels that one latent position stands for."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
     def encode(self, images: Tensor) -> Encoded:
         """images: (B, 3, H, W) float32 in -1 … 1."""
         posterior = self.vae.encode(images, return_dict=False)[0]
