@@ -18,6 +18,7 @@ from distill_jobs.data.open import open_source
 from distill_jobs.errors import RecipeError
 from distill_jobs.loop import Trainer
 from distill_jobs.phases import Phases
+from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import Machine, RunFolder, stored_recipe
@@ -64,7 +65,9 @@ def run_job(
         processes.accelerator.init_trackers("tensorboard")
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, out / "checkpoints", every, log_every, stop, progress)
-        phases = Phases(recipe, folder, trainer, open_source(recipe))
+        teacher = open_teacher(recipe)
+        source = open_source(recipe, teacher, processes, progress)
+        phases = Phases(recipe, folder, trainer, source, teacher)
         train_teacher(phases)
         train_stage_one(phases)
         train_stage_two(phases)

@@ -16,6 +16,8 @@ from distill_jobs.data.source import Source
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, Tables
+from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.writing import complete
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import Training
@@ -26,10 +28,17 @@ from engines.schedule import NoiseSchedule
 
 
 class Phases:
-    """One recipe on one source of data, in one run folder."""
+    """One recipe on one source of data, in one run folder. teacher: the pipeline folder it begins with, if any."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, source: Source) -> None:
-        self.recipe, self.folder, self.trainer = recipe, folder, trainer
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        trainer: Trainer,
+        source: Source,
+        teacher: PipelineFolder | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.trainer, self.teacher = recipe, folder, trainer, teacher
         self.schedule = NoiseSchedule(recipe.schedule)
         self.processes = trainer.processes
         self.device = trainer.processes.device
@@ -51,7 +60,7 @@ class Phases:
         weights, seconds = self.trainer.train(Phase(name, training, network, Draws(self.recipe.seed, name), loss))
 
         def fill(staging: Path) -> None:
-            save_stock(staging, with_weights(network, weights), self.schedule, self.recipe.clip)
+            self._save(staging, with_weights(network, weights))
             record = {"name": name, "updates": training.updates, "seconds": round(seconds, 1)}
             (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -72,11 +81,13 @@ class Phases:
 
     def write(self, folder: Path, network: UNet2DConditionModel) -> None:
         """Keep a network that no training made, as a stock folder."""
+        self.processes.first(lambda: write_folder(folder, lambda staging: self._save(staging, network)))
 
-        def fill(staging: Path) -> None:
-            save_stock(staging, network, self.schedule, self.recipe.clip)
-
-        self.processes.first(lambda: write_folder(folder, fill))
+    def _save(self, staging: Path, network: UNet2DConditionModel) -> None:
+        """A stock folder; a whole pipeline where the teacher was one."""
+        save_stock(staging, network, self.schedule, self.recipe.clip)
+        if self.teacher is not None:
+            complete(staging, self.teacher)
 
     def say(self, text: str) -> None:
         self.trainer.progress.console.log(text)
@@ -87,7 +98,8 @@ class Phases:
         if t is None:
             t = (draws.stratified(update, batch, Draw.TIME) * self.schedule.timesteps).long()
         noise = draws.normal(update, tuple(data.x.shape))
-        return Noisy(data.x, data.condition, self._source.null(batch), noise, t, data.extra).to(self.device)
+        null = self._source.null(batch).framed_as(data.condition)
+        return Noisy(data.x, data.condition, null, noise, t, data.extra).to(self.device)
 
     def weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
         """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
+from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.sections import Training
 from distill_jobs.student import GUIDANCE_WIDTH
@@ -99,7 +100,9 @@ class Plan:
         return finished + KEPT_CHECKPOINTS * max((phase.checkpoint_bytes for phase in self.ahead), default=0)
 
     def measurable(self, device: torch.device) -> bool:
-        """Whether a few real updates take seconds on this device."""
+        """Whether a few real updates take seconds on this device. A folder's teacher is not loaded for a plan."""
+        if isinstance(self.recipe.teacher, FolderTeacher):
+            return False
         largest = max(phase.flops(self.recipe.compute.gradient_checkpointing) for phase in self.phases)
         return largest <= MEASURABLE_FLOPS.get(device.type, 0.0)
 
@@ -124,11 +127,19 @@ def plan_of(recipe: Recipe) -> Plan:
     return Plan(
         recipe,
         (
-            PhasePlan("teacher", recipe.teacher, teacher, None, 0),
+            *_teacher_phases(recipe, teacher),
             PhasePlan("stage_one", recipe.stage_one, student, teacher, 2),
             *halvings,
         ),
     )
+
+
+def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ...]:
+    """How the teacher is made; nothing where a folder's is taken as it is."""
+    if not isinstance(recipe.teacher, FolderTeacher):
+        return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
+    training = recipe.teacher.v_finetune
+    return () if training is None else (PhasePlan("v_finetune", training, network, None, 0),)
 
 
 def network_cost(config: dict[str, Any]) -> NetworkCost:
@@ -172,6 +183,8 @@ class Measured:
 
 def measure(recipe: Recipe) -> Measured:
     """Run a few real updates of the teacher, of stage one and of the first halving in a temporary folder."""
+    if isinstance(recipe.teacher, FolderTeacher):
+        raise ValueError("a plan is measured on recipes that train their teacher")
     first = recipe.stage_two.halvings[0]
     few = {"updates": MEASURED_UPDATES}
     short = recipe.model_copy(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from distill_jobs.latent_sections import Data, FolderTeacher, Teacher
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
@@ -17,7 +18,6 @@ from distill_jobs.sections import (
     Section,
     StageOneSection,
     StageTwoSection,
-    TeacherSection,
 )
 from engines.manifest import GuidanceRange
 from engines.schedule import ScheduleSpec
@@ -26,17 +26,18 @@ from engines.schedule import ScheduleSpec
 class Recipe(Section):
     """A whole job: data, teacher, stage one, stage two, encoder (optional), evaluation, export.
 
-    unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim.
+    unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim. Where the teacher is a
+    folder, ``unet`` and ``schedule`` are the folder's (see ``distill_jobs.pipelines.teacher``).
     """
 
     name: str
     seed: int = Field(0, ge=0, lt=2**53)
-    data: Literal["digits"]
+    data: Data
     schedule: ScheduleSpec = ScheduleSpec()
     clip: float | None = Field(None, gt=0)
     guidance: GuidanceRange
     unet: dict[str, Any]
-    teacher: TeacherSection
+    teacher: Teacher
     stage_one: StageOneSection
     stage_two: StageTwoSection
     encoder: EncoderSection | None = None
@@ -83,15 +84,24 @@ class Recipe(Section):
             raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
         return self
 
+    @model_validator(mode="after")
+    def _fits_its_data(self) -> Recipe:
+        """Only what the data needs is fixed; diffusers checks the rest when the network is built."""
+        latent = isinstance(self.teacher, FolderTeacher)
+        if latent == (self.data == "digits"):
+            raise ValueError("data: digits needs a teacher that is trained; captioned images need teacher.folder")
+        if latent and self.clip is not None:
+            raise ValueError("clip is for images; latents have no bound")
+        fixed = {} if latent else {"sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
+        for name, value in fixed.items():
+            if self.unet.get(name) != value:
+                raise ValueError(f"unet.{name} must be {value} for data: digits")
+        return self
+
     @field_validator("unet")
     @classmethod
-    def _digits_unet(cls, unet: dict[str, Any]) -> dict[str, Any]:
-        """Only what the digits data needs is fixed; diffusers checks the rest when the network is built."""
-        fixed = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
-        for name, value in fixed.items():
-            if unet.get(name) != value:
-                raise ValueError(f"unet.{name} must be {value} for data: digits")
-        if "time_cond_proj_dim" in unet:
+    def _students_add_it(cls, unet: dict[str, Any]) -> dict[str, Any]:
+        if unet.get("time_cond_proj_dim") is not None:
             raise ValueError("unet.time_cond_proj_dim is the student's and set by the job; leave it out")
         return unet
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from distill_jobs.errors import RecipeError
+from distill_jobs.pipelines.teacher import filled_from_teacher
 from distill_jobs.recipe import Recipe
 
 
@@ -22,7 +23,7 @@ def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     for override in overrides or []:
         _override(data, override)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(filled_from_teacher(data))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
+from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.objectives import guided_v, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases
+from distill_jobs.pipelines.teacher import load_network, needs_finetune
+from distill_jobs.sections import TeacherSection
 from distill_jobs.state import RowLoss
 from distill_jobs.student import load_stock, new_teacher, predict, student_of
 from engines.guidance import weight_from_scale
@@ -21,15 +27,41 @@ GATE_SCALES = 5
 
 
 def train_teacher(phases: Phases) -> None:
-    """A guidable teacher: its condition is dropped on a share of the rows."""
-    recipe, section = phases.recipe, phases.recipe.teacher
+    """A guidable teacher that gives v: trained from nothing, or a pipeline folder's. Raises: TeacherError."""
+    recipe, section, folder = phases.recipe, phases.recipe.teacher, phases.folder.teacher
+    if isinstance(section, FolderTeacher):
+        _teacher_from_folder(phases, section)
+    else:
+        _learn(phases, "teacher", section, lambda: new_teacher(recipe.unet, recipe.seed), folder)
+
+
+def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
+    """The folder's network, trained to give v on the recipe's schedule where it does not."""
+    teacher, folder = phases.teacher, phases.folder.teacher
+    assert teacher is not None
+    if section.v_finetune is not None:
+        _learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
+    elif needs_finetune(phases.recipe, teacher):
+        raise teacher.wrong(
+            f"this teacher predicts {teacher.prediction} and its schedule is {teacher.schedule.kind}, rescaled "
+            f"{teacher.schedule.rescale_zero_terminal_snr}; students need v-prediction on the recipe's schedule: "
+            "give teacher.v_finetune"
+        )
+    elif not phases.processes.first((folder / "unet").is_dir):
+        phases.write(folder, load_network(teacher))
+
+
+def _learn(
+    phases: Phases, name: str, section: TeacherSection, start: Callable[[], UNet2DConditionModel], folder: Path
+) -> None:
+    """Train v-prediction on the data; the condition is dropped on a share of the rows."""
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         rows = phases.noisy(draws, update, batch)
         dropped = draws.uniform(update, batch, Draw.DROPOUT) < section.condition_dropout
         return RowLoss(teacher_loss(network, phases.tables, rows, dropped.to(phases.device)))
 
-    phases.train("teacher", section, lambda: new_teacher(recipe.unet, recipe.seed), loss, phases.folder.teacher)
+    phases.train(name, section, start, loss, folder)
 
 
 def train_stage_one(phases: Phases) -> None:
@@ -67,13 +99,17 @@ def _gate(phases: Phases, teacher: nn.Module) -> None:
 
 @torch.inference_mode()
 def guidance_errors(phases: Phases, student: nn.Module, teacher: nn.Module) -> dict[float, float]:
-    """|v_student - v_guided|² / |v_guided|² on the same rows, by guidance_scale."""
-    rows = phases.noisy(Draws(phases.recipe.seed, "gate"), 0, GATE_ROWS)
-    z_t, _ = phases.tables.noisy(rows)
-    errors, allowed = {}, phases.recipe.guidance
-    for scale in torch.linspace(allowed.min, allowed.max, GATE_SCALES).tolist():
-        w = torch.full((GATE_ROWS,), weight_from_scale(scale), device=phases.device)
-        target = guided_v(teacher, z_t, rows, w)
-        error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
-        errors[scale] = float(error.square().sum() / target.square().sum())
-    return errors
+    """|v_student - v_guided|² / |v_guided|² on the same GATE_ROWS rows, by guidance_scale."""
+    section, allowed = phases.recipe.stage_one, phases.recipe.guidance
+    batch = min(GATE_ROWS, section.batch_size // section.accumulate)
+    draws = Draws(phases.recipe.seed, "gate")
+    sums = {scale: torch.zeros(2) for scale in torch.linspace(allowed.min, allowed.max, GATE_SCALES).tolist()}
+    for update in range(GATE_ROWS // batch):
+        rows = phases.noisy(draws, update, batch)
+        z_t, _ = phases.tables.noisy(rows)
+        for scale, of_scale in sums.items():
+            w = torch.full((batch,), weight_from_scale(scale), device=phases.device)
+            target = guided_v(teacher, z_t, rows, w)
+            error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
+            of_scale.add_(torch.stack([error.square().sum(), target.square().sum()]).cpu())
+    return {scale: float(error / size) for scale, (error, size) in sums.items()}

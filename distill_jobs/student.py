@@ -147,13 +147,27 @@ def stock_scheduler(schedule: NoiseSchedule, clip: float | None) -> DDIMSchedule
     """The diffusers scheduler that walks our grid with our coefficients."""
     return DDIMScheduler(
         num_train_timesteps=schedule.timesteps,
-        trained_betas=schedule.betas().tolist(),
+        **_stock_schedule(schedule),
         timestep_spacing="trailing",
+        steps_offset=1,  # not read with this spacing; pipelines warn of any other
         prediction_type="v_prediction",
         set_alpha_to_one=True,
         clip_sample=clip is not None,
         clip_sample_range=clip or 1.0,
     )
+
+
+def _stock_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
+    """Diffusers' own schedule by its name; the cosine, which it does not have, as a table."""
+    spec = schedule.spec
+    if spec.kind == "cosine":
+        return {"trained_betas": schedule.betas().tolist()}
+    return {
+        "beta_schedule": spec.kind,
+        "beta_start": spec.beta_start,
+        "beta_end": spec.beta_end,
+        "rescale_betas_zero_snr": spec.rescale_zero_terminal_snr,
+    }
 
 
 def save_stock(folder: Path, unet: UNet2DConditionModel, schedule: NoiseSchedule, clip: float | None) -> None:

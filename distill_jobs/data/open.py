@@ -1,14 +1,57 @@
-"""From a recipe to its data."""
+"""From a recipe to its data: digits from a library, or captioned images as the teacher's latents."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rich.progress import Progress
+
+from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
+from distill_jobs.data.latent_cache import CacheKey, CacheWriter
+from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.source import Source
+from distill_jobs.latent_sections import CaptionedData, ImageFolderData
+from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
+from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 
 
-def open_source(recipe: Recipe) -> Source:
-    """The source that ``recipe.data`` names."""
-    match recipe.data:
-        case "digits":
-            return DigitsSource(Digits.load())
+def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Processes, progress: Progress) -> Source:
+    """The source that ``recipe.data`` names. teacher: the folder whose encoders make latents of captioned images.
+
+    Latents that are not cached yet are computed, by all processes. Raises: DataError; TeacherError; StorageError.
+    """
+    if recipe.data == "digits" or teacher is None:
+        return DigitsSource(Digits.load())
+    return _latents(recipe.data, teacher, processes, progress)
+
+
+def _latents(
+    data: CaptionedData, teacher: PipelineFolder, processes: Processes, progress: Progress
+) -> LatentSource:
+    entries = _entries(data)
+    key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px)
+    writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
+    task = progress.add_task("latents", total=-(-len(entries) // processes.count), loss="")
+
+    def load() -> Encoders:
+        return Encoders.load(teacher, processes.device)
+
+    def advance(images: int) -> None:
+        progress.advance(task, images)
+
+    writer.write(load, advance, processes.index, processes.count)
+    processes.accelerator.wait_for_everyone()
+    cache = writer.finished()
+    if cache.skipped:
+        progress.console.log(f"{cache.skipped} of {len(entries)} images cannot be read and are left out")
+    side = teacher.size_px // teacher.pixels_per_latent
+    return LatentSource(cache, (teacher.channels, side, side))
+
+
+def _entries(data: CaptionedData) -> tuple[Captioned, ...]:
+    if isinstance(data, ImageFolderData):
+        return index_folder(Path(data.path))
+    return index_shards(data.path)

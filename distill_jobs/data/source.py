@@ -38,6 +38,10 @@ class Condition:
         """One row repeated, without a copy."""
         return self._map(lambda part: part.expand(rows, *part.shape[1:]))
 
+    def framed_as(self, other: Condition) -> Condition:
+        """These rows with the time ids of ``other``: guidance drops what is shown, never how it is framed."""
+        return Condition(self.tokens, self.pooled, other.time_ids)
+
     def where(self, chosen: Tensor, other: Condition) -> Condition:
         """These rows where ``chosen``: (B,) bool is true, ``other``'s elsewhere."""
 

@@ -1,8 +1,8 @@
 """The condition of a latent model as the one tensor that bundles carry.
 
-Tokens come first. Where a network takes a pooled embedding (SDXL) it follows them, zero-padded to whole rows, so that
-a prompt's condition stays one array wherever it is kept, batched or sent. Time ids are no part of it: a bundle serves
-whole images of one size, so they are constants of its step graph.
+Tokens come first. Where a network takes a pooled embedding (SDXL) it follows them, zero-padded to whole rows, so
+that a prompt's condition stays one array wherever it is kept, batched or sent. Time ids are no part of it: a bundle
+serves whole images of one size, so they are constants of its step graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill_jobs.pipelines.folder import PipelineFolder
 
 @dataclass(frozen=True)
 class Packing:
-    """tokens, width: of the text encoders' output; pooled: width of the pooled embedding, or None; side_px: of images."""
+    """tokens, width: of the text encoders' output; pooled: width of the pooled embedding; side_px: of images."""
 
     tokens: int
     width: int

@@ -1,0 +1,80 @@
+"""A stock pipeline folder as a recipe's teacher: what the recipe takes from it, and the network it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from distill_jobs.errors import TeacherError
+from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.text import load_part
+from distill_jobs.recipe import Recipe
+from engines.schedule import ScheduleSpec
+
+RESCALE = "rescale_zero_terminal_snr"
+
+
+def filled_from_teacher(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as read from YAML, with ``unet`` and ``schedule`` of its teacher's folder where it leaves them out.
+
+    Fields of ``schedule`` that the recipe gives stay. A recipe that names no folder comes back as it is, and so
+    does one that has its ``unet``: the folder need not be there to read it. Raises: TeacherError.
+    """
+    filled, teacher = dict(recipe), recipe.get("teacher")
+    given = isinstance(teacher, Mapping) and teacher.get("folder")
+    if not given or recipe.get("unet") is not None:
+        return filled
+    folder = open_folder(Path(str(given)))
+    changed = recipe.get("schedule") or {}
+    filled["unet"] = network_arguments(folder)
+    filled["schedule"] = {**folder.schedule.model_dump(), **(changed if isinstance(changed, Mapping) else {})}
+    return filled
+
+
+def open_teacher(recipe: Recipe) -> PipelineFolder | None:
+    """The folder of a recipe's teacher, None where it is trained. Raises: TeacherError naming what differs."""
+    if not isinstance(recipe.teacher, FolderTeacher):
+        return None
+    folder = open_folder(recipe.teacher.folder)
+    arguments = network_arguments(folder)
+    for name in sorted({*arguments, *recipe.unet}):
+        if arguments.get(name) != recipe.unet.get(name):
+            raise folder.wrong(
+                f"its unet has {name}: {arguments.get(name)!r}, the recipe {recipe.unet.get(name)!r}; "
+                "leave unet out of the recipe (--set unet=null) to take the folder's"
+            )
+    if _without_rescale(recipe.schedule) != _without_rescale(folder.schedule) or (
+        folder.schedule.rescale_zero_terminal_snr and not recipe.schedule.rescale_zero_terminal_snr
+    ):
+        raise folder.wrong(
+            f"its schedule is {folder.schedule.model_dump()}; a recipe may change {RESCALE} to true and no more"
+        )
+    return folder
+
+
+def needs_finetune(recipe: Recipe, folder: PipelineFolder) -> bool:
+    """Whether the teacher must be trained before it gives v on the recipe's schedule."""
+    return folder.prediction != "v_prediction" or recipe.schedule != folder.schedule
+
+
+def load_network(folder: PipelineFolder) -> UNet2DConditionModel:
+    """The folder's UNet in float32. Raises: TeacherError when weights are missing."""
+    network = load_part(folder, "unet", UNet2DConditionModel)
+    if not isinstance(network, UNet2DConditionModel):
+        raise TeacherError(f"{folder.path}/unet is no UNet2DConditionModel")
+    return network.requires_grad_(True)
+
+
+def network_arguments(folder: PipelineFolder) -> dict[str, Any]:
+    """The UNet's own arguments, those that are left at null not listed."""
+    config = folder.config("unet")
+    return {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+
+
+def _without_rescale(schedule: ScheduleSpec) -> ScheduleSpec:
+    return schedule.model_copy(update={RESCALE: False})

@@ -1,0 +1,46 @@
+"""A trained network back into a stock pipeline folder, beside its teacher's other parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from distill_jobs.pipelines.folder import PipelineFolder, weights_variant
+
+TRAINED = ("unet", "scheduler")
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
+
+
+def complete(folder: Path, teacher: PipelineFolder) -> None:
+    """Make a folder with ``unet/`` and ``scheduler/`` a whole pipeline with the teacher's other parts.
+
+    Files are linked where the disk allows it, else copied; of weights only the safetensors that we read.
+    """
+    index = dict(teacher.index)
+    for part in [
+        name for name in index if teacher.class_of(name) not in ("missing", "None") and name not in TRAINED
+    ]:
+        _link(teacher.path / part, folder / part)
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def _link(source: Path, destination: Path) -> None:
+    """A part's files, its weights under their plain name."""
+    destination.mkdir(parents=True)
+    holds_weights = any(file.suffix in WEIGHTS for file in source.iterdir())
+    variant = weights_variant(source) if holds_weights else None
+    for file in sorted(path for path in source.iterdir() if path.is_file()):
+        name = file.name
+        if file.suffix in WEIGHTS:
+            plain = name.replace(f".{variant}.", ".") if variant else name
+            if file.suffix != ".safetensors" or (plain == name) == (variant is not None) or plain.count(".") > 1:
+                continue
+            name = plain
+        try:
+            os.link(file, destination / name)
+        except OSError:
+            shutil.copyfile(file, destination / name)

@@ -1,0 +1,112 @@
+"""A stock pipeline folder through a whole job: students are stock pipelines that draw what our sampler draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from rich.progress import Progress
+
+from distill_jobs import stage_one
+from distill_jobs.data.source import Condition
+from distill_jobs.errors import RecipeError
+from distill_jobs.job import run_job
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.packing import whole_image
+from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.recipe_file import read_recipe
+from distill_jobs.sampling import sample, student_network
+from distill_jobs.student import COND_PROJ, load_stock
+from engines.noise import Purpose, row_noise
+from engines.sampler import sampler_plan
+from engines.schedule import NoiseSchedule
+from tests.support import tiny_pipelines as tiny
+from tests.support.latent_run import latent_recipe
+
+ZERO_SNR = {**tiny.SCHEDULER, "rescale_betas_zero_snr": True}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "sd15": {"prediction": "epsilon"},
+    "sd21": {"prediction": "v_prediction", "scheduler": DDIMScheduler(**ZERO_SNR, prediction_type="v_prediction")},
+    "sdxl": {"prediction": "epsilon"},
+}
+STOCK = {"sd15": StableDiffusionPipeline, "sd21": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module", params=list(TEACHERS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    name, work = request.param, tmp_path_factory.mktemp(request.param)
+    make = tiny.sdxl if name == "sdxl" else tiny.sd
+    make(work / "parts", **TEACHERS[name]).save_pretrained(work / "teacher", safe_serialization=True)
+    recipe = read_recipe(latent_recipe(work, work / "teacher", finetune=name != "sd21"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_one, "GATE_ROWS", 8)
+        run_job(recipe, work / "run", resume=False, progress=Progress(disable=True))
+    return name, work
+
+
+def test_students_draw_the_same_in_stock_pipelines(run: tuple[str, Path]) -> None:
+    name, work = run
+    folder, recipe = work / "run" / "students" / "d4", read_recipe(work / "run" / "recipe.yaml")
+    unet = load_stock(folder)
+    assert unet.state_dict()[COND_PROJ].abs().sum() > 0
+    pipeline = STOCK[name].from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(row_noise(7, (4, 8, 8), Purpose.INITIAL))[None]
+    prompts = PromptEncoder.load(open_folder(folder))
+    condition = prompts.encode(["a cat"], whole_image(16) if name == "sdxl" else None)
+    plan = sampler_plan(NoiseSchedule(recipe.schedule), 4)
+    for scale in (1.0, 6.5):
+        drawn = pipeline(
+            "a cat", num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent"
+        ).images
+        ours = sample(student_network(unet, scale - 1), plan, condition, [7], (4, 8, 8))
+        torch.testing.assert_close(ours, drawn, rtol=0, atol=1e-4)
+
+
+def test_every_phase_is_a_whole_pipeline(run: tuple[str, Path]) -> None:
+    _, work = run
+    for phase in ("teacher", "stage_one", "students/d1"):
+        folder = open_folder(work / "run" / phase)
+        assert folder.prediction == "v_prediction"
+        assert folder.schedule.rescale_zero_terminal_snr
+
+
+def test_a_resumed_run_reads_its_recipe_without_the_teacher(run: tuple[str, Path]) -> None:
+    _, work = run
+    text = (work / "run" / "recipe.yaml").read_text()
+    moved = text.replace(str(work / "teacher"), str(work / "gone"))
+    (work / "moved.yaml").write_text(moved)
+    assert read_recipe(work / "moved.yaml").unet == read_recipe(work / "recipe.yaml").unet
+
+
+def test_the_empty_condition_keeps_the_framing() -> None:
+    time_ids = torch.arange(12.0).reshape(2, 6)
+    shown = Condition(torch.ones(2, 3, 4), torch.ones(2, 5), time_ids)
+    empty = Condition(torch.zeros(2, 3, 4), torch.zeros(2, 5)).framed_as(shown)
+    torch.testing.assert_close(empty.time_ids, time_ids)
+    mixed = empty.where(torch.tensor([True, False]), shown)
+    assert mixed.pooled is not None
+    assert mixed.pooled[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet": {"sample_size": 16}}, "its unet has .*leave unet out"),
+        ({"schedule": {"beta_end": 0.5}}, "may change rescale_zero_terminal_snr"),
+        ({"schedule": None}, "give teacher.v_finetune"),
+        ({"data": "digits"}, "captioned images need teacher.folder"),
+        ({"data": {"kind": "laion", "path": "x"}}, "laion"),
+        ({"clip": 1.0}, "latents have no bound"),
+        ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
+    ],
+    ids=["unet", "schedule", "no fine-tune", "digits", "kind", "clip", "shards"],
+)
+def test_what_does_not_fit_the_teacher_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    file = latent_recipe(tmp_path, tmp_path / "teacher", finetune=changes != {"schedule": None}, **changes)
+    with pytest.raises(RecipeError, match=message):
+        run_job(read_recipe(file), tmp_path / "run", resume=False, progress=Progress(disable=True))
