@@ -47,24 +47,28 @@ class FolderTeacher(Section):
     licence: str = Field("not stated", description="of the teacher's weights, for the bundle")
 
 
-def _kind_of_data(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        return str(value.get("kind"))
-    return str(getattr(value, "kind", value))
+def _form_of_data(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", value)
+    return f"({kind})"
 
 
-def _kind_of_teacher(value: Any) -> str:
+def _form_of_teacher(value: Any) -> str:
     folder = "folder" in value if isinstance(value, Mapping) else isinstance(value, FolderTeacher)
-    return "folder" if folder else "trained"
+    return "(folder)" if folder else "(trained)"
 
 
+# Tags in brackets: they show up in the place of an error, where ``read_recipe`` leaves them out.
 Data = Annotated[
-    Annotated[Literal["digits"], Tag("digits")]
-    | Annotated[ImageFolderData, Tag("image_folder")]
-    | Annotated[WebdatasetData, Tag("webdataset")],
-    Discriminator(_kind_of_data),
+    Annotated[Literal["digits"], Tag("(digits)")]
+    | Annotated[ImageFolderData, Tag("(image_folder)")]
+    | Annotated[WebdatasetData, Tag("(webdataset)")],
+    Discriminator(
+        _form_of_data,
+        custom_error_type="data",
+        custom_error_message="give digits, or a section with kind: image_folder or webdataset",
+    ),
 ]
 Teacher = Annotated[
-    Annotated[TeacherSection, Tag("trained")] | Annotated[FolderTeacher, Tag("folder")],
-    Discriminator(_kind_of_teacher),
+    Annotated[TeacherSection, Tag("(trained)")] | Annotated[FolderTeacher, Tag("(folder)")],
+    Discriminator(_form_of_teacher),
 ]

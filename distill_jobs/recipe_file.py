@@ -26,7 +26,7 @@ def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         return Recipe.model_validate(filled_from_teacher(data))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        where = ".".join(part for part in map(str, first["loc"]) if not part.startswith("(")) or "recipe"
         raise RecipeError(f"recipe {source}: {where}: {first['msg']}") from None
 
 

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from server.schemas import GenerationBody, ImagesResponse, ModelBody
 from server.settings import Settings
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
 from tests.unit.docs.pages import ROOT, click_commands, options, page, table_rows
+
+UNIONS = (Union, UnionType)
 
 # ---- serving
 
@@ -119,15 +122,16 @@ def test_every_field_of_the_recipe_is_in_the_table_with_its_default() -> None:
 
 
 def recipe_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Of every form that a field can have: a section, one of several, or a plain value."""
     for name, field in model.model_fields.items():
-        optional = type(None) in get_args(field.annotation)
-        kind = get_args(field.annotation)[0] if optional else field.annotation
-        section = isinstance(kind, type) and issubclass(kind, BaseModel)
-        if section:
-            yield from recipe_fields(kind, f"{prefix}{name}.")
-        if optional or not section:
+        forms = get_args(field.annotation) if get_origin(field.annotation) in UNIONS else (field.annotation,)
+        kinds = [get_args(form)[0] if get_origin(form) is Annotated else form for form in forms]
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        for section in sections:
+            yield from recipe_fields(section, f"{prefix}{name}.")
+        if len(sections) < len(kinds):
             required = field.default is PydanticUndefined
-            yield f"{prefix}{name}", "required" if required else json.dumps(field.default)
+            yield f"{prefix}{name}", "required" if required else json.dumps(field.default, default=str)
 
 
 def test_exit_codes_and_manifest_are_complete() -> None:
