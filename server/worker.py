@@ -25,6 +25,9 @@ from server.work import Event
 
 IDLE_CLAIM_S = 1.0
 
+BEATS_BEFORE_REAPING = 2
+"""Heartbeats in a row that the store answered before silent leases are taken back."""
+
 _log = structlog.get_logger()
 
 
@@ -141,12 +144,21 @@ class Worker:
             await self._holdings.until_freed()
 
     async def _heartbeats(self) -> None:
-        """Keeps leases alive even while one step takes long, and takes back those of dead workers."""
+        """Keeps leases alive even while one step takes long, and takes back those of dead workers.
+
+        Not right after an outage of the store: leases that ran out meanwhile are first for their workers to renew.
+        """
+        beats = 0
         while True:
             try:
-                await self._store.announce(self._name, self._engine.offers)
                 self._settling.stop(await self._store.heartbeat(self._holdings.leases))
-                self._metrics.retries.inc(await self._store.reap())
+                beats += 1
+                if beats > BEATS_BEFORE_REAPING:
+                    self._metrics.retries.inc(await self._store.reap())
             except OSError as error:
+                beats = 0
                 _log.warning("store_away", call="heartbeat", error=str(error))
+            else:
+                with suppress(OSError):  # which a full store refuses
+                    await self._store.announce(self._name, self._engine.offers)
             await asyncio.sleep(HEARTBEAT_S)

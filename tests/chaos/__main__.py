@@ -15,8 +15,30 @@ from tests.chaos.plants import PLANTS
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 PLANS = {
-    "small": Plan(3000, 120, workers=3, worker_kills=30, api_kills=6, redis_kills=3, freezes=6, poison=5),
-    "full": Plan(10_000, 270, workers=3, worker_kills=100, api_kills=20, redis_kills=10, freezes=20, poison=10),
+    "small": Plan(
+        jobs=3000,
+        seconds=120,
+        worker_kills=30,
+        api_kills=6,
+        redis_kills=3,
+        freezes=6,
+        cuts=3,
+        memory_shortages=3,
+        full_disks=1,
+        poison=5,
+    ),
+    "full": Plan(
+        jobs=10_000,
+        seconds=270,
+        worker_kills=100,
+        api_kills=20,
+        redis_kills=10,
+        freezes=20,
+        cuts=10,
+        memory_shortages=10,
+        full_disks=3,
+        poison=10,
+    ),
 }
 PLANT = Plan(240, 15, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
 """The load under which every planted bug must show."""

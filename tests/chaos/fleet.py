@@ -18,6 +18,8 @@ from tests.support.redis_server import RedisServer
 from tests.support.serving import ROOT, until
 
 EXIT_S = 40
+SHORTAGE_S = 1.5
+CUTS = 8
 
 
 class Node:
@@ -79,6 +81,26 @@ class Fleet:
 
     def kill_redis(self) -> None:
         self.redis.kill()
+        time.sleep(0.2)
+        self.redis.start()
+
+    def cut_connections(self) -> None:
+        """All of them, every 200 ms for a while."""
+        for _ in range(CUTS):
+            for kind in ("normal", "pubsub"):
+                self.redis.client.client_kill_filter(_type=kind, skipme=True)
+            time.sleep(0.2)
+
+    def exhaust_memory(self) -> None:
+        """Nothing that needs memory is taken in for a while."""
+        self.redis.client.config_set("maxmemory", 1)
+        time.sleep(SHORTAGE_S)
+        self.redis.client.config_set("maxmemory", 0)
+
+    def fill_disk(self) -> None:
+        """A durable Redis ends at the next write; it is started again once there is room."""
+        self.redis.fill_disk()
+        self.redis.process.wait(EXIT_S)
         time.sleep(0.2)
         self.redis.start()
 

@@ -28,7 +28,11 @@ IN_FLIGHT = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """seconds: over which jobs are submitted and faults spread; freezes: workers stopped past their lease."""
+    """seconds: over which jobs are submitted and faults spread; freezes: workers stopped past their lease.
+
+    Of Redis: cuts of every connection, again and again for a while; times without memory for anything new; disks so
+    full that it ends.
+    """
 
     jobs: int
     seconds: float
@@ -38,13 +42,17 @@ class Plan:
     api_kills: int = 0
     redis_kills: int = 0
     freezes: int = 0
+    cuts: int = 0
+    memory_shortages: int = 0
+    full_disks: int = 0
     poison: int = 0
     plant: str = ""
     seed: int = 1
 
     @property
     def worker_faults(self) -> int:
-        return self.worker_kills + self.freezes + 3 * self.poison
+        """Times that what a worker held was lost to it; a cut may cost each worker what it was just given."""
+        return self.worker_kills + self.freezes + 3 * self.poison + self.workers * (self.cuts + self.full_disks)
 
 
 @dataclass
@@ -102,7 +110,16 @@ async def _hurt(plan: Plan, fleet: Fleet, rng: random.Random) -> None:
         *[("kill", rng.choice(fleet.apis)) for _ in range(plan.api_kills)],
         *[("freeze", frozen) for _ in range(plan.freezes)],
         *[("redis", frozen) for _ in range(plan.redis_kills)],
+        *[("cut", frozen) for _ in range(plan.cuts)],
+        *[("memory", frozen) for _ in range(plan.memory_shortages)],
+        *[("disk", frozen) for _ in range(plan.full_disks)],
     ]
+    of_redis = {
+        "redis": fleet.kill_redis,
+        "cut": fleet.cut_connections,
+        "memory": fleet.exhaust_memory,
+        "disk": fleet.fill_disk,
+    }
     rng.shuffle(faults)
     thawing, ice = [], asyncio.Lock()
     for k, (what, node) in enumerate(faults):
@@ -110,8 +127,8 @@ async def _hurt(plan: Plan, fleet: Fleet, rng: random.Random) -> None:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
         if what == "kill":
             await asyncio.to_thread(node.restart)
-        elif what == "redis":
-            await asyncio.to_thread(fleet.kill_redis)
+        elif what in of_redis:
+            await asyncio.to_thread(of_redis[what])
         else:
             thawing.append(asyncio.create_task(_freeze(fleet, node, ice)))
     await asyncio.sleep(max(0.0, began + plan.seconds - time.monotonic()))

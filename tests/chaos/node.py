@@ -32,7 +32,7 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
         PLANTS[plant](store)
     sock = bind("127.0.0.1", int(port))
     if role == "api":
-        service = build_service(settings, store, metrics)
+        service = build_service(settings, store, metrics, None)
         Process(service, None, sock, lambda url: None).run_until_told()
         return
     engine = EngineProcess(settings, ENGINE)

@@ -22,6 +22,12 @@ def test_nothing_is_lost_doubled_or_blamed(toy_bundle: Path, tmp_path: Path) -> 
     assert not verdict.faults, f"{verdict.examples}\n{log.read_text()[-5000:]}"
 
 
+def test_a_redis_cut_off_short_of_memory_and_out_of_disk_loses_nothing(toy_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    verdict = run(Plan(120, 8, workers=2, cuts=1, memory_shortages=1, full_disks=1), toy_bundle, log)
+    assert not verdict.faults, f"{verdict.examples}\n{log.read_text()[-5000:]}"
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,9 @@ class RedisServer:
 
     def start(self) -> None:
         """Start, and wait until it answers."""
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        # A file that may not grow is an error of the write then, as on a full disk, and no signal.
+        self.process = subprocess.Popen(self._command, restore_signals=False, **quiet)
         deadline = time.monotonic() + START_S
         while True:
             try:
@@ -61,6 +64,15 @@ class RedisServer:
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    def fill_disk(self) -> None:
+        """No file of the server grows any more: its next writes fail as on a full disk."""
+        written = max(path.stat().st_size for path in Path(self._folder).rglob("*.aof"))
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (written, resource.RLIM_INFINITY))
+
+    def free_disk(self) -> None:
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, unlimited)
 
     def __enter__(self) -> Self:
         return self

@@ -248,3 +248,38 @@ async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
         (after,) = await run(store, job("b"))
         assert after.status is JobStatus.SUCCEEDED
         assert not task.done()
+
+
+class _CountingStore(MemoryStore):
+    """Full: it takes in nothing new. Away at the heartbeats of these numbers. calls: those that succeeded."""
+
+    def __init__(self, away: range) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self._beats, self._away = 0, away
+
+    async def heartbeat(self, leases: Any) -> frozenset[str]:
+        self._beats += 1
+        if self._beats in self._away:
+            self.calls.clear()
+            raise StoreUnavailableError("away")
+        self.calls.append("heartbeat")
+        return await super().heartbeat(leases)
+
+    async def reap(self) -> int:
+        self.calls.append("reap")
+        return await super().reap()
+
+    async def announce(self, *_: Any) -> None:
+        raise StoreUnavailableError("full")
+
+
+@pytest.mark.parametrize("away", [range(0), range(5, 8)], ids=["from the start", "after an outage"])
+async def test_leases_are_renewed_before_silent_ones_are_taken_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, away: range
+) -> None:
+    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.005)
+    store = _CountingStore(away)
+    async with working(bench.pipeline, store):
+        await until(lambda: store._beats > max(away, default=0) and "reap" in store.calls)
+    assert store.calls[:4] == ["heartbeat", "heartbeat", "heartbeat", "reap"]
