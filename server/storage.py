@@ -76,7 +76,7 @@ class ResultStore:
             if not is_folder(place):
                 bucket = S3Store.from_url(
                     place,
-                    client_options={"timeout": _CALL_S},
+                    client_options={"timeout": _CALL_S, "allow_http": True},  # where the endpoint has no TLS
                     retry_config={"max_retries": 3, "retry_timeout": _RETRY_S},
                 )
                 return cls(bucket, ttl_s, metrics)
