@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp
 from server.api.a1111 import a1111_routes
 from server.api.a1111_settings import a1111_settings_routes
 from server.api.access import AccessLog
+from server.api.document import openapi_document
 from server.api.files import file_routes
 from server.api.gate import Gate
 from server.api.guard import Guard, internal_error
@@ -68,6 +70,7 @@ def create_api(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
     parts = routers(service)
     for router in parts:
         app.include_router(router)

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from server.api.a1111_answers import as_a1111, images_answer
 from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
+from server.api.a1111_reference import DRAWN, IMAGE_BODY, TEXT_BODY
 from server.api.body import IMAGES_BODY_BYTES, read_object
 from server.api.disconnection import cancelled_when_gone
 from server.api.validation import validate
@@ -33,7 +34,7 @@ def a1111_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
     drawings = _Drawings(service)
 
-    @router.post("/txt2img")
+    @router.post("/txt2img", responses=DRAWN, openapi_extra=TEXT_BODY)
     async def txt2img(request: Request) -> Response:
         """Draw a prompt."""
         with as_a1111():
@@ -41,7 +42,7 @@ def a1111_routes(service: Service) -> APIRouter:
             body, adjusted = adjusted_text(wish, service.catalogue)
             return await drawings.make(request, resolve(body, service.catalogue), adjusted, send=wish.send_images)
 
-    @router.post("/img2img")
+    @router.post("/img2img", responses=DRAWN, openapi_extra=IMAGE_BODY)
     async def img2img(request: Request) -> Response:
         """Draw a prompt from an image; with a mask, only where the mask is white."""
         with as_a1111():

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from server.api.a1111_answers import as_a1111
+from server.api.a1111_reference import OPTIONS_BODY, REFUSED
 from server.api.body import read_object
 from server.errors import InvalidRequestError
 from server.service import Service
@@ -22,7 +23,7 @@ def a1111_settings_routes(service: Service) -> APIRouter:
         """What is set; the model is the first one served."""
         return {"sd_model_checkpoint": service.catalogue.default.name, "samples_format": "png"}
 
-    @router.post("/options")
+    @router.post("/options", responses=REFUSED, openapi_extra=OPTIONS_BODY)
     async def set_options(request: Request) -> None:
         """Accepts what is set already: nothing here is shared between requests."""
         with as_a1111():

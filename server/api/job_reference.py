@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.api.reference import GENERATION_RESPONSES, error_response
+from server.api.reference import GENERATION_RESPONSES, error_response, events_content
 from server.job_schemas import EXAMPLES, JobBody, JobStateBody
 
 JOB_BODY: dict[str, Any] = {
@@ -14,9 +14,26 @@ JOB_BODY: dict[str, Any] = {
     }
 }
 
+
+def _link(method: str, path: str) -> dict[str, Any]:
+    place = path.replace("/", "~1")
+    return {"operationRef": f"#/paths/{place}/{method}", "parameters": {"job_id": "$response.body#/id"}}
+
+
+_LINKS = {
+    "read": _link("get", "/v1/jobs/{job_id}"),
+    "cancel": _link("delete", "/v1/jobs/{job_id}"),
+    "follow": _link("get", "/v1/jobs/{job_id}/events"),
+    "image": _link("get", "/v1/jobs/{job_id}/images/{index}"),
+}
+
 SUBMITTED: dict[int | str, dict[str, Any]] = {
-    200: {"model": JobStateBody, "description": "Prefer: wait was sent, and the job ended in time"},
-    202: {"description": "Accepted; the Location header and status_url say where to look"},
+    200: {
+        "model": JobStateBody,
+        "description": "Prefer: wait was sent, and the job ended in time",
+        "links": _LINKS,
+    },
+    202: {"description": "Accepted; the Location header and status_url say where to look", "links": _LINKS},
 }
 
 JOB: dict[int | str, dict[str, Any]] = {200: {"description": "The job as of now"}}
@@ -76,7 +93,9 @@ FILE: dict[int | str, dict[str, Any]] = {
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": events_content(
+            ("queued", "running", "step", "completed", "failed", "cancelled", "expired"),
+        ),
     },
     400: error_response(
         "Last-Event-ID is malformed", "invalid_event_id", "Last-Event-ID must be the id of an event."

@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
+from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -29,6 +30,11 @@ from server.service import JobOptions, Service
 MAX_WAIT_S = 60
 _MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_IDEMPOTENCY_KEY = Header(
+    description="Your own name of this request: 1 to 255 of ASCII.",
+    json_schema_extra={"minLength": 1, "maxLength": 255},
+)
+_PREFER = Header(description=f"wait=N waits up to N s, at most {MAX_WAIT_S}, for the end.")
 _WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,6})(?:$|[,;\s])")
 
 
@@ -45,10 +51,8 @@ def job_submission_routes(service: Service) -> APIRouter:
     )
     async def create_job(
         request: Request,
-        idempotency_key: str | None = Header(None, description="Your own name of this request: 1 to 255 of ASCII."),
-        prefer: str | None = Header(
-            None, description=f"wait=N waits up to N s, at most {MAX_WAIT_S}, for the end."
-        ),
+        idempotency_key: Annotated[str | SkipJsonSchema[None], _IDEMPOTENCY_KEY] = None,
+        prefer: Annotated[str | SkipJsonSchema[None], _PREFER] = None,
     ) -> Response:
         """Accept a job. The same Idempotency-Key and body give the same job, however often they are sent."""
         with _unprocessable():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from fastapi import APIRouter, Header
+from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -19,7 +21,9 @@ from server.request import media_type
 from server.service import Service
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
-_EVENT_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
+_LAST_EVENT_ID = Header(
+    description="Send what came after this event.", json_schema_extra={"pattern": r"^[0-9]{1,20}(-[0-9]{1,20})?$"}
+)
 
 
 def job_routes(service: Service) -> APIRouter:
@@ -52,11 +56,11 @@ def job_routes(service: Service) -> APIRouter:
     async def follow_job(
         request: Request,
         job_id: str,
-        last_event_id: str | None = Header(None, description="Send what came after this event."),
+        last_event_id: Annotated[str | SkipJsonSchema[None], _LAST_EVENT_ID] = None,
     ) -> Response:
         """What happens to a job, from its start or from an event on, as server-sent events."""
         await find_job(service, job_id)
-        if last_event_id is not None and not _EVENT_ID.fullmatch(last_event_id):
+        if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
         lines = job_events(service, request, job_id, last_event_id)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from server.schemas import (
@@ -42,12 +43,25 @@ def error_response(description: str, code: str, message: str, param: str | None 
     }
 
 
+def events_content(names: Iterable[str]) -> dict[str, Any]:
+    """Server-sent events of these names, as OpenAPI 3.2 tells of them; ``data`` is JSON."""
+    properties = {
+        "event": {"enum": list(names)},
+        "id": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    }
+    event = {"type": "object", "properties": properties, "required": ["data"]}
+    return {"text/event-stream": {"itemSchema": event}}
+
+
+_COMPLETED = ("partial_image", "completed")
+
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesResponse,
         "description": "The images, or with stream true these events: "
         + ", ".join(str(event.model_fields["type"].default) for event in (PartialImageEvent, CompletedEvent)),
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": events_content(f"image_generation.{name}" for name in _COMPLETED),
     },
     400: error_response(
         "A field is unknown, malformed, or asks for what the model does not offer; or every image was withheld",
@@ -89,6 +103,7 @@ EDIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         **GENERATION_RESPONSES[200],
         "description": "The images, or with stream true events: image_edit.partial_image, image_edit.completed",
+        "content": events_content(f"image_edit.{name}" for name in _COMPLETED),
     },
     400: error_response(
         "A field or file is unknown, malformed, or asks for what the model does not offer",

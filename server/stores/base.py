@@ -101,6 +101,10 @@ class JobStore(Protocol):
         """Those of these jobs that have ended, or that the store does not know."""
         ...
 
+    def is_event_id(self, text: str) -> bool:
+        """Whether this could be the id of an event here; each store has its own."""
+        ...
+
     def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
         """The job's history, from the event after that id, as it happens; the last one is terminal.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 
@@ -24,6 +25,8 @@ from server.jobs import (
     Total,
 )
 from server.stores.memory_jobs import MemoryJobs
+
+_EVENT_ID = re.compile(r"[0-9]{1,20}")
 
 
 class MemoryStore:
@@ -135,8 +138,11 @@ class MemoryStore:
             if record is None or record.status.terminal
         }
 
+    def is_event_id(self, text: str) -> bool:
+        return _EVENT_ID.fullmatch(text) is not None
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
-        if after is not None and not after.isdecimal():
+        if after is not None and not self.is_event_id(after):
             raise ValueError("there is no such event")
         record, told = self.jobs.records[job_id], int(after or 0)
         while True:

@@ -86,7 +86,7 @@ def test_events_come_as_they_happen(running: Live, api: httpx.Client) -> None:
         assert list(lines)[-1] == "event: completed"
 
 
-@pytest.mark.parametrize("after", ["x", "-1", "1-2-3", "9" * 50])
+@pytest.mark.parametrize("after", ["x", "-1", "1-2-3", "0-0", "9" * 50])
 def test_what_is_no_event_id_is_400(api: httpx.Client, after: str) -> None:
     job = submit(api)
     assert error(api.get(job["events_url"], headers={"last-event-id": after})) == (400, "invalid_event_id")

@@ -164,9 +164,12 @@ class RedisStore:
             found.update(map(wire.end_from, await self._scripts.run("ends", *ids[start : start + ENDS_AT_ONCE])))
         return found
 
+    def is_event_id(self, text: str) -> bool:
+        return wire.is_event_id(text)
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
-        if after is not None:
-            wire.check_event_id(after)
+        if after is not None and not self.is_event_id(after):
+            raise ValueError("there is no such event")
         start = "-" if after is None else f"({after}"
         with self._signals.on(job_id) as told:
             while True:

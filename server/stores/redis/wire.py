@@ -101,10 +101,9 @@ def event_from(entry: bytes, fields: Mapping[bytes, bytes]) -> JobEvent:
     )
 
 
-def check_event_id(text: str) -> None:
-    """Raises: ValueError."""
-    if not _EVENT_ID.fullmatch(text):
-        raise ValueError("there is no such event")
+def is_event_id(text: str) -> bool:
+    """Two numbers of 64 bits; Redis refuses larger ones."""
+    return _EVENT_ID.fullmatch(text) is not None and all(int(part) < 2**64 for part in text.split("-"))
 
 
 def delivery_from(reply: Reply) -> Delivery:
