@@ -3,7 +3,8 @@
 To add a row of the tables, add a Contender to ``contenders``: a role (it decides how guidance is computed and
 what an image costs), a step count, the stock folder that holds its ``unet/``, and, where it is not a plain
 student, a ``name`` for the tables, its ``sampler``, and the only guidance ``scales`` it can be run at. Cells,
-report, curves, verdicts and ``compare`` take it from there. Students with a name are measured, not exported.
+report, curves, verdicts and ``compare`` take it from there. Of the students with a name only the consistency
+student is exported; the others are measured.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Role = Literal["teacher", "stage one", "student"]
 TEACHER: Final = "teacher"
 STAGE_ONE: Final = "stage one"
 STUDENT: Final = "student"
+CONSISTENCY: Final = "consistency"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Contender:
     @property
     def exported(self) -> bool:
         """Whether it goes into the bundle."""
-        return self.role == STUDENT and not self.name
+        return self.role == STUDENT and self.name in ("", CONSISTENCY)
 
     @property
     def evaluations(self) -> int:
@@ -117,14 +119,17 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     Raises: JobError naming a folder that is missing.
     """
     settings, students = recipe.evaluation, sorted(recipe.export.students, reverse=True)
+    finished = sorted(recipe.consistency.students, reverse=True) if recipe.consistency else []
+    twins = sorted({*students, *finished} - {settings.teacher_steps}, reverse=True)
     reference, solver_steps = settings.teacher_steps, sorted(settings.solver_steps, reverse=True)
     folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (
         Contender(TEACHER, reference, folder.teacher, shape),
-        *(Contender(TEACHER, n, folder.teacher, shape) for n in students if n != reference),
+        *(Contender(TEACHER, n, folder.teacher, shape) for n in twins),
         *(Contender(TEACHER, n, folder.teacher, shape, solver=s) for s in settings.solvers for n in solver_steps),
         Contender(STAGE_ONE, reference, folder.stage_one, shape),
         *(Contender(STUDENT, n, folder.student(n), shape, recipe.stage_two.sampler) for n in students),
+        *(Contender(STUDENT, n, folder.consistency, shape, CONSISTENCY, CONSISTENCY) for n in finished),
     )
     for contender in everyone:
         contender.weights_sha256()

@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from distill_jobs.contenders import Contender, contenders, latent_shape
+from distill_jobs.contenders import CONSISTENCY, Contender, contenders, latent_shape
 from distill_jobs.data.digits import CLASSES, LICENCE, NAMES, WIDTH, class_condition
 from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
@@ -44,6 +44,7 @@ from engines.sampler import SamplerPlan
 TOKENIZER_FILE = "tokenizer.json"
 SHARED_GRAPH = "step"
 ENCODER_GRAPH = "invert"
+CONSISTENCY_GRAPH = "step_consistency"
 STEP_LIMIT = 1e-4
 DECODE_LIMIT = 1.0  # grey levels
 ENCODE_LIMIT = 1e-5
@@ -80,7 +81,7 @@ def export_run(
         )
     students, inverters = [c for c in everyone if c.exported], encoders(run_dir, recipe)
     display = progress or Progress(disable=True)
-    step_graphs = (1 if recipe.stage_two.weights == "shared" else len(students)) + len(inverters)
+    step_graphs = len({_graph(student, recipe) for student in students}) + len(inverters)
     task = display.add_task("export", total=step_graphs + 3, loss="")
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
@@ -128,7 +129,7 @@ def parity_rows(plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, in
 def shared_parity_rows(
     plans: Sequence[SamplerPlan], guidance: GuidanceRange, shape: tuple[int, int, int], rows: int
 ) -> list[Tensor]:
-    """Random inputs of the one step graph of several plans, in its order, the plans mixed in every batch."""
+    """Random inputs of one step graph that serves several plans, mixed in every batch; step counts are the last."""
     each = [parity_rows(plan, guidance, shape, rows) for plan in plans]
     chosen = [divmod(i, len(plans)) for i in range(rows)]
     mixed = [torch.stack([of_plans[which][at] for at, which in chosen]) for of_plans in zip(*each, strict=True)]
@@ -193,14 +194,15 @@ def _write_graphs(
     for encoder in encoders(run.path, recipe):
         rows = parity_rows(encoder.plan(recipe), recipe.guidance, shape, count)
         add(f"{ENCODER_GRAPH}_{encoder.steps}", StepGraph(encoder.load()), rows)
-    if recipe.stage_two.weights == "shared":
-        plans = [student.plan(recipe) for student in students]
-        rows = shared_parity_rows(plans, recipe.guidance, shape, count)
-        add(SHARED_GRAPH, StepGraph(load_stock(run.shared(recipe.stage_two.halvings[-1].steps))), rows)
-        return graphs
+    of_graph: dict[str, list[Contender]] = {}
     for student in students:
-        rows = parity_rows(student.plan(recipe), recipe.guidance, shape, count)
-        add(f"step_{student.steps}", StepGraph(student.load()), rows)
+        of_graph.setdefault(_graph(student, recipe), []).append(student)
+    for name, served in of_graph.items():
+        rows = shared_parity_rows([student.plan(recipe) for student in served], recipe.guidance, shape, count)
+        if name == SHARED_GRAPH:
+            add(name, StepGraph(load_stock(run.shared(recipe.stage_two.steps[-1]))), rows)
+        else:
+            add(name, StepGraph(served[0].load()), rows[:-1])
     return graphs
 
 
@@ -215,14 +217,21 @@ def parity_images(rows: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randint(0, 256, (rows, *shape), generator=generator, dtype=torch.uint8)
 
 
+def _graph(student: Contender, recipe: Recipe) -> str:
+    """The graph that a student's rows run in."""
+    if student.name == CONSISTENCY:
+        return CONSISTENCY_GRAPH
+    return SHARED_GRAPH if recipe.stage_two.weights == "shared" else f"step_{student.steps}"
+
+
 def _student(student: Contender, recipe: Recipe) -> StudentSpec:
-    shared = recipe.stage_two.weights == "shared"
+    graph = _graph(student, recipe)
     return StudentSpec(
         steps=student.steps,
         sampler=student.sampler,
-        graph=SHARED_GRAPH if shared else f"step_{student.steps}",
+        graph=graph,
         timesteps=student.plan(recipe).timesteps,
-        grid=float(student.steps) if shared else None,
+        grid=float(student.steps) if graph == SHARED_GRAPH else None,
     )
 
 

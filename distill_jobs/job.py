@@ -1,4 +1,4 @@
-"""The job: teacher, stage one, its gate, the halvings and the encoders, each kept as a stock diffusers folder.
+"""The job: teacher, stage one, its gate, halvings, consistency, encoders, each kept as a stock diffusers folder.
 
 A finished phase is a finished folder; a resumed job skips those and goes on from the newest checkpoint.
 """
@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from distill_jobs.data.open import open_source
 from distill_jobs.errors import RecipeError
+from distill_jobs.finish import train_consistency
 from distill_jobs.loop import Trainer
 from distill_jobs.phases import Phases
 from distill_jobs.pipelines.teacher import open_teacher
@@ -71,6 +72,7 @@ def run_job(
         train_teacher(phases)
         train_stage_one(phases)
         train_stage_two(phases)
+        train_consistency(phases)
         train_encoders(phases)
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))
     return folder

@@ -52,12 +52,17 @@ class Phases:
         start: Callable[[], UNet2DConditionModel],
         loss: Loss,
         folder: Path,
+        average: nn.Module | None = None,
     ) -> None:
-        """Train the network that ``start`` makes into ``folder``, unless that stands already."""
+        """Train the network that ``start`` makes into ``folder``, unless that stands already.
+
+        average: a network of the same shape that holds the weight average while training, for ``loss`` to use.
+        """
         if self.stands(folder):
             return
         network = start()
-        weights, seconds = self.trainer.train(Phase(name, training, network, Draws(self.recipe.seed, name), loss))
+        phase = Phase(name, training, network, Draws(self.recipe.seed, name), loss, average)
+        weights, seconds = self.trainer.train(phase)
 
         def fill(staging: Path) -> None:
             self._save(staging, with_weights(network, weights))

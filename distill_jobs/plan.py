@@ -119,6 +119,8 @@ def plan_of(recipe: Recipe) -> Plan:
         PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), trained, halved, 2)
         for halving in recipe.stage_two.halvings
     ]
+    if recipe.consistency is not None:  # learns from two passes: the teacher's, and its own average's
+        halvings.append(PhasePlan("consistency", recipe.consistency, student, student, 2))
     if recipe.encoder is not None:
         halvings += [
             PhasePlan(f"e{halving.steps}", recipe.encoder.training(halving), student, student, 2)
@@ -176,22 +178,24 @@ class Measured:
 
     def total(self, plan: Plan) -> float:
         """Seconds of training; a halving that was not measured costs what the measured one does."""
-        halving = next(iter(name for name in self.seconds if name not in {"teacher", "stage_one"}))
+        halving = next(name for name in self.seconds if name not in {"teacher", "stage_one"})
         per_update = [self.seconds.get(phase.name, self.seconds[halving]) for phase in plan.ahead]
         return sum(phase.training.updates * s for phase, s in zip(plan.ahead, per_update, strict=True))
 
 
 def measure(recipe: Recipe) -> Measured:
-    """Run a few real updates of the teacher, of stage one and of the first halving in a temporary folder."""
+    """Run a few real updates of teacher, stage one, the first halving and consistency in a temporary folder."""
     if isinstance(recipe.teacher, FolderTeacher):
         raise ValueError("a plan is measured on recipes that train their teacher")
-    first = recipe.stage_two.halvings[0]
+    first = [halving.model_copy(update={"updates": MEASURED_UPDATES}) for halving in recipe.stage_two.halvings[:1]]
     few = {"updates": MEASURED_UPDATES}
     short = recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update=few),
             "stage_one": recipe.stage_one.model_copy(update={**few, "max_relative_error": float("inf")}),
-            "stage_two": recipe.stage_two.model_copy(update={"halvings": (first.model_copy(update=few),)}),
+            "stage_two": recipe.stage_two.model_copy(update={"halvings": tuple(first)}),
+            "consistency": recipe.consistency
+            and recipe.consistency.model_copy(update={**few, "source": "stage_one"}),
             "encoder": None,
         }
     )

@@ -12,6 +12,7 @@ from distill_jobs.latent_sections import Data, FolderTeacher, Teacher
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
+    ConsistencySection,
     EncoderSection,
     EvaluationSection,
     ExportSection,
@@ -24,7 +25,7 @@ from engines.schedule import ScheduleSpec
 
 
 class Recipe(Section):
-    """A whole job: data, teacher, stage one, stage two, encoder (optional), evaluation, export.
+    """A whole job: data, teacher, stage one, stage two, evaluation, export; consistency and encoder where wanted.
 
     unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim. Where the teacher is a
     folder, ``unet`` and ``schedule`` are the folder's (see ``distill_jobs.pipelines.teacher``).
@@ -40,6 +41,7 @@ class Recipe(Section):
     teacher: Teacher
     stage_one: StageOneSection
     stage_two: StageTwoSection
+    consistency: ConsistencySection | None = None
     encoder: EncoderSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection
@@ -49,11 +51,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _exports_what_it_trains(self) -> Recipe:
-        trained = {h.steps for h in self.stage_two.halvings}
-        if missing := sorted(set(self.export.students) - trained):
+        if missing := sorted(set(self.export.students) - set(self.stage_two.steps)):
             raise ValueError(f"export.students {missing} are not among stage_two.halvings")
-        if self.export.default_steps not in self.export.students:
-            raise ValueError("export.default_steps must be one of export.students")
+        finished = () if self.consistency is None else self.consistency.students
+        if self.export.default_steps not in (*self.export.students, *finished):
+            raise ValueError("export.default_steps must be one of export.students or consistency.students")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_what_it_trains(self) -> Recipe:
+        source = None if self.consistency is None else self.consistency.source
+        if not self.stage_two.halvings and source != "stage_one":
+            raise ValueError("stage_two.halvings may be empty with consistency.source: stage_one only")
+        if isinstance(source, int) and source not in self.stage_two.steps:
+            raise ValueError(f"consistency.source {source} is not among stage_two.halvings")
+        if isinstance(source, int) and self.stage_two.sampler == "stochastic":
+            raise ValueError("consistency.source must be stage_one, or a student of the deterministic sampler")
         return self
 
     @model_validator(mode="after")
@@ -70,6 +83,8 @@ class Recipe(Section):
     def _shares_or_shards(self) -> Recipe:
         if self.compute.shard and self.stage_two.weights == "shared":
             raise ValueError("compute.shard cannot go with stage_two.weights: shared")
+        if self.compute.shard and self.consistency is not None:
+            raise ValueError("compute.shard cannot go with consistency")
         return self
 
     @model_validator(mode="after")
@@ -79,7 +94,8 @@ class Recipe(Section):
             raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
         if len(set(evaluation.seeds)) < len(evaluation.seeds):
             raise ValueError("evaluation.seeds must differ from each other")
-        finest = max(evaluation.teacher_steps, *(2 * chain.steps[0] for chain in self.chains))
+        grids = [2 * chain.steps[0] for chain in self.chains if chain.steps]
+        finest = max(evaluation.teacher_steps, self.consistency.grid if self.consistency else 0, *grids)
         if finest > self.schedule.timesteps:
             raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
         return self

@@ -17,7 +17,8 @@ from distill_jobs.recipe import Recipe
 def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """A recipe by file path, or by the name of one shipped with halfstep, with ``key.sub=value`` overrides.
 
-    Values are YAML. Raises: RecipeError naming the field.
+    A recipe with ``base`` is that shipped recipe, changed where its own fields say otherwise: sections field by
+    field, everything else (lists too) as a whole. Values are YAML. Raises: RecipeError naming the field.
     """
     data = _load(source)
     for override in overrides or []:
@@ -50,6 +51,25 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _load(source: str | Path) -> dict[str, Any]:
+    """The recipe's mapping on top of its base's."""
+    data, bases = _parse(source), [str(source)]
+    while (base := data.pop("base", None)) is not None:
+        if base not in shipped_recipes() or base in bases:
+            raise RecipeError(f"recipe {source}: base: must be another of {', '.join(shipped_recipes())}")
+        bases.append(base)
+        data = _merged(_parse(base), data)
+    return data
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         shipped = resources.files("distill_jobs.recipes") / f"{source}.yaml"

@@ -216,7 +216,7 @@ def _quality_table(rows: Sequence[EvaluationRow]) -> list[str]:
     ]
     for row in sorted(rows, key=lambda row: row.guidance_scale):
         cells = (_figure(row.metrics.get(name)) for name in COLUMNS)
-        model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
+        model = row.model if row.sampler in ("deterministic", row.model) else f"{row.model}, {row.sampler}"
         head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return lines

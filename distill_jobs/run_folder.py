@@ -74,6 +74,10 @@ class RunFolder:
     def student(self, steps: int) -> Path:
         return self.path / "students" / f"d{steps}"
 
+    @property
+    def consistency(self) -> Path:
+        return self.path / "consistency"
+
     def encoder(self, steps: int) -> Path:
         return self.path / "encoders" / f"e{steps}"
 

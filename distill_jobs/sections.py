@@ -7,8 +7,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engines.sampler import Sampler
-
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +56,7 @@ class Halving(Section):
 class ChainSection(Section):
     """A chain of halvings, each starting from the one before; the first from the stage-one student."""
 
-    halvings: tuple[Halving, ...] = Field(min_length=1)
+    halvings: tuple[Halving, ...]
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(5e-4, gt=0)
@@ -93,17 +91,19 @@ class ChainSection(Section):
 
 
 class StageTwoSection(ChainSection):
-    """The halvings of the students that draw.
+    """The halvings of the students that draw; none where consistency starts from stage one.
 
     sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
     one for all of them that is told its grid.
     """
 
-    sampler: Sampler = "deterministic"
+    sampler: Literal["deterministic", "stochastic"] = "deterministic"
     weights: Literal["separate", "shared"] = "separate"
 
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:
+        if not self.halvings and (self.sampler, self.weights) != ("deterministic", "separate"):
+            raise ValueError("sampler and weights say nothing without halvings; leave them out")
         if self.sampler == "stochastic" and self.steps[-1] == 1:
             raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
         if self.sampler == "stochastic" and self.weights == "shared":
@@ -112,6 +112,34 @@ class StageTwoSection(ChainSection):
             h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
         ):
             raise ValueError("newest_share is for weights: shared")
+        return self
+
+
+class ConsistencySection(Training):
+    """One network for a few step counts: each point of a grid is mapped to the end of the path through it.
+
+    It serves the consistency sampler. source: the student of the chain that it starts from and whose steps it
+    follows, by step count; or stage_one, in the chain's place. grid: points; a student has steps on its own grid
+    only. students: the step counts that go into the bundle, each dividing grid. ema: of the targets, too. huber:
+    RMS difference below which the loss is quadratic, above it grows linearly.
+    """
+
+    source: Annotated[int, Field(ge=2)] | Literal["stage_one"]
+    grid: int = Field(ge=2)
+    students: tuple[int, ...] = Field((4, 2, 1), min_length=1)
+    ema: float | None = Field(0.95, gt=0, lt=1)
+    huber: float = Field(1e-3, gt=0)
+    unguided_share: float = Field(0.1, ge=0, lt=1)
+    w_power: float = Field(0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _on_its_grid(self) -> ConsistencySection:
+        if self.source not in ("stage_one", self.grid):
+            raise ValueError(f"grid must be {self.source}, that of the student it starts from")
+        if off := [n for n in self.students if n < 1 or self.grid % n]:
+            raise ValueError(f"students {off} do not divide grid {self.grid}")
+        if len(set(self.students)) < len(self.students):
+            raise ValueError("students must differ from each other")
         return self
 
 

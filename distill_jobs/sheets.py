@@ -37,9 +37,9 @@ def write_sheets(folder: Path, recipe: Recipe, everyone: Sequence[Contender]) ->
         for contender in shown:
             if contender not in drawn:
                 drawn[contender] = _images(contender, recipe)
-        labels = [f"{c.role}, {c.steps} step{'s' if c.steps > 1 else ''}" for c in shown]
+        labels = [f"{c.title}, {c.steps} step{'s' if c.steps > 1 else ''}" for c in shown]
         sheet = compose_sheet([drawn[c] for c in shown], labels, recipe.evaluation.guidance_scales)
-        sheet.save(folder / f"steps_{student.steps}.png")
+        sheet.save(folder / f"{f'{student.name}_' if student.name else ''}steps_{student.steps}.png")
 
 
 def compose_sheet(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], scales: Sequence[float]) -> Image.Image:

@@ -36,7 +36,8 @@ class Phase:
     """One optimisation.
 
     network: trained in place; draws: its randomness; loss: of (network, draws, update, rows), where the draws are
-    the share that these ``rows`` rows have in the update's batch.
+    the share that these ``rows`` rows have in the update's batch; average: made to hold the weight average (or the
+    weights, where there is none) all the time, for losses that learn from it; not with sharding.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Phase:
     network: UNet2DConditionModel
     draws: Draws
     loss: Loss
+    average: nn.Module | None = None
 
 
 class TrainingState:
@@ -70,6 +72,7 @@ class TrainingState:
         optimizer = torch.optim.AdamW(self._parameters, lr=training.lr, weight_decay=0.0, fused=True)
         self._optimizer = processes.accelerator.prepare_optimizer(optimizer)
         self._ema = EMAModel(self._held(), decay=training.ema, foreach=True) if training.ema else None
+        self._show_average()
 
     @property
     def lr(self) -> float:
@@ -140,6 +143,7 @@ class TrainingState:
             averages = [part(tensors[f"ema.{i}"], like) for i, like in enumerate(self._parameters)]
             self._ema.shadow_params = [local(average).clone() for average in averages]
             self._ema.optimization_step = int(tensors["ema_step"])
+            self._show_average()
         self.update, self.rewinds, self.streak = checkpoint.update, checkpoint.rewinds, 0
 
     def _backward(self, k: int) -> RowLoss:
@@ -151,6 +155,14 @@ class TrainingState:
             rows = self._phase.loss(self._network, self._draws[k], self.update, self._rows)
             accelerator.backward(rows.loss.mean() / len(self._draws))
         return rows
+
+    def _show_average(self) -> None:
+        """Let the phase's ``average`` share the memory of the weight average."""
+        if self._phase.average is None:
+            return
+        averaged = self._ema.shadow_params if self._ema is not None else self._parameters
+        for parameter, value in zip(self._phase.average.parameters(), averaged, strict=True):
+            parameter.data = value.data
 
     def _held(self) -> list[Tensor]:
         """What this process holds of each parameter."""

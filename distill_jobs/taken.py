@@ -20,7 +20,7 @@ from distill_jobs.sections import ChainSection
 WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every"}
 """Fields on which no phase's result depends."""
 
-LATER = {"guidance", "stage_one", "stage_two", "encoder"}
+LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder"}
 """Fields that the teacher does not see."""
 
 
@@ -91,6 +91,10 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     found.append(Past("stage_one", ("stage_one", "gate.json"), "gate.json", dict(fields)))
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
     found += _chain("d", recipe.stage_two, f"{kept}/d", {**fields, "stage_two": own["stage_two"]}, "stage_two")
+    if recipe.consistency is not None:
+        own["consistency"].pop("students")
+        past = {**fields, "stage_two": own["stage_two"], "consistency": own["consistency"]}
+        found.append(Past("consistency", ("consistency",), "consistency/phase.json", past))
     if recipe.encoder is not None:
         own["encoder"].pop("students")
         found += _chain("e", recipe.encoder, "encoders/e", {**fields, "encoder": own["encoder"]}, "encoder")

@@ -8,7 +8,8 @@
 evaluation, the stage-two target (``compose``) and the exported graph. Rows without clipping use d (b = 0),
 clipped rows use b (d = 0). Coefficients are float64 here and enter graphs as float32.
 
-Source: Song et al. 2021 (DDIM); Salimans & Ho 2022, eq. 9; Meng et al. 2023, section 3.2 and Alg. 3.
+Source: Song et al. 2021 (DDIM); Salimans & Ho 2022, eq. 9; Meng et al. 2023, section 3.2 and Alg. 3;
+Song et al. 2023, Alg. 1 (consistency).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.schedule import NoiseSchedule
+from engines.schedule import CLEAN, NoiseSchedule
 
 Prediction = Literal["v_prediction", "epsilon", "sample"]
-Sampler = Literal["deterministic", "stochastic"]
+Sampler = Literal["deterministic", "stochastic", "consistency"]
 Array = Any  # numpy or torch: plain operators serve both
 
 NO_CLIP = 3e38
@@ -117,7 +118,7 @@ def stochastic_step(
     prediction: Prediction = "v_prediction",
     clip: float | None = None,
 ) -> Step:
-    """A deterministic step of double length t → k, then a noisy step back k → s (k < s < t)."""
+    """A deterministic step beyond the target t → k, then a noisy step back k → s (k < s < t)."""
     (alpha_k, sigma_k), (alpha_s, sigma_s) = schedule.at(k), schedule.at(s)
     g = alpha_s / alpha_k
     a, d = _ddim(schedule, t, k, prediction)
@@ -135,7 +136,9 @@ def sampler_plan(
 ) -> SamplerPlan:
     """The plan of n network evaluations on the n-step grid.
 
-    start: grid point to enter at, 1 … n (default n, pure noise); a plan entered at i has i steps.
+    The stochastic sampler walks twice its grid's step and back with fresh noise; the consistency sampler walks to
+    the clean end every time, and back from there. start: grid point to enter at, 1 … n (default n, pure noise); a
+    plan entered at i has i steps.
     """
     grid = schedule.grid(n)
     first = n if start is None else start
@@ -143,8 +146,9 @@ def sampler_plan(
         raise ValueError(f"start must be a grid point 1 … {n}, not {first}")
     steps = []
     for i in range(first, 0, -1):
-        if sampler == "stochastic" and i >= 2:
-            steps.append(stochastic_step(schedule, grid[i], grid[i - 2], grid[i - 1], prediction, clip))
+        if sampler != "deterministic" and i >= 2:
+            end = grid[i - 2] if sampler == "stochastic" else CLEAN
+            steps.append(stochastic_step(schedule, grid[i], end, grid[i - 1], prediction, clip))
         else:
             steps.append(deterministic_step(schedule, grid[i], grid[i - 1], prediction, clip))
     return SamplerPlan(sampler, tuple(steps))

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Task
 from engines.noise import MAX_SEED
+from engines.sampler import Sampler
 from server.jobs import MAX_PRIORITY, EventType
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 from server.schemas import ErrorDetail, TimingBody, is_none
@@ -67,9 +68,7 @@ class JobBody(BaseModel):
     steps: int | None = Field(None, description="Denoising steps, one of those the model was distilled for.")
     num_inference_steps: int | None = Field(None, description="Another name of steps.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the first image; random when left out.")
-    sampler: Literal["deterministic", "stochastic"] | None = Field(
-        None, description="The student's own if left out."
-    )
+    sampler: Sampler | None = Field(None, description="The student's own if left out.")
     negative_prompt: str | None = Field(None, description="Not supported: only the empty text.")
     response_format: Literal["url"] | None = Field(
         None, description='"url" for addresses that need no API key, where the server has a result store.'

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Task
 from engines.noise import MAX_SEED
+from engines.sampler import Sampler
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 
 MAX_PROMPT_CHARS = 4000
@@ -65,9 +66,7 @@ class GenerationBody(BaseModel):
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Image k of the response is made with seed + k; random when left out."
     )
-    sampler: Literal["deterministic", "stochastic"] | None = Field(
-        None, description="The student's own if left out."
-    )
+    sampler: Sampler | None = Field(None, description="The student's own if left out.")
     negative_prompt: str | None = Field(
         None, description="Not supported: guidance was distilled against the empty prompt."
     )

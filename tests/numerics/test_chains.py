@@ -35,8 +35,8 @@ SHORT = [
 Chain = tuple[Path, Recipe, Pipeline]
 
 
-def exported(name: str, folder: Path) -> Chain:
-    recipe = read_recipe(name, SHORT)
+def exported(name: str, folder: Path, *overrides: str) -> Chain:
+    recipe = read_recipe(name, [*SHORT, *overrides])
     run = run_job(recipe, folder / "run", resume=False, progress=Progress(disable=True)).path
     rough = train_classifier(split_digits(Digits.load())[0], epochs=1)
     save_classifier(rough, run / "classifier" / "classifier.safetensors")
@@ -55,16 +55,23 @@ def stochastic(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return exported("digits-stochastic", tmp_path_factory.mktemp("stochastic"))
 
 
-@pytest.mark.parametrize("name", ["shared", "stochastic"])
+@pytest.fixture(scope="module")
+def consistency(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A finish of the 4-step student beside the students that it was made from."""
+    finish = "consistency={source: 4, grid: 4, students: [2, 1], updates: 3, batch_size: 8}"
+    return exported("digits-consistency", tmp_path_factory.mktemp("consistency"), finish)
+
+
+@pytest.mark.parametrize("name", ["shared", "stochastic", "consistency"])
 def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.FixtureRequest) -> None:
     run, recipe, pipeline = request.getfixturevalue(name)
-    sampler = "stochastic" if name == "stochastic" else "deterministic"
+    samplers = {"shared": {"deterministic"}, "consistency": {"deterministic", "consistency"}}.get(name, {name})
     manifest = pipeline.manifest
-    assert {s.sampler for s in manifest.students} == {sampler}
-    assert {row.sampler for row in manifest.evaluation.rows if row.model == STUDENT} == {sampler}
+    assert {s.sampler for s in manifest.students} == samplers
+    assert {row.sampler for row in manifest.evaluation.rows} == samplers | {"deterministic"}  # the teacher's
     conditions = pipeline.condition([f"the digit {int(label)}" for label in LABELS])
     for contender in (c for c in contenders(run, recipe) if c.role == STUDENT):
-        student = pipeline.student(contender.steps)
+        student = pipeline.student(contender.steps, contender.sampler)
         rows = [pipeline.start(c, 3.0, s, student) for c, s in zip(conditions, SEEDS, strict=True)]
         while not rows[0].done:
             pipeline.step(rows)

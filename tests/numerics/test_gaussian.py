@@ -90,6 +90,27 @@ def test_the_stochastic_samplers_moments_follow_the_closed_form(n: int) -> None:
     assert abs(variance - 0.25) < 3 / n
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_the_consistency_sampler_of_the_exact_consistency_function_gives_the_data_exactly(n: int) -> None:
+    mean, spread = 0.8, 0.5
+
+    def v(z: np.ndarray, index: int) -> np.ndarray:
+        alpha, sigma = SCHEDULE.at(index)
+        end = mean + spread * (z - alpha * mean) / np.sqrt(alpha**2 * spread**2 + sigma**2)
+        return (alpha * z - end) / sigma
+
+    now, variance = 0.0, 1.0
+    for step in sampler_plan(SCHEDULE, n, "consistency"):
+        zero, one = step.apply(np.array([0.0, 1.0]), v(np.array([0.0, 1.0]), step.timestep))[0]
+        now, variance = (one - zero) * now + zero, (one - zero) ** 2 * variance + step.coefficients.c**2
+    np.testing.assert_allclose((now, variance), (mean, spread**2), rtol=0, atol=1e-12)
+
+
+def test_at_two_steps_the_consistency_sampler_is_the_stochastic_one() -> None:
+    assert sampler_plan(SCHEDULE, 2, "consistency").steps == sampler_plan(SCHEDULE, 2, "stochastic").steps
+    assert sampler_plan(SCHEDULE, 1, "consistency").steps == sampler_plan(SCHEDULE, 1).steps
+
+
 def test_empirical_moments_match_the_recursion() -> None:
     data, rng = Gaussian(0.8, 0.5), np.random.default_rng(0)
     z = rng.standard_normal(200_000)

@@ -46,6 +46,11 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("stage_two.sampler=stochastic", "ends at 2 steps"),
         ("stage_two={weights: shared, sampler: stochastic, halvings: [{steps: 2, updates: 1}]}", "deterministic"),
         ("stage_two.halvings=[{steps: 1, updates: 1, newest_share: 0.9}]", "weights: shared"),
+        ("stage_two.halvings=[]", "consistency.source"),
+        ("consistency={source: 64, grid: 64, updates: 1}", "consistency.source 64"),
+        ("consistency={source: 4, grid: 8, updates: 1}", "grid must be 4"),
+        ("consistency={source: 4, grid: 4, updates: 1, students: [3]}", "do not divide"),
+        ("consistency={source: 4, grid: 4, updates: 1, students: [2, 2]}", "differ"),
         ("schedule.kind=polynomial", "schedule.kind"),
         ("unet.sample_size=16", "unet.sample_size"),
         ("unet.time_cond_proj_dim=256", "time_cond_proj_dim"),
@@ -100,6 +105,28 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         read_recipe(file)
 
 
-def test_shared_weights_and_sharding_exclude_each_other() -> None:
+@pytest.mark.parametrize("name", ["digits-shared", "digits-lcm"])
+def test_shared_weights_and_consistency_exclude_sharding(name: str) -> None:
     with pytest.raises(RecipeError, match=r"compute\.shard"):
-        read_recipe("digits-shared", ["compute.shard=true"])
+        read_recipe(name, ["compute.shard=true"])
+
+
+def test_a_consistency_finish_needs_a_student_of_the_deterministic_sampler() -> None:
+    with pytest.raises(RecipeError, match=r"consistency\.source"):
+        read_recipe("digits-stochastic", ["consistency={source: 4, grid: 4, updates: 1}"])
+
+
+def test_a_base_is_changed_field_by_field_and_its_lists_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: digits\nname: mine\nteacher: {lr: 0.5}\nevaluation: {seeds: [7]}\n", encoding="utf-8")
+    mine, base = read_recipe(file, ["stage_one.lr=0.25"]), read_recipe("digits")
+    assert changed_fields(base, mine) == ["name", "teacher.lr", "stage_one.lr", "evaluation.seeds"]
+    assert mine.teacher.updates == base.teacher.updates
+
+
+@pytest.mark.parametrize("base", ["mine", "7", "[digits]"])
+def test_a_base_that_is_not_shipped_is_refused(base: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"base: {base}\nname: mine\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="base"):
+        read_recipe(file)
