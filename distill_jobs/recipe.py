@@ -50,15 +50,6 @@ class Recipe(Section):
     log_every: int = Field(20, ge=1, description="updates between TensorBoard points")
 
     @model_validator(mode="after")
-    def _exports_what_it_trains(self) -> Recipe:
-        if missing := sorted(set(self.export.students) - set(self.stage_two.steps)):
-            raise ValueError(f"export.students {missing} are not among stage_two.halvings")
-        finished = () if self.consistency is None else self.consistency.students
-        if self.export.default_steps not in (*self.export.students, *finished):
-            raise ValueError("export.default_steps must be one of export.students or consistency.students")
-        return self
-
-    @model_validator(mode="after")
     def _starts_from_what_it_trains(self) -> Recipe:
         source = None if self.consistency is None else self.consistency.source
         if not self.stage_two.halvings and source != "stage_one":
@@ -67,6 +58,15 @@ class Recipe(Section):
             raise ValueError(f"consistency.source {source} is not among stage_two.halvings")
         if isinstance(source, int) and self.stage_two.sampler == "stochastic":
             raise ValueError("consistency.source must be stage_one, or a student of the deterministic sampler")
+        return self
+
+    @model_validator(mode="after")
+    def _exports_what_it_trains(self) -> Recipe:
+        if missing := sorted(set(self.export.students) - set(self.stage_two.steps)):
+            raise ValueError(f"export.students {missing} are not among stage_two.halvings")
+        finished = () if self.consistency is None else self.consistency.students
+        if self.export.default_steps not in (*self.export.students, *finished):
+            raise ValueError("export.default_steps must be one of export.students or consistency.students")
         return self
 
     @model_validator(mode="after")
