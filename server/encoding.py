@@ -1,5 +1,6 @@
-"""Pixels to PNG, JPEG or WebP files that carry the parameters they were made with.
+"""Pixels to PNG, JPEG or WebP files that carry the parameters they were made with, as two texts.
 
+One is JSON and complete, for whoever makes the image again here; the other AUTOMATIC1111's, which other tools read.
 Settings are the fast ones: PNG compress_level 1, JPEG quality 95, WebP method 0.
 """
 
@@ -16,9 +17,12 @@ from PIL import Image, PngImagePlugin
 
 from server.request import DenoiseRequest, OutputFormat
 
-PNG_KEYWORD = "parameters"
+JSON_KEYWORD = "halfstep"
+INFOTEXT_KEYWORD = "parameters"
 _EXIF_IMAGE_DESCRIPTION = 0x010E
 _EXIF_SOFTWARE = 0x0131
+_EXIF_IFD = 0x8769
+_EXIF_USER_COMMENT = 0x9286
 _SOFTWARE = "halfstep"
 _DEFAULT_QUALITY = {"jpeg": 95, "webp": 90}
 _PNG_LEVEL = 1
@@ -26,7 +30,7 @@ _PNG_LEVEL = 1
 
 @dataclass(frozen=True)
 class Encoding:
-    """How to write a file. parameters: JSON text stored in it. compression: 0 … 100, None for the default.
+    """How to write a file. parameters, infotext: stored in it. compression: 0 … 100, None for the default.
 
     JPEG and WebP take compression as their quality, 100 the best, as OpenAI counts it. PNG loses nothing at
     any value, so there it is refused earlier.
@@ -35,6 +39,7 @@ class Encoding:
     format: OutputFormat
     compression: int | None
     parameters: str
+    infotext: str
 
 
 def encoding_of(request: DenoiseRequest, seed: int, engine: str) -> Encoding:
@@ -56,7 +61,26 @@ def encoding_of(request: DenoiseRequest, seed: int, engine: str) -> Encoding:
         inversion = {"source_prompt": request.source_prompt, "encoder_steps": request.encoder_steps}
         parameters |= {"mode": request.mode, **inversion}
     text = json.dumps(parameters, ensure_ascii=True)
-    return Encoding(request.output_format, request.output_compression, text)
+    return Encoding(request.output_format, request.output_compression, text, infotext(request, seed))
+
+
+def infotext(request: DenoiseRequest, seed: int) -> str:
+    """What AUTOMATIC1111's tools read of one image of a request.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui, modules/processing.py, ``create_infotext``.
+    """
+    fields: dict[str, Any] = {
+        "Steps": request.steps,
+        "Sampler": request.sampler,
+        "CFG scale": request.guidance_scale,
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": request.model,
+    }
+    if request.effective_strength is not None:
+        fields["Denoising strength"] = request.effective_strength
+    fields["Version"] = _SOFTWARE
+    return f"{request.prompt}\n" + ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
 
 
 def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes:
@@ -69,25 +93,32 @@ def encode(pixels: NDArray[np.uint8], encoding: Encoding) -> bytes:
 
 def _options(encoding: Encoding) -> dict[str, Any]:
     if encoding.format == "png":
-        return {"format": "PNG", "compress_level": _PNG_LEVEL, "pnginfo": _png_text(encoding.parameters)}
+        return {"format": "PNG", "compress_level": _PNG_LEVEL, "pnginfo": _png_text(encoding)}
     quality = encoding.compression
     if quality is None:
         quality = _DEFAULT_QUALITY[encoding.format]
-    options: dict[str, Any] = {"quality": quality, "exif": _exif(encoding.parameters)}
+    options: dict[str, Any] = {"quality": quality, "exif": _exif(encoding)}
     if encoding.format == "jpeg":
         return {"format": "JPEG", **options}
     return {"format": "WEBP", "method": 0, **options}
 
 
-def _png_text(parameters: str) -> PngImagePlugin.PngInfo:
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def _png_text(encoding: Encoding) -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
-    info.add_text(PNG_KEYWORD, parameters)
+    info.add_text(INFOTEXT_KEYWORD, encoding.infotext)
+    info.add_text(JSON_KEYWORD, encoding.parameters)
     info.add_text("Software", _SOFTWARE)
     return info
 
 
-def _exif(parameters: str) -> Image.Exif:
+def _exif(encoding: Encoding) -> Image.Exif:
     exif = Image.Exif()
-    exif[_EXIF_IMAGE_DESCRIPTION] = parameters
+    exif[_EXIF_IMAGE_DESCRIPTION] = encoding.parameters
+    exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"UNICODE\0" + encoding.infotext.encode("utf-16-be")
     exif[_EXIF_SOFTWARE] = _SOFTWARE
     return exif

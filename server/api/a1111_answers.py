@@ -12,6 +12,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from server.api.answers import result_of
+from server.encoding import infotext
 from server.errors import ApiError
 from server.images import write_png
 from server.jobs import JobState, JobStatus
@@ -65,6 +66,7 @@ def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> R
         "all_seeds": seeds,
         "sd_model_name": request.model,
         "interrupted": interrupted,
+        "infotexts": [infotext(request, seed) for seed in seeds],
         "adjusted": adjusted,
         "flagged": [image.flagged for image in files],
     }

@@ -52,6 +52,10 @@ def test_txt2img_says_what_it_adjusted(api: webuiapi.WebUIApi) -> None:
     result = api.txt2img(prompt="seven", seed=3, steps=20, cfg_scale=7.0, batch_size=2)
     assert [image.size for image in result.images] == [(64, 64)] * 2
     assert result.info["all_seeds"] == [3, 4]
+    assert [image.info["parameters"] for image in result.images] == result.info["infotexts"]
+    assert result.info["infotexts"][1].startswith(
+        "seven\nSteps: 8, Sampler: deterministic, CFG scale: 5.0, Seed: 4, "
+    )
     assert result.info["adjusted"] == {
         "steps": {"from": 20, "to": 8},
         "cfg_scale": {"from": 7.0, "to": 5.0},

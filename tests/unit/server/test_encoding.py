@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_png_is_lossless() -> None:
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_parameters_make_the_image_again(output_format: OutputFormat) -> None:
     image = Image.open(io.BytesIO(encoded(output_format)))
-    text = image.text["parameters"] if output_format == "png" else image.getexif()[0x010E]
+    text = image.text["halfstep"] if output_format == "png" else image.getexif()[0x010E]
     assert json.loads(text) == {
         "task": "text_to_image",
         "prompt": "sieben é",
@@ -53,6 +54,39 @@ def test_parameters_make_the_image_again(output_format: OutputFormat) -> None:
         "size": "64x48",
         "engine": "fake",
     }
+
+
+def read_as_webui(image: Image.Image) -> tuple[str, dict[str, str]]:
+    """Prompt and fields, as AUTOMATIC1111's ``parse_generation_parameters`` finds them."""
+    text = image.info.get("parameters")
+    if text is None:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment.startswith(b"UNICODE\0")
+        text = comment[8:].decode("utf-16-be")
+    *lines, last = text.strip().split("\n")
+    fields = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(fields) >= 3
+    return "\n".join(lines), {name: json.loads(value) if value[:1] == '"' else value for name, value in fields}
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("prompt", ["sieben é", "a cat, (sitting: here)\nand 一只猫 \U0001f600"])
+def test_other_tools_read_the_parameters(output_format: OutputFormat, prompt: str) -> None:
+    fields = {"prompt": prompt, "model": "m: the, second", "output_format": output_format}
+    wanted = request(output_format).model_copy(update=fields)
+    image = Image.open(io.BytesIO(encode(PIXELS, encoding_of(wanted, seed=4, engine="fake"))))
+    assert read_as_webui(image) == (
+        prompt,
+        {
+            "Steps": "4",
+            "Sampler": "deterministic",
+            "CFG scale": "2.5",
+            "Seed": "4",
+            "Size": "64x48",
+            "Model": "m: the, second",
+            "Version": "halfstep",
+        },
+    )
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
