@@ -26,6 +26,7 @@ class Draw(IntEnum):
     ORDER = 4
     GRID = 5
     LATENT = 6
+    MASK = 7
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Draws:
         return torch.from_numpy(
             self._generator(update, purpose).random(rows * self._share.of)[self._share.slice(rows)]
         )
+
+    def uniforms(self, update: int, shape: tuple[int, int], purpose: Draw) -> Tensor:
+        """``shape`` float64 in [0, 1), independent; shape[0] counts rows."""
+        rows, columns = shape
+        whole = self._generator(update, purpose).random((rows * self._share.of, columns))
+        return torch.from_numpy(whole[self._share.slice(rows)])
 
     def stratified(self, update: int, rows: int, purpose: Draw) -> Tensor:
         """(rows,) float64 in [0, 1): over the whole batch one in each of as many equal cells, shuffled.

@@ -16,6 +16,7 @@ from distill_jobs.sections import (
     EncoderSection,
     EvaluationSection,
     ExportSection,
+    InpaintingSection,
     Section,
     StageOneSection,
     StageTwoSection,
@@ -34,6 +35,7 @@ class Recipe(Section):
     name: str
     seed: int = Field(0, ge=0, lt=2**53)
     data: Data
+    inpainting: InpaintingSection | None = None
     schedule: ScheduleSpec = ScheduleSpec()
     clip: float | None = Field(None, gt=0)
     guidance: GuidanceRange
@@ -108,8 +110,11 @@ class Recipe(Section):
             raise ValueError("data: digits needs a teacher that is trained; captioned images need teacher.folder")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
-        fixed = {} if latent else {"sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
-        for name, value in fixed.items():
+        if latent and self.inpainting is not None:
+            raise ValueError("inpainting is for data: digits; a mask in captioned images' latents is not offered")
+        seen = 1 if self.inpainting is None else 3  # with the mask and the masked image
+        fixed = {"sample_size": 8, "in_channels": seen, "out_channels": 1, "cross_attention_dim": 16}
+        for name, value in ({} if latent else fixed).items():
             if self.unet.get(name) != value:
                 raise ValueError(f"unet.{name} must be {value} for data: digits")
         return self

@@ -162,6 +162,22 @@ class EncoderSection(ChainSection):
         return self
 
 
+class InpaintingSection(Section):
+    """Networks that see a mask and the image behind it beside the latent. boxes, strokes: shares of the masks.
+
+    The rest hides the whole image, so that the same network draws from text alone.
+    """
+
+    boxes: float = Field(0.4, ge=0, le=1)
+    strokes: float = Field(0.4, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _leaves_some_whole(self) -> InpaintingSection:
+        if self.boxes + self.strokes >= 1:
+            raise ValueError("boxes and strokes must leave a share of masks that hide the whole image")
+        return self
+
+
 class ComputeSection(Section):
     """How the networks run; targets, losses, optimiser and weight average are float32 whatever stands here.
 

@@ -11,6 +11,12 @@ Pixels = NDArray[np.uint8]
 Generated = NDArray[np.bool_]
 """(H, W), True where the image is generated."""
 
+HIDDEN_LEVEL = 128
+"""Grey level that a network for inpainting sees where the image is to be generated."""
+
+HIDDEN = HIDDEN_LEVEL / 127.5 - 1
+"""The same in an image-space latent."""
+
 FEATHER = 1 / 128
 """Width of the blend inside a mask's edge, in shorter sides of the image; at least one pixel."""
 

@@ -10,6 +10,7 @@ from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.masks import MaskedSource
 from distill_jobs.data.source import Source
 from distill_jobs.latent_sections import CaptionedData, ImageFolderData
 from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
@@ -24,7 +25,8 @@ def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Proce
     Latents that are not cached yet are computed, by all processes. Raises: DataError; TeacherError; StorageError.
     """
     if recipe.data == "digits" or teacher is None:
-        return DigitsSource(Digits.load())
+        digits = DigitsSource(Digits.load())
+        return digits if recipe.inpainting is None else MaskedSource(digits, recipe.inpainting)
     return _latents(recipe.data, teacher, processes, progress)
 
 
