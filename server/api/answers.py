@@ -59,18 +59,11 @@ def images_response(state: JobState, catalogue: Catalogue, links: Sequence[Link 
             ImageBody(seed=image.seed, **_delivered(image, link))
             for image, link in zip(result.images, links, strict=True)
         ],
-        output_format=request.output_format,
-        size=_size(request),
         usage=_usage(request, catalogue, request.n),
-        model=request.model,
         seed=request.seed,
-        guidance_scale=request.guidance_scale,
-        steps=request.steps,
-        sampler=request.sampler,
-        task=request.task,
-        strength=request.effective_strength,
+        **used_fields(request),
         engine=result.engine,
-        timing=_timing(result.timing),
+        timing=timing_body(result.timing),
     )
 
 
@@ -82,7 +75,7 @@ def partial_event(preview: Preview, request: DenoiseRequest) -> PartialImageEven
         created_at=int(time.time()),
         output_format=request.output_format,
         partial_image_index=preview.index,
-        size=_size(request),
+        size=f"{request.width}x{request.height}",
         image_index=preview.image,
     )
 
@@ -97,20 +90,31 @@ def completed_events(
             type="image_generation.completed" if request.task == "text_to_image" else "image_edit.completed",
             **_delivered(image, link),
             created_at=int(time.time()),
-            output_format=request.output_format,
-            size=_size(request),
             usage=_usage(request, catalogue, 1),
             image_index=index,
-            model=request.model,
             seed=image.seed,
-            guidance_scale=request.guidance_scale,
-            steps=request.steps,
-            sampler=request.sampler,
-            task=request.task,
-            strength=request.effective_strength,
+            **used_fields(request),
             engine=result.engine,
-            timing=_timing(result.timing),
+            timing=timing_body(result.timing),
         )
+
+
+def used_fields(request: DenoiseRequest) -> dict[str, Any]:
+    """What a request is made with, defaults filled in, as every answer says it."""
+    return {
+        "task": request.task,
+        "model": request.model,
+        "guidance_scale": request.guidance_scale,
+        "steps": request.steps,
+        "sampler": request.sampler,
+        "strength": request.effective_strength,
+        "size": f"{request.width}x{request.height}",
+        "output_format": request.output_format,
+    }
+
+
+def timing_body(timing: Timing) -> TimingBody:
+    return TimingBody(**{stage: round(ms, 3) for stage, ms in timing.model_dump().items()})
 
 
 def _delivered(image: EncodedImage, link: Link | None) -> dict[str, Any]:
@@ -133,14 +137,6 @@ def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:
         output_tokens=images * cells,
         total_tokens=text + given + images * cells,
     )
-
-
-def _timing(timing: Timing) -> TimingBody:
-    return TimingBody(**{stage: round(ms, 3) for stage, ms in timing.model_dump().items()})
-
-
-def _size(request: DenoiseRequest) -> str:
-    return f"{request.width}x{request.height}"
 
 
 def _base64(data: bytes) -> str:

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from server.api.answers import failure_error
+from server.api.answers import failure_error, timing_body, used_fields
 from server.api.body import base_url
 from server.job_schemas import JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
 from server.jobs import JobEvent, JobState, JobStatus
-from server.schemas import ErrorDetail, TimingBody
+from server.schemas import ErrorDetail
 from server.service import Service
 
 KEEP_ALIVE_S = 15.0
@@ -41,21 +41,14 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
         queue_position=state.queue_position,
         step=state.step,
         eta_ms=await _eta_ms(service, state),
-        task=wanted.task,
-        strength=wanted.effective_strength,
         mode=None if wanted.image is None else wanted.mode,
-        model=wanted.model,
         n=wanted.n,
         seed=wanted.seed,
-        guidance_scale=wanted.guidance_scale,
-        steps=wanted.steps,
-        sampler=wanted.sampler,
-        size=f"{wanted.width}x{wanted.height}",
-        output_format=wanted.output_format,
+        **used_fields(wanted),
         priority=job.priority,
         deadline_ms=job.deadline_ms,
         engine=result.engine if result else None,
-        timing=TimingBody(**{k: round(v, 3) for k, v in result.timing.model_dump().items()}) if result else None,
+        timing=timing_body(result.timing) if result else None,
         images=images,
         error=_error(state),
         status_url=base,
