@@ -2,14 +2,13 @@
 
 import { curlLine, generate, models, Refusal, useKey } from "/static/api.js";
 import { drawHistory, forgetAll, remember, remembered } from "/static/history.js";
-import { nearestSize, Painter } from "/static/paint.js";
+import { Source } from "/static/source.js";
 import { drawCompare, drawGrid, drawSweep, drawTiming, make, markSweep, splitCompare } from "/static/view.js";
 
 const SLIDER_PAUSE_MS = 60; // long enough to skip most positions of a drag, short enough to feel live
 const TYPING_PAUSE_MS = 450;
 const SWEEP_TILES = 9;
 const RANDOM_SEEDS = 1_000_000; // short seeds are easier to read out
-const TINY_PX = 160;
 
 const at = (id) => document.getElementById(id);
 const form = at("controls");
@@ -17,17 +16,17 @@ const fields = {
   prompt: at("prompt"), guidance: at("guidance"), seed: at("seed"), n: at("n"), image: at("image"), strength: at("strength"),
   key: at("key"),
 };
-const painter = new Painter(at("canvas"), at("brush"), () => {
+const source = new Source((painted) => {
   sweepKey = "";
-  drawAfter(SLIDER_PAUSE_MS);
-});
+  if (painted) drawAfter(SLIDER_PAUSE_MS);
+  else draw();
+}, complain);
 let model = null;
 let offered = [];
 let timer = 0;
 let running = new AbortController();
 let sweepKey = "";
 let sent = null; // the picture of the latest request
-let size = null; // of the picture to start from; null without one
 
 /** The request the controls describe. */
 function request() {
@@ -39,7 +38,7 @@ function request() {
     seed: fields.seed.value === "" ? null : Number(fields.seed.value),
     n: Number(fields.n.value),
   };
-  return size === null ? body : { ...body, size, strength: Number(fields.strength.value) };
+  return source.size === null ? body : { ...body, size: source.size, strength: Number(fields.strength.value) };
 }
 
 /** Draw now; whatever was under way is dropped, here and on the server. */
@@ -51,7 +50,7 @@ async function draw() {
   const body = request();
   working(true);
   try {
-    const picture = size === null ? null : await painter.files();
+    const picture = await source.files();
     if (signal.aborted) return;
     sent = picture;
     echo(body, picture);
@@ -85,9 +84,9 @@ function drawAfter(pauseMs) {
 function show(answer, body, picture) {
   complain(null);
   if (fields.seed.value === "") fields.seed.value = answer.seed;
-  drawGrid(at("grid"), answer, body.prompt, { seed: useSeed, image: at("picture").hidden ? null : startFrom });
+  drawGrid(at("grid"), answer, body.prompt, { seed: useSeed, image: source.offered ? (image) => source.load(image) : null });
   at("compare").hidden = picture === null;
-  if (picture) drawCompare(at("compare"), painter.before, answer, at("split").value);
+  if (picture) drawCompare(at("compare"), source.before, answer, at("split").value);
   drawTiming(at("bar"), at("timing"), answer);
   const count = answer.data.length === 1 ? "1 image" : `${answer.data.length} images`;
   const steps = answer.steps === 1 ? "1 step" : `${answer.steps} steps`;
@@ -195,50 +194,7 @@ function choose(chosen) {
     }),
   );
   if (model.prompts.length && !model.prompts.includes(fields.prompt.value)) fields.prompt.value = model.prompts[0];
-  const [edits, inpaints] = ["edit", "inpaint"].map((task) => model.tasks.includes(task));
-  at("picture").hidden = !edits && !inpaints;
-  painter.canPaint = inpaints;
-  for (const id of ["tools", "paint-hint"]) at(id).hidden = !inpaints;
-  dropPicture();
-}
-
-// ---- a picture to start from
-
-/** source: a file, or the address of an image on this page. */
-async function startFrom(source) {
-  try {
-    const image = await createImageBitmap(source instanceof Blob ? source : await blobOf(source));
-    size = nearestSize(model.sizes, image);
-    painter.load(image, size);
-  } catch {
-    complain(new Refusal("This file is no image the browser can read. Choose a PNG, JPEG or WebP file.", "image", 0));
-    return;
-  }
-  at("canvas").className = Math.max(at("canvas").width, at("canvas").height) <= TINY_PX ? "pixelated" : "";
-  at("painting").hidden = false;
-  sweepKey = "";
-  draw();
-}
-
-/** The page's own images are data: URLs, which its policy does not let it fetch. */
-async function blobOf(source) {
-  const bytes = Uint8Array.from(atob(source.split(",")[1]), (each) => each.charCodeAt(0));
-  return new Blob([bytes]);
-}
-
-function dropPicture() {
-  size = sent = null;
-  sweepKey = "";
-  fields.image.value = "";
-  at("painting").hidden = true;
-  at("compare").hidden = true;
-}
-
-function take(event, files) {
-  const file = [...(files ?? [])].find((each) => each.type.startsWith("image/"));
-  if (!file || at("picture").hidden) return;
-  event.preventDefault();
-  startFrom(file);
+  source.offer(model);
 }
 
 async function copyCurl() {
@@ -272,28 +228,11 @@ at("use-key").addEventListener("click", begin);
 at("dice").addEventListener("click", rollSeed);
 at("copy").addEventListener("click", copyCurl);
 at("cancel").addEventListener("click", cancel);
-at("undo").addEventListener("click", () => painter.undo());
-at("clear").addEventListener("click", () => painter.clear());
 at("split").addEventListener("input", (event) => splitCompare(at("compare"), event.target.value));
 at("forget").addEventListener("click", () => {
   forgetAll();
   showHistory();
 });
-at("remove").addEventListener("click", () => {
-  dropPicture();
-  draw();
-});
-fields.image.addEventListener("change", () => fields.image.files.length && startFrom(fields.image.files[0]));
-addEventListener("dragover", (event) => {
-  event.preventDefault();
-  at("drop").toggleAttribute("data-over", true);
-});
-for (const type of ["dragleave", "drop"]) addEventListener(type, () => at("drop").removeAttribute("data-over"));
-addEventListener("drop", (event) => {
-  event.preventDefault(); // else the browser leaves the page for the file
-  take(event, event.dataTransfer.files);
-});
-addEventListener("paste", (event) => take(event, event.clipboardData.files));
 at("model").addEventListener("change", (event) => {
   choose(offered[event.target.selectedIndex]);
   draw();
