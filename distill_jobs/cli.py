@@ -1,4 +1,4 @@
-"""``python -m distill_jobs``: run, evaluate, export."""
+"""``python -m distill_jobs``: run, evaluate, compare, export."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
 from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
@@ -87,7 +88,8 @@ def evaluate(
 ) -> None:
     """Measure a trained run: distances, class agreement and diversity, teacher's rows included.
 
-    Writes report.json, report.md and sheets/*.png into the run folder. Interrupted, it goes on where it stopped.
+    Writes report.json, report.md, curves/*.png and sheets/*.png into the run folder. Interrupted, it goes on
+    where it stopped.
     """
     with _one_sentence_errors(), job_progress() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
@@ -99,6 +101,21 @@ def evaluate(
         with RunFolder(run_dir).locked():
             report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use, lenders=others)
         progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Evaluated run folders, as DIR or NAME=DIR.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table and the curves.")],
+) -> None:
+    """Put evaluated runs of one teacher into one table: comparison.md, comparison.json and curves/*.png.
+
+    Runs that differ in teacher, data, sample count or seeds are refused, and the difference is named.
+    """
+    with _one_sentence_errors():
+        command = f"python -m distill_jobs compare {' '.join(runs)} --out {out}"
+        compare_runs([EvaluatedRun.read(run) for run in runs], out, command=command)
+        Console(stderr=True).print(f"Wrote {out / COMPARISON_MARKDOWN}")
 
 
 @app.command()

@@ -9,12 +9,15 @@ from pathlib import Path
 from rich.progress import Progress
 
 from distill_jobs.cells import METRICS, Cell, CellResult, Judge
+from distill_jobs.choices import choices
 from distill_jobs.classifier import accuracy, classifier_of, split_digits
 from distill_jobs.contenders import Contender, contenders
+from distill_jobs.curves import write_curves
 from distill_jobs.data.digits import Digits
 from distill_jobs.features import feature_space
+from distill_jobs.gates import gates
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import Report, Timing, gates, machine, versions, write_report
+from distill_jobs.report import Report, Timing, machine, versions, write_report
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.sheets import write_sheets
 from distill_jobs.tasks import measure_tasks, task_gates, task_weights
@@ -32,7 +35,7 @@ def evaluate_run(
     compiled: bool = False,
     lenders: Sequence[Path] = (),
 ) -> Report:
-    """Measure a finished run and write report.json, report.md and sheets/ into it.
+    """Measure a finished run and write report.json, report.md, curves/ and sheets/ into it.
 
     progress: a started display to add a task to, or None. command: how the report says it was made.
     compiled: run the networks through torch.compile, twice as fast on a CPU; needs a C++ compiler.
@@ -70,7 +73,9 @@ def evaluate_run(
         evaluation=Evaluation(metric=space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
         tasks=tasks,
         gates=(*gates(rows, settings.teacher_steps), *task_gates(tasks)),
+        choices=choices(rows, settings.teacher_steps),
     )
+    write_curves(run_dir, rows, settings.teacher_steps)
     write_sheets(run_dir / "sheets", recipe, everyone)
     write_report(run_dir, report)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.errors import JobError
@@ -18,6 +18,7 @@ from distill_jobs.sections import EvaluationSection
 
 IMAGES_AT_ONCE = 250
 ONNX_SIDE_PX = 299
+CLIP_FILES = ("model.safetensors", "preprocessor_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime  # noqa: PLC0415 - heavy, and needed for such a file alone
 
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common base
         raise JobError(f"evaluation.features_path {path} cannot be read as ONNX: {_first_line(error)}") from None
     (name, *others) = [tensor.name for tensor in session.get_inputs()]
@@ -98,23 +99,28 @@ def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _clip(folder: Path) -> FeatureSpace:
-    """Projected image embeddings of a CLIP saved by transformers, seen through its own image processor."""
-    weights = folder / "model.safetensors"
-    for file in (folder / "config.json", folder / "preprocessor_config.json", weights):
+    """Projected image embeddings of a CLIP saved by transformers, resized and normalised as its folder says."""
+    from transformers import CLIPModel, CLIPVisionModelWithProjection  # noqa: PLC0415 - heavy, needed here alone
+
+    weights, preparation, config_file = (folder / name for name in CLIP_FILES)
+    for file in (weights, preparation, config_file):
         if not file.is_file():
             raise JobError(f"evaluation.features_path {folder} is no CLIP folder: it has no {file.name}")
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        config, settings = (json.loads(file.read_text(encoding="utf-8")) for file in (config_file, preparation))
+        kind = CLIPModel if config["model_type"] == "clip" else CLIPVisionModelWithProjection
+        model = kind.from_pretrained(folder, local_files_only=True)
+        side = int(config.get("vision_config", config)["image_size"])
+        mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise JobError(f"evaluation.features_path {folder} is no CLIP folder: {_first_line(error)}") from None
-
     model.train(False)
 
     def extract(images: Tensor) -> Tensor:
         unit = (_three_channels(images).clamp(-1, 1) + 1) / 2
-        pixels = processor(images=list(unit), return_tensors="pt", do_rescale=False)["pixel_values"]
-        return torch.as_tensor(model(pixel_values=pixels).image_embeds)
+        resized = torch.nn.functional.interpolate(unit, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        pooled = model.vision_model(pixel_values=(resized - mean) / std).pooler_output
+        return torch.as_tensor(model.visual_projection(pooled))
 
     return FeatureSpace("CLIP", _digest([weights.read_bytes()]), extract)
 

@@ -11,9 +11,9 @@ from distill_jobs.classifier import DigitClassifier
 from distill_jobs.contenders import STUDENT, TEACHER
 from distill_jobs.data.digits import Digits
 from distill_jobs.encoders import encoders
+from distill_jobs.gates import Gate
 from distill_jobs.inversion import AGREEMENT, INVERSION, RECONSTRUCTION, measure_inversion, write_edit_sheet
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import Gate
 from engines.manifest import EvaluationRow
 
 LEAST_EDIT_AGREEMENT = 0.9

@@ -16,10 +16,12 @@ from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import Digits
 from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
-from distill_jobs.report import Gate, Report, gates
+from distill_jobs.gates import Gate, gates
+from distill_jobs.report import Report
 from distill_jobs.sampling import Network
-from engines.manifest import EvaluationRow, Measured
+from engines.manifest import EvaluationRow
 from tests.numerics.conftest import EvaluatedRun
+from tests.support.quality import quality
 from tests.support.tiny_run import spoil, tiny_recipe, tiny_student, write_tiny_run
 
 RECIPE = tiny_recipe((2, 1))
@@ -122,6 +124,15 @@ def test_sheets_have_a_row_per_model_and_a_column_per_guidance(evaluated: Evalua
         assert sheet.height == 28 + 3 * (block_height + 12)
 
 
+def test_the_report_shows_a_curve_of_every_measure_and_the_best_students(evaluated: EvaluatedRun) -> None:
+    text = (evaluated.path / "report.md").read_text(encoding="utf-8")
+    pictures = sorted(file.name for file in (evaluated.path / "curves").iterdir())
+    assert len(pictures) == 6
+    assert all(f"](curves/{name})" in text for name in pictures)
+    assert [(choice.steps, len(choice.candidates)) for choice in evaluated.report.choices] == [(2, 1), (1, 1)]
+    assert "## Which student for which step count" in text
+
+
 def test_a_missing_student_is_named(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path, RECIPE)
     shutil.rmtree(run / "students" / "d1")
@@ -137,22 +148,14 @@ def test_a_student_that_gives_nan_is_named(evaluated: EvaluatedRun, tmp_path: Pa
         evaluate_run(run, RECIPE)
 
 
-def quality(model: str, steps: int, scale: float, distance: float, agreement: float) -> EvaluationRow:
-    metrics = {
-        "frechet_distance": Measured(mean=distance, spread=0),
-        "class_agreement": Measured(mean=agreement, spread=0),
-    }
-    return EvaluationRow(model=model, steps=steps, evaluations=steps, guidance_scale=scale, metrics=metrics)
-
-
 def test_gates_compare_students_with_the_reference_teacher() -> None:
     rows = [
-        quality("teacher", 64, 1.0, 2.0, 0.96),
-        quality("teacher", 1, 1.0, 50.0, 0.5),
-        quality("teacher", 64, 2.0, 10.0, 0.98),
-        quality("student", 4, 1.0, 2.9, 0.955),
-        quality("student", 4, 2.0, 11.5, 0.98),
-        quality("student", 1, 2.0, 19.0, 0.965),
+        quality("teacher", 64, 1.0, distance=2.0, agreement=0.96),
+        quality("teacher", 1, 1.0, distance=50.0, agreement=0.5),
+        quality("teacher", 64, 2.0, distance=10.0, agreement=0.98),
+        quality("student", 4, 1.0, distance=2.9, agreement=0.955),
+        quality("student", 4, 2.0, distance=11.5, agreement=0.98),
+        quality("student", 1, 2.0, distance=19.0, agreement=0.965),
     ]
     found = {gate.name: gate for gate in gates(rows, 64)}
     verdicts = {name: (round(gate.value, 3), gate.passed) for name, gate in found.items()}

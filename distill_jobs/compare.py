@@ -1,0 +1,156 @@
+"""Several evaluated runs of one teacher in one table: what an option of the recipe gains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from distill_jobs.checkpoint import write_text
+from distill_jobs.choices import Choice, choices, is_student
+from distill_jobs.classifier import CLASSIFIER
+from distill_jobs.contenders import STAGE_ONE, STUDENT, TEACHER
+from distill_jobs.curves import picture_links, write_comparison_curves
+from distill_jobs.errors import JobError
+from distill_jobs.recipe import Recipe
+from distill_jobs.report import JSON_NAME, Report
+from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.tables import choice_table, legend, quality_table
+from engines.manifest import EvaluationRow
+
+COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A run to compare. name: how its rows are called."""
+
+    name: str
+    path: Path
+    recipe: Recipe
+    report: Report
+
+    @classmethod
+    def read(cls, argument: str) -> EvaluatedRun:
+        """From ``DIR`` or ``NAME=DIR``; the name is the folder's where none is given.
+
+        Raises: JobError when the folder holds no run, or it is not evaluated.
+        """
+        name, named, folder = argument.rpartition("=")
+        path = Path(folder)
+        recipe = stored_recipe(RunFolder(path))
+        if not (path / JSON_NAME).is_file():
+            raise JobError(f"{path} is not evaluated yet; run: python -m distill_jobs evaluate {path}")
+        return cls(name if named else path.resolve().name, path, recipe, Report.read(path))
+
+    def conditions(self) -> dict[str, object]:
+        """What must be equal for the rows of two runs to stand in one table."""
+        settings, evaluation = self.recipe.evaluation, self.report.evaluation
+        classifier = self.path / CLASSIFIER
+        return {
+            "data": self.recipe.data,
+            "teacher's weights": self.report.weights[f"{TEACHER}-{settings.teacher_steps}"],
+            "evaluation.teacher_steps": settings.teacher_steps,
+            "schedule": self.recipe.schedule,
+            "clip": self.recipe.clip,
+            "evaluation.samples": evaluation.samples,
+            "evaluation.seeds": evaluation.seeds,
+            "measure": evaluation.metric,
+            "classifier": classifier.read_bytes() if classifier.is_file() else None,
+            "measures": sorted(evaluation.rows[0].metrics),
+        }
+
+
+class Comparison(BaseModel):
+    """What ``compare`` writes for programs. rows: the teacher's once, then each run's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: str
+    runs: dict[str, str]
+    metric: str
+    samples: int
+    seeds: tuple[int, ...]
+    rows: tuple[EvaluationRow, ...]
+    choices: tuple[Choice, ...]
+
+
+def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") -> Comparison:
+    """Write comparison.json, comparison.md and curves/ into ``out``.
+
+    Raises: JobError naming the difference when the runs are not of one teacher, data, counts and seeds.
+    """
+    _check(runs)
+    first, steps = runs[0], runs[0].recipe.evaluation.teacher_steps
+    rows = (*_teacher_rows(runs), *(row for run in runs for row in _own_rows(run)))
+    evaluation = first.report.evaluation
+    comparison = Comparison(
+        command=command,
+        runs={run.name: run.report.recipe_sha256 for run in runs},
+        metric=evaluation.metric,
+        samples=evaluation.samples,
+        seeds=evaluation.seeds,
+        rows=rows,
+        choices=choices(rows, steps),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_comparison_curves(out, rows, steps)
+    write_text(out / COMPARISON_JSON, comparison.model_dump_json(indent=1) + "\n")
+    write_text(out / COMPARISON_MARKDOWN, _markdown(comparison, first.report.classifier_accuracy))
+    return comparison
+
+
+def _check(runs: Sequence[EvaluatedRun]) -> None:
+    names = [run.name for run in runs]
+    if len(runs) < 2 or len(set(names)) < len(names):
+        raise JobError("compare takes two or more runs with different names; name one with NAME=DIR")
+    if taken := [name for name in names if "," in name or name in (TEACHER, STAGE_ONE)]:
+        raise JobError(f"{taken[0]!r} cannot be the name of a run; give another with NAME=DIR")
+    for other in runs[1:]:
+        there = other.conditions()
+        for what, here in runs[0].conditions().items():
+            if there[what] != here:
+                raise JobError(
+                    f"{names[0]} and {other.name} cannot be compared: {_difference(what, here, there[what])}"
+                )
+
+
+def _difference(what: str, here: object, there: object) -> str:
+    shown = not isinstance(here, bytes) and what != "teacher's weights"
+    return f"{what} differ: {here} and {there}" if shown else f"they differ in the {what}"
+
+
+def _teacher_rows(runs: Sequence[EvaluatedRun]) -> list[EvaluationRow]:
+    """Every row of the teacher that any run has, once."""
+    found: dict[tuple[str, int, float], EvaluationRow] = {}
+    for run in runs:
+        for row in run.report.evaluation.rows:
+            if row.model.partition(",")[0] == TEACHER:
+                found.setdefault((row.model, row.steps, row.guidance_scale), row)
+    return list(found.values())
+
+
+def _own_rows(run: EvaluatedRun) -> Iterator[EvaluationRow]:
+    """The run's rows under its name: plain students bear it alone, others keep theirs behind it."""
+    for row in run.report.evaluation.rows:
+        if is_student(row):
+            model = run.name if row.model == STUDENT else f"{run.name}, {row.model}"
+            yield row.model_copy(update={"model": model})
+
+
+def _markdown(comparison: Comparison, classifier_accuracy: float) -> str:
+    seeds = ", ".join(str(seed) for seed in comparison.seeds)
+    head = [
+        f"# {', '.join(comparison.runs)}",
+        "",
+        f"{comparison.samples} samples a row and seed (seeds {seeds}); teacher, initial noise and classes are "
+        "the same in all runs. Figures are means over seeds ± spread (largest - smallest).",
+        "",
+        *legend(comparison.metric, classifier_accuracy),
+    ]
+    if comparison.command:
+        head += ["", f"Command: `{comparison.command}`"]
+    tables = (choice_table(comparison.choices), quality_table(comparison.rows))
+    return "\n".join([*head, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])

@@ -1,0 +1,82 @@
+"""Curves of an evaluation over guidance, one line a model beside the teacher's, as in the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from distill_jobs.charts import Line, Panel, draw_panels
+from distill_jobs.choices import is_student, titled
+from distill_jobs.contenders import TEACHER
+from engines.manifest import EvaluationRow
+
+FOLDER = "curves"
+OVER_GUIDANCE = {
+    "frechet_distance": "Fréchet distance",
+    "class_agreement": "class agreement",
+    "recall": "recall",
+    "coverage": "coverage",
+    "paired_distance": "distance to the teacher",
+}
+TRADE_OFF = "trade_off"
+_Curves = dict[str, list[EvaluationRow]]
+_Panels = dict[str, _Curves]
+
+
+def write_curves(folder: Path, rows: Sequence[EvaluationRow], reference_steps: int) -> None:
+    """``curves/MEASURE.png`` over guidance and ``curves/trade_off.png``: the teacher, and a line a step count."""
+    students = _grouped(filter(is_student, rows), lambda row: f"{titled(row)}, {_steps(row.steps)}")
+    _write(folder / FOLDER, {"": _teacher(rows, reference_steps) | students})
+
+
+def write_comparison_curves(folder: Path, rows: Sequence[EvaluationRow], reference_steps: int) -> None:
+    """The same with a panel a step count, and a line a model in each: for the models of several runs."""
+    teacher = _teacher(rows, reference_steps)
+    by_steps = _grouped(filter(is_student, rows), lambda row: _steps(row.steps))
+    _write(folder / FOLDER, {steps: teacher | _grouped(own, titled) for steps, own in by_steps.items()})
+
+
+def picture_links() -> list[str]:
+    """Markdown of the pictures, for a page in the same folder."""
+    pictures = {name: f"{title} over guidance" for name, title in OVER_GUIDANCE.items()}
+    pictures[TRADE_OFF] = "Fréchet distance against class agreement"
+    return [f"![{title}]({FOLDER}/{name}.png)" for name, title in pictures.items()]
+
+
+def _teacher(rows: Iterable[EvaluationRow], steps: int) -> _Curves:
+    return {f"teacher, {_steps(steps)}": [row for row in rows if (row.model, row.steps) == (TEACHER, steps)]}
+
+
+def _grouped(rows: Iterable[EvaluationRow], key: Callable[[EvaluationRow], str]) -> _Curves:
+    """Rows by key, most steps first, in order of guidance."""
+    groups: _Curves = {}
+    for row in sorted(rows, key=lambda row: (-row.steps, row.guidance_scale)):
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _write(folder: Path, panels: _Panels) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for measure, title in OVER_GUIDANCE.items():
+        drawn = _drawn(panels, lambda row: row.guidance_scale, _mean(measure))
+        draw_panels(drawn, "guidance_scale", title).save(folder / f"{measure}.png", optimize=True)
+    drawn = _drawn(panels, _mean("class_agreement"), _mean("frechet_distance"))
+    picture = draw_panels(drawn, OVER_GUIDANCE["class_agreement"], OVER_GUIDANCE["frechet_distance"])
+    picture.save(folder / f"{TRADE_OFF}.png", optimize=True)
+
+
+def _drawn(
+    panels: _Panels, x: Callable[[EvaluationRow], float], y: Callable[[EvaluationRow], float]
+) -> list[Panel]:
+    return [
+        Panel(title, tuple(Line(label, tuple((x(row), y(row)) for row in rows)) for label, rows in curves.items()))
+        for title, curves in panels.items()
+    ]
+
+
+def _mean(measure: str) -> Callable[[EvaluationRow], float]:
+    return lambda row: row.metrics[measure].mean
+
+
+def _steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"

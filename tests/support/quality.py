@@ -1,0 +1,55 @@
+"""Rows and reports of evaluations that never ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill_jobs.cells import METRICS
+from distill_jobs.recipe import Recipe
+from distill_jobs.report import Machine, Report, write_report
+from engines.manifest import Evaluation, EvaluationRow, Measured
+from engines.sampler import Sampler
+
+
+def quality(
+    model: str,
+    steps: int,
+    scale: float,
+    *,
+    distance: float = 1.0,
+    agreement: float = 0.99,
+    paired: float = 0.1,
+    sampler: Sampler = "deterministic",
+) -> EvaluationRow:
+    values = dict.fromkeys(METRICS, 0.5) | {
+        "frechet_distance": distance,
+        "class_agreement": agreement,
+        "paired_distance": paired,
+    }
+    metrics = {name: Measured(mean=value, spread=0) for name, value in values.items()}
+    return EvaluationRow(
+        model=model, steps=steps, evaluations=steps, sampler=sampler, guidance_scale=scale, metrics=metrics
+    )
+
+
+def write_evaluated(folder: Path, recipe: Recipe, rows: tuple[EvaluationRow, ...], teacher: str = "t") -> Path:
+    """A run folder with a recipe and a report alone. teacher: stands for its weights."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    settings = recipe.evaluation
+    report = Report(
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256(),
+        command="",
+        machine=Machine(system="", processor="", cores=1, memory_gib=1),
+        versions={},
+        weights={f"teacher-{settings.teacher_steps}": teacher},
+        classifier_accuracy=0.99,
+        seconds=0,
+        timings=(),
+        training_seconds={},
+        evaluation=Evaluation(metric="distance", samples=settings.samples, seeds=settings.seeds, rows=rows),
+        gates=(),
+    )
+    write_report(folder, report)
+    return folder

@@ -1,0 +1,62 @@
+"""Which student is exported for a step count."""
+
+from __future__ import annotations
+
+from distill_jobs.choices import choices
+from distill_jobs.gates import gates
+from engines.manifest import EvaluationRow
+from tests.support.quality import quality
+
+TEACHER = [quality("teacher", 64, scale, agreement=0.98, paired=0) for scale in (1.0, 2.0)]
+
+
+def both(model: str, paired: float, agreement: float = 0.98, steps: int = 4) -> list[EvaluationRow]:
+    return [quality(model, steps, scale, paired=paired, agreement=agreement) for scale in (1.0, 2.0)]
+
+
+def test_the_nearest_to_the_teacher_is_best() -> None:
+    finish = [quality("consistency", 4, scale, paired=0.05, sampler="consistency") for scale in (1.0, 2.0)]
+    rows = [*TEACHER, *both("student", 0.06), *finish, *both("student", 0.2, steps=1)]
+    four, one = choices(rows, 64)
+    assert (four.steps, four.best, one.steps, one.best) == (4, "consistency", 1, "student")
+    assert [candidate.model for candidate in four.candidates] == ["consistency", "student"]
+    assert [candidate.paired_distance for candidate in four.candidates] == [0.05, 0.06]
+
+
+def test_one_that_obeys_less_than_the_teacher_is_refused_however_near() -> None:
+    disobedient = both("consistency", 0.01)
+    disobedient[1] = quality("consistency", 4, 2.0, paired=0.01, agreement=0.96)
+    (four,) = choices([*TEACHER, *both("student", 0.06), *disobedient], 64)
+    assert four.best == "student"
+    assert four.candidates[0].refused == "obeys less than the teacher"
+    (alone,) = choices([*TEACHER, *disobedient], 64)
+    assert alone.best is None
+
+
+def test_a_student_of_one_guidance_is_no_rival_of_one_of_all() -> None:
+    (four,) = choices([*TEACHER, *both("student", 0.06), quality("single w", 4, 2.0, paired=0.01)], 64)
+    assert four.best == "student"
+    assert four.candidates[0].refused == "does not run at guidance 1"
+
+
+def test_samplers_are_judged_apart_and_teachers_are_no_students() -> None:
+    rows = [
+        *TEACHER,
+        *both("teacher, DPM-Solver++", 0.001),
+        *both("stage one", 0.001),
+        *both("student", 0.06),
+        *(quality("student", 4, scale, paired=0.3, sampler="stochastic") for scale in (1.0, 2.0)),
+    ]
+    assert [(choice.stochastic, choice.best) for choice in choices(rows, 64)] == [
+        (False, "student"),
+        (True, "student, stochastic"),
+    ]
+
+
+def test_a_student_must_beat_the_teacher_run_for_as_many_evaluations() -> None:
+    rows = [*TEACHER, *both("teacher", 0.1, steps=2), *both("student", 0.08), *both("student", 0.5, steps=1)]
+    rows[-3] = quality("student", 4, 2.0, paired=0.11)
+    found = {gate.name: gate for gate in gates(rows, 64)}
+    gate = found["4-step distance to the teacher / that of the teacher in 2, worst guidance"]
+    assert (round(gate.value, 9), gate.passed) == (1.1, False)
+    assert not [name for name in found if name.startswith("1-step distance to")]  # the teacher was not run in 1

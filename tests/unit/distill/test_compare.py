@@ -1,0 +1,88 @@
+"""Several runs in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from distill_jobs.cli import app
+from distill_jobs.compare import Comparison, EvaluatedRun, compare_runs
+from distill_jobs.errors import JobError, RecipeError
+from distill_jobs.recipe import Recipe
+from tests.support.quality import quality, write_evaluated
+from tests.support.tiny_run import tiny_recipe
+
+SCALES = (1.0, 2.0)
+TEACHER = tuple(quality("teacher", n, scale, paired=0.4 / n) for n in (16, 2) for scale in SCALES)
+
+
+def students(paired: float, *more: str) -> tuple[object, ...]:
+    models = ("stage one", "student", *more)
+    return tuple(quality(model, n, scale, paired=paired) for model in models for n in (2, 1) for scale in SCALES)
+
+
+def changed(**evaluation: object) -> Recipe:
+    recipe = tiny_recipe((2, 1))
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=evaluation)})
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return write_evaluated(tmp_path / "plain", tiny_recipe((2, 1)), (*TEACHER, *students(0.06)))
+
+
+def test_the_teacher_stands_once_and_rows_bear_their_runs_name(plain: Path, tmp_path: Path) -> None:
+    solver = quality("teacher, DPM-Solver++", 4, 1.0)
+    rows = (*TEACHER, solver, *students(0.05, "early"))
+    write_evaluated(tmp_path / "other", tiny_recipe((2, 1)), rows)
+    out = tmp_path / "out"
+    arguments = ["compare", str(plain), f"finish={tmp_path / 'other'}", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    comparison = Comparison.model_validate_json((out / "comparison.json").read_bytes())
+    assert [row for row in comparison.rows if row.model.startswith("teacher")] == [*TEACHER, solver]
+    own = [row.model for row in comparison.rows if row.guidance_scale == 1 and row.steps == 2][1:]
+    assert own == ["plain", "finish", "finish, early"]
+    assert {choice.best for choice in comparison.choices} == {"finish"}
+    text = (out / "comparison.md").read_text(encoding="utf-8")
+    assert "| 1 | finish | 2 | 2 |" in text
+    assert f"`python -m distill_jobs {' '.join(arguments)}`" in text
+    pictures = sorted(file.name for file in (out / "curves").iterdir())
+    assert all(f"(curves/{name})" in text for name in pictures)
+    assert len(pictures) == 6
+    with Image.open(out / "curves" / "recall.png") as picture:
+        assert picture.width == 800  # a panel for 2 steps and one for 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "teacher", "difference"),
+    [
+        (changed(samples=40), "t", "evaluation.samples differ: 30 and 40"),
+        (changed(seeds=(1,)), "t", r"evaluation.seeds differ: \(1, 2\) and \(1,\)"),
+        (changed(), "another", "they differ in the teacher's weights"),
+        (tiny_recipe((2, 1)).model_copy(update={"clip": 1.0}), "t", "clip differ: None and 1.0"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(
+    plain: Path, tmp_path: Path, recipe: Recipe, teacher: str, difference: str
+) -> None:
+    other = write_evaluated(tmp_path / "other", recipe, (*TEACHER, *students(0.05)), teacher)
+    runs = [EvaluatedRun.read(str(plain)), EvaluatedRun.read(str(other))]
+    with pytest.raises(JobError, match=f"plain and other cannot be compared: {difference}"):
+        compare_runs(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_must_differ_and_folders_must_hold_evaluated_runs(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="different names"):
+        compare_runs([EvaluatedRun.read(str(plain))] * 2, tmp_path / "out")
+    with pytest.raises(JobError, match="'teacher' cannot be the name"):
+        compare_runs([EvaluatedRun.read(f"{n}={plain}") for n in ("teacher", "b")], tmp_path / "out")
+    with pytest.raises(RecipeError, match="not a run folder"):
+        EvaluatedRun.read(str(tmp_path))
+    (plain / "report.json").unlink()
+    with pytest.raises(JobError, match="not evaluated yet"):
+        EvaluatedRun.read(str(plain))
