@@ -12,9 +12,13 @@ from server.metrics import Metrics
 
 @dataclass(eq=False)
 class Held:
-    """A lease this worker has. tail: the last of its encoding tasks; the next waits for it."""
+    """A lease this worker has. tail: the last of its encoding tasks; the next waits for it.
+
+    watch: waits for the end of its job, whoever ends it.
+    """
 
     lease: Lease
+    watch: asyncio.Task[None]
     tail: asyncio.Task[None] | None = None
 
 
@@ -44,13 +48,14 @@ class Holdings:
     def get(self, token: str) -> Held | None:
         return self._held.get(token)
 
-    def take(self, lease: Lease) -> None:
-        self._held[lease.token] = Held(lease)
+    def take(self, lease: Lease, watch: asyncio.Task[None]) -> None:
+        self._held[lease.token] = Held(lease, watch)
         self._count(lease.job.request.n)
 
     def release(self, held: Held) -> None:
         """Its rows are free; nothing when they were already."""
         if self._held.pop(held.lease.token, None) is not None:
+            held.watch.cancel()
             self._count(-held.lease.job.request.n)
             self._freed.set()
 

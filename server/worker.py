@@ -85,7 +85,7 @@ class Worker:
         self._engine.start(report)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._claim(), name="claim")
+                group.create_task(self._claim(group), name="claim")
                 group.create_task(self._settling.run(group), name="settle")
                 group.create_task(self._heartbeats(), name="heartbeat")
         except ExceptionGroup as failed:
@@ -103,20 +103,20 @@ class Worker:
         """Let other workers have what is held; returns how many jobs."""
         return await self._settling.give_back_all()
 
-    async def _claim(self) -> None:
+    async def _claim(self, group: asyncio.TaskGroup) -> None:
         while not self._draining:
             await self._engine.ready()
             free = self._max_rows - self._holdings.rows
             if free < MAX_IMAGES:
                 await self._holdings.until_freed()
                 continue
-            for lease in await self._take(free):
+            for lease in await self._take(free, group):
                 if lease.alone:
                     await self._run_alone(lease)
                 else:
                     self._engine.join_job(lease)
 
-    async def _take(self, rows: int) -> list[Lease]:
+    async def _take(self, rows: int, group: asyncio.TaskGroup) -> list[Lease]:
         """Leases on what fits; none while the store is away, or when the worker was told to leave meanwhile."""
         self._claiming = True
         try:
@@ -125,7 +125,7 @@ class Worker:
                 await self._settling.give_back(leases)
                 return []
             for lease in leases:
-                self._holdings.take(lease)
+                self._holdings.take(lease, group.create_task(self._watch(lease)))
             return leases
         except OSError as error:
             _log.warning("store_away", call="claim", error=str(error))
@@ -133,6 +133,12 @@ class Worker:
             return []
         finally:
             self._claiming = False
+
+    async def _watch(self, lease: Lease) -> None:
+        """Hear at once of a job that others end: its rows leave after the step under way, or the next."""
+        with suppress(OSError):  # then the job's next report finds out
+            await self._store.until_ended(lease.job.id)
+            self._settling.stop([lease.token])
 
     async def _run_alone(self, lease: Lease) -> None:
         """Let everything else leave the engine first, and nothing join until this job has ended."""

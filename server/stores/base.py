@@ -97,6 +97,10 @@ class JobStore(Protocol):
         """The state once terminal. Raises: KeyError when the job is unknown or forgotten."""
         ...
 
+    async def until_ended(self, job_id: str) -> None:
+        """Wait until the job is terminal, or no longer known."""
+        ...
+
     async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
         """Those of these jobs that have ended, or that the store does not know."""
         ...

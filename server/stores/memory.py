@@ -130,6 +130,11 @@ class MemoryStore:
         await record.ended.wait()
         return record.state(None)
 
+    async def until_ended(self, job_id: str) -> None:
+        record = self.jobs.records.get(job_id)
+        if record is not None:
+            await record.ended.wait()
+
     async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
         found = {job_id: self.jobs.records.get(job_id) for job_id in job_ids}
         return {

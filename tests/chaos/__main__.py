@@ -1,4 +1,4 @@
-"""``python -m tests.chaos [small|full|plants]``: the verdict as a table; exit 1 for a fault seen, or missed."""
+"""``python -m tests.chaos [small|full|plants|cancels|soak]``: verdicts as tables; exit 1 for what they find."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.chaos import cancels
 from tests.chaos.harness import Plan, Verdict, run
 from tests.chaos.plants import PLANTS
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -40,6 +41,10 @@ PLANS = {
         poison=10,
     ),
 }
+CANCELS = (
+    cancels.Storm(cancels=1000, step_s=0.015, redis=False),
+    cancels.Storm(cancels=1000, step_s=0.015, redis=True),
+)
 PLANT = Plan(240, 15, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
 """The load under which every planted bug must show."""
 
@@ -48,6 +53,8 @@ def main(what: str = "small") -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_toy_bundle(Path(folder) / "toy", ToyOptions()).path
         log = Path(folder) / "log"
+        if what == "cancels":
+            return tell([cancels.run(storm, bundle) for storm in CANCELS])
         if what == "plants":
             verdicts = [run(replace(PLANT, plant=plant), bundle, log) for plant in ("", *PLANTS)]
         else:
@@ -57,6 +64,29 @@ def main(what: str = "small") -> int:
         if not all(sound):
             Console(stderr=True).print(log.read_text()[-20_000:], markup=False, highlight=False)
         return 0 if all(sound) else 1
+
+
+def tell(aftermaths: list[cancels.Aftermath]) -> int:
+    """The verdict on cancels; exit status."""
+    columns = (
+        "store",
+        "given up",
+        "seconds",
+        "no further step",
+        "one",
+        "more",
+        "companions, all as alone",
+        "faults",
+    )
+    table = Table(*columns)
+    for aftermath in aftermaths:
+        counts = aftermath.further
+        more = counts.total() - counts[0] - counts[1]
+        figures = (counts.total(), round(aftermath.seconds), counts[0], counts[1], more, aftermath.companions)
+        store = "Redis" if aftermath.storm.redis else "memory"
+        table.add_row(store, *map(str, figures), "; ".join(aftermath.faults) or "none")
+    Console(width=160).print(table)
+    return 1 if any(aftermath.faults for aftermath in aftermaths) else 0
 
 
 def show(verdicts: list[Verdict]) -> None:

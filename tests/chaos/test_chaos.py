@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import cancels
 from tests.chaos.fleet import Fleet
 from tests.chaos.harness import Plan, run
 from tests.chaos.ledger import Ledger
@@ -60,3 +61,15 @@ def test_rolling_restarts_are_not_noticed(toy_bundle: Path, tmp_path: Path) -> N
         assert asyncio.run(roll()) == [0] * 4
     assert {entry.status for entry in ledger.entries} == {"succeeded"}
     assert not [error for entry in ledger.entries for error in entry.errors]
+
+
+def test_a_request_given_up_runs_one_further_step_at_most_and_harms_nobody(toy_bundle: Path) -> None:
+    aftermath = cancels.run(cancels.Storm(cancels=200, step_s=0.012, redis=False), toy_bundle)
+    assert not aftermath.faults
+    assert aftermath.companions >= len(cancels.COMPANIONS)
+
+
+def test_a_worker_that_does_not_listen_is_noticed(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.settling.Settling.stop", lambda self, tokens: None)
+    monkeypatch.setattr(cancels, "QUIET_S", 0.5)
+    assert cancels.run(cancels.Storm(cancels=30, step_s=0.012, redis=False), toy_bundle).faults

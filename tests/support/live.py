@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from engines.pipeline import Pipeline
 from server.auth import Keyring
 from server.engine_thread import EngineThread
 from server.loading import open_safety
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
+from server.stores.base import JobStore
 from server.worker import Worker
 from tests.support.fake_engines import Bench
 from tests.support.offline import offline_service
@@ -47,12 +49,18 @@ class Live:
 
 
 @contextmanager
-def live(bundle: Path, **settings: Any) -> Iterator[Live]:
+def live(
+    bundle: Path,
+    *,
+    store: JobStore | None = None,
+    make_engine: Callable[[Mapping[str, Pipeline]], EngineThread] = EngineThread,
+    **settings: Any,
+) -> Iterator[Live]:
     bench, ready = Bench(bundle), Queue[str]()
     chosen = Settings(**settings)
     keyring = None if chosen.api_keys is None else Keyring(chosen.api_keys)
-    service = offline_service(bundle, chosen, keyring)
-    engine = EngineThread({"toy-digits": bench.pipeline})
+    service = offline_service(bundle, chosen, keyring, store)
+    engine = make_engine({"toy-digits": bench.pipeline})
     safety = open_safety(chosen, service.metrics)
     worker = Worker(
         "w",

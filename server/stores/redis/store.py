@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -150,13 +151,16 @@ class RedisStore:
         return wire.state_from(fields, await self._scripts.run("position", job_id) if queued else None)
 
     async def wait(self, job_id: str) -> JobState:
-        with self._signals.on(f"!{job_id}") as ended:
-            while not (await self._status(job_id)).terminal:
-                await signalled(ended, LOOK_S)
+        await self.until_ended(job_id)
         state = await self.get(job_id)
         if state is None:
             raise KeyError(job_id)
         return state
+
+    async def until_ended(self, job_id: str) -> None:
+        with self._signals.on(f"!{job_id}") as ended, suppress(KeyError):
+            while not (await self._status(job_id)).terminal:
+                await signalled(ended, LOOK_S)
 
     async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
         ids, found = list(job_ids), dict[str, End]()
