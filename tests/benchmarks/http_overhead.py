@@ -31,7 +31,7 @@ ALONE = 20
 CONCURRENT = 64
 SEED = 1
 URL = "/v1/images/generations"
-ENCODING = Encoding("png", None, "{}")
+ENCODING = Encoding("png", None, "{}", "")
 
 
 def bare_chain(pipeline: Pipeline, prompt: str) -> str:

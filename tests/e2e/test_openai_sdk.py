@@ -67,7 +67,7 @@ def test_formats_carry_their_parameters(sdk: OpenAI, kind: str) -> None:
     answer = sdk.images.generate(prompt="two", output_format=kind, extra_body={"seed": 1})  # type: ignore[call-overload]
     image = decoded(answer.data[0].b64_json)
     assert image.format == kind.upper()
-    text = image.text["parameters"] if kind == "png" else image.getexif()[0x010E]
+    text = image.text["halfstep"] if kind == "png" else image.getexif()[0x010E]
     parameters = json.loads(text)
     assert (parameters["prompt"], parameters["seed"], parameters["steps"]) == ("two", 1, 4)
 
