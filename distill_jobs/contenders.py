@@ -9,8 +9,10 @@ student is exported; the others are measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,7 +24,7 @@ from distill_jobs.data.digits import NULL_CLASS, class_condition
 from distill_jobs.data.source import Condition
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.sampling import Network, guided_teacher, sample, student_network
+from distill_jobs.sampling import Network, guided_networks, sample, student_network
 from distill_jobs.sections import EvaluationSection, Solver
 from distill_jobs.solvers import TITLES, solve, stock_scheduler
 from distill_jobs.student import load_stock, weights_sha256
@@ -43,7 +45,7 @@ class Contender:
 
     folder: its stock diffusers folder; shape: (C, h, w) of its images. name: how tables call it, empty for its
     role. scales: the guidance scales it can be run at, empty for all. solver: a scheduler of diffusers, run
-    instead of our plan.
+    instead of our plan. unconditional: folder of a second network, for a student that is guided at sampling.
     """
 
     role: Role
@@ -54,6 +56,7 @@ class Contender:
     name: str = ""
     scales: tuple[float, ...] = ()
     solver: Solver | None = None
+    unconditional: Path | None = None
 
     @property
     def title(self) -> str:
@@ -75,12 +78,12 @@ class Contender:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations an image; a guided teacher step counts two at every guidance."""
-        return self.steps * (2 if self.role == TEACHER else 1)
+        """Network evaluations an image; a step guided at sampling counts two at every guidance."""
+        return self.steps * (2 if self._guided_at_sampling else 1)
 
     def computed(self, guidance_scale: float) -> int:
-        """Evaluations that are really run: the teacher's unconditional one is spared at guidance 1."""
-        spared = self.role == TEACHER and weight_from_scale(guidance_scale) == 0
+        """Evaluations that are really run: the unconditional one is spared at guidance 1."""
+        spared = self._guided_at_sampling and weight_from_scale(guidance_scale) == 0
         return self.steps if spared else self.evaluations
 
     def scales_of(self, settings: EvaluationSection) -> tuple[float, ...]:
@@ -95,14 +98,22 @@ class Contender:
 
     def weights_sha256(self) -> str:
         """Hash of the weights on disk. Raises: JobError when there are none."""
-        return weights_sha256(self.folder)
+        if self.unconditional is None:
+            return weights_sha256(self.folder)
+        both = weights_sha256(self.folder) + weights_sha256(self.unconditional)
+        return hashlib.sha256(both.encode()).hexdigest()
 
     def network(self, unet: UNet2DConditionModel, guidance_scale: float) -> Network:
         """The sampler's view of a loaded network at a public guidance_scale."""
         w = weight_from_scale(guidance_scale)
-        if self.role == TEACHER:
-            return guided_teacher(unet, class_condition(torch.tensor([NULL_CLASS])), w)
-        return student_network(unet, w)
+        if not self._guided_at_sampling:
+            return student_network(unet, w)
+        second = unet if self.unconditional is None else load_stock(self.unconditional)
+        return guided_networks(unet, second, class_condition(torch.tensor([NULL_CLASS])), w)
+
+    @property
+    def _guided_at_sampling(self) -> bool:
+        return self.role == TEACHER or self.unconditional is not None
 
     def draw(self, network: Network, recipe: Recipe, condition: Condition, seeds: Sequence[int]) -> Tensor:
         """(B, C, h, w) images of the requests with these seeds and conditions."""
@@ -127,13 +138,25 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
         Contender(TEACHER, reference, folder.teacher, shape),
         *(Contender(TEACHER, n, folder.teacher, shape) for n in twins),
         *(Contender(TEACHER, n, folder.teacher, shape, solver=s) for s in settings.solvers for n in solver_steps),
-        Contender(STAGE_ONE, reference, folder.stage_one, shape),
-        *(Contender(STUDENT, n, folder.student(n), shape, recipe.stage_two.sampler) for n in students),
+        *_of_stage_two(folder, recipe, shape),
         *(Contender(STUDENT, n, folder.consistency, shape, CONSISTENCY, CONSISTENCY) for n in finished),
     )
     for contender in everyone:
         contender.weights_sha256()
     return everyone
+
+
+def _of_stage_two(folder: RunFolder, recipe: Recipe, shape: tuple[int, int, int]) -> Iterator[Contender]:
+    """Stage one, where the chain starts from it, and the chain's students, each at the guidance it is for."""
+    section, guidance = recipe.stage_two, recipe.stage_two.guidance
+    student = partial(Contender, STUDENT, shape=shape, sampler=section.sampler)
+    if guidance != "at_sampling":
+        yield Contender(STAGE_ONE, recipe.evaluation.teacher_steps, folder.stage_one, shape)
+    for n in sorted(recipe.export.students, reverse=True):
+        if guidance == "at_sampling":
+            yield student(n, folder.student(n), name="two networks", unconditional=folder.unconditional(n))
+        else:
+            yield student(n, folder.student(n), scales=() if guidance == "input" else (guidance,))
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:

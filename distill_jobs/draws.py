@@ -27,6 +27,8 @@ class Draw(IntEnum):
     GRID = 5
     LATENT = 6
     MASK = 7
+    POLICY = 8
+    ROLLOUT = 9
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ class Draws:
         picked = [self._order(int(p) // rows, rows)[int(p) % rows] for p in positions]
         return torch.tensor(np.array(picked, np.int64))
 
-    def normal(self, update: int, shape: tuple[int, ...], purpose: Draw = Draw.NOISE) -> Tensor:
-        """Standard normal float32; shape[0] counts rows."""
+    def normal(self, update: int, shape: tuple[int, ...], purpose: Draw = Draw.NOISE, step: int = 0) -> Tensor:
+        """Standard normal float32; shape[0] counts rows. step: a number for each of several of one purpose."""
         rows, *rest = shape
-        whole = self._generator(update, purpose).standard_normal((rows * self._share.of, *rest), dtype=np.float32)
+        shape = (rows * self._share.of, *rest)
+        whole = self._generator(update, purpose, step).standard_normal(shape, dtype=np.float32)
         return torch.from_numpy(whole[self._share.slice(rows)])
 
     def uniform(self, update: int, rows: int, purpose: Draw) -> Tensor:
@@ -91,6 +94,6 @@ class Draws:
     def _permutation(self, epoch: int, rows: int) -> np.ndarray:
         return self._generator(epoch, Draw.ORDER).permutation(rows)
 
-    def _generator(self, update: int, purpose: Draw) -> np.random.Generator:
-        counter = np.array([0, update, purpose, 0], np.uint64)
+    def _generator(self, update: int, purpose: Draw, step: int = 0) -> np.random.Generator:
+        counter = np.array([0, update, purpose, step], np.uint64)
         return np.random.Generator(np.random.Philox(key=self._key, counter=counter))

@@ -71,6 +71,8 @@ def export_run(
     report's targets all the same. Raises: ExportError when a graph disagrees or gives NaN, a gate is missed, or
     the run has no evaluation of these weights; JobError when a network is missing.
     """
+    if recipe.stage_two.guidance == "at_sampling":
+        raise ExportError("students of two networks, guided at sampling, are for comparison; a bundle has no place")
     check_replaceable(bundle_dir)
     everyone = contenders(run_dir, recipe)
     report = _report(run_dir, recipe, everyone)
@@ -198,7 +200,7 @@ def _write_graphs(
     for student in students:
         of_graph.setdefault(_graph(student, recipe), []).append(student)
     for name, served in of_graph.items():
-        rows = shared_parity_rows([student.plan(recipe) for student in served], recipe.guidance, shape, count)
+        rows = shared_parity_rows([student.plan(recipe) for student in served], recipe.served, shape, count)
         if name == SHARED_GRAPH:
             add(name, StepGraph(load_stock(run.shared(recipe.stage_two.steps[-1]))), rows)
         else:
@@ -258,7 +260,7 @@ def _manifest(
         prediction_type="v_prediction",
         schedule=recipe.schedule,
         clip=recipe.clip,
-        guidance=recipe.guidance,
+        guidance=recipe.served,
         latent=Latent(channels=channels),
         sizes=(Size(width=width * scale, height=height * scale, latent_width=width, latent_height=height),),
         condition=ConditionSpec(kind="labels", tokenizer=TOKENIZER_FILE, tokens=1, width=WIDTH),

@@ -81,31 +81,12 @@ class HalvingTables:
         return cls(**{name: torch.cat([getattr(each, name) for each in tables]) for name in cls.__annotations__})
 
 
-def halving_loss(
-    student: nn.Module,
-    teacher: nn.Module,
-    tables: Tables,
-    halving: HalvingTables,
-    rows: Noisy,
-    point: Tensor,
-    w: Tensor,
-) -> Tensor:
-    """(B,) truncated-SNR loss against the teacher's steps, at the same w. point: (B,) rows of ``halving``.
-
-    rows.t must be ``halving.t[point]``.
-    """
-    z_t, _ = tables.noisy(rows)
-    with torch.no_grad():
-        target = two_step_target(teacher, halving, z_t, rows, point, w)
-    return target_loss(student, tables, z_t, rows, w, target)
-
-
 def target_loss(
     student: nn.Module,
     tables: Tables,
     z_t: Tensor,
     rows: Noisy,
-    w: Tensor,
+    w: Tensor | None,
     target: Tensor,
     grid: Tensor | None = None,
 ) -> Tensor:
@@ -114,13 +95,14 @@ def target_loss(
     return tables.truncated_snr(rows.t) * row_mse(prediction, target)
 
 
+@torch.no_grad()
 def two_step_target(
     teacher: nn.Module,
     halving: HalvingTables,
     z_t: Tensor,
     rows: Noisy,
     point: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     grid: Tensor | None = None,
 ) -> Tensor:
     """The v with which one step lands where the teacher's two steps do, shaped as z_t; from unclipped outputs.

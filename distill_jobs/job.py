@@ -70,7 +70,8 @@ def run_job(
         source = open_source(recipe, teacher, processes, progress)
         phases = Phases(recipe, folder, trainer, source, teacher)
         train_teacher(phases)
-        train_stage_one(phases)
+        if recipe.stage_two.guidance != "at_sampling":  # else nothing is made of it
+            train_stage_one(phases)
         train_stage_two(phases)
         train_consistency(phases)
         train_encoders(phases)

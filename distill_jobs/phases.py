@@ -53,10 +53,12 @@ class Phases:
         loss: Loss,
         folder: Path,
         average: nn.Module | None = None,
+        save: Callable[[Path, UNet2DConditionModel], UNet2DConditionModel] | None = None,
     ) -> None:
         """Train the network that ``start`` makes into ``folder``, unless that stands already.
 
         average: a network of the same shape that holds the weight average while training, for ``loss`` to use.
+        save: of a network that is no plain one, writes it into the folder and returns the plain one it amounts to.
         """
         if self.stands(folder):
             return
@@ -65,7 +67,8 @@ class Phases:
         weights, seconds = self.trainer.train(phase)
 
         def fill(staging: Path) -> None:
-            self._save(staging, with_weights(network, weights))
+            plain = with_weights(network, weights) if save is None else save(staging, network)
+            self._save(staging, plain)
             record = {"name": name, "updates": training.updates, "seconds": round(seconds, 1)}
             (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
 

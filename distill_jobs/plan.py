@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill_jobs.adapters import adapter_parameters
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher
@@ -50,7 +51,7 @@ class PhasePlan:
     training: Training
     trained: NetworkCost
     frozen: NetworkCost | None
-    frozen_passes: int
+    frozen_passes: float
 
     def flops(self, recomputed: bool) -> float:
         """Of one update, over all processes. recomputed: with gradient checkpointing."""
@@ -111,29 +112,18 @@ def plan_of(recipe: Recipe) -> Plan:
     """The plan of a recipe. Raises: RecipeError when diffusers refuses the network's arguments."""
     teacher = network_cost(recipe.unet)
     student = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH})
-    trained = halved = student
-    if recipe.stage_two.weights == "shared":  # learns from two: stage one, and itself as the phase found it
-        trained = network_cost({**recipe.unet, "time_cond_proj_dim": 2 * GUIDANCE_WIDTH})
-        halved = replace(trained, parameters=student.parameters + trained.parameters)
-    halvings = [
-        PhasePlan(f"d{halving.steps}", recipe.stage_two.training(halving), trained, halved, 2)
-        for halving in recipe.stage_two.halvings
-    ]
+    phases = list(_teacher_phases(recipe, teacher))
+    if recipe.stage_two.guidance != "at_sampling":
+        phases.append(PhasePlan("stage_one", recipe.stage_one, student, teacher, 2))
+    phases += _halvings(recipe, teacher, student)
     if recipe.consistency is not None:  # learns from two passes: the teacher's, and its own average's
-        halvings.append(PhasePlan("consistency", recipe.consistency, student, student, 2))
+        phases.append(PhasePlan("consistency", recipe.consistency, student, student, 2))
     if recipe.encoder is not None:
-        halvings += [
+        phases += [
             PhasePlan(f"e{halving.steps}", recipe.encoder.training(halving), student, student, 2)
             for halving in recipe.encoder.halvings
         ]
-    return Plan(
-        recipe,
-        (
-            *_teacher_phases(recipe, teacher),
-            PhasePlan("stage_one", recipe.stage_one, student, teacher, 2),
-            *halvings,
-        ),
-    )
+    return Plan(recipe, tuple(phases))
 
 
 def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ...]:
@@ -144,9 +134,35 @@ def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ..
     return () if training is None else (PhasePlan("v_finetune", training, network, None, 0),)
 
 
-def network_cost(config: dict[str, Any]) -> NetworkCost:
+def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> list[PhasePlan]:
+    """The phases of stage two. An on-policy row takes half of its student's other steps, on average."""
+    section = recipe.stage_two
+    trained = halved = student
+    if section.guidance == "at_sampling":
+        trained = halved = teacher
+    elif section.weights == "shared":  # learns from two: stage one, and itself as the phase found it
+        trained = network_cost({**recipe.unet, "time_cond_proj_dim": 2 * GUIDANCE_WIDTH})
+        halved = replace(trained, parameters=student.parameters + trained.parameters)
+    elif section.lora is not None:  # over a frozen stage one
+        trained = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH}, section.lora.rank)
+        halved = replace(student, parameters=2 * student.parameters)
+    return [
+        PhasePlan(
+            f"{prefix}{halving.steps}",
+            section.training(halving),
+            trained,
+            halved,
+            2 + section.on_policy * (halving.steps - 1) / 2,
+        )
+        for prefix in ("du" if section.guidance == "at_sampling" else "d")
+        for halving in section.halvings
+    ]
+
+
+def network_cost(config: dict[str, Any], rank: int | None = None) -> NetworkCost:
     """Parameters and FLOPs of a UNet2DConditionModel, built and run on the meta device: no weights, no memory.
 
+    rank: count the parameters of adapters of this rank instead of its own.
     Raises: RecipeError when diffusers refuses the arguments.
     """
     with torch.device("meta"), torch.no_grad():
@@ -167,7 +183,8 @@ def network_cost(config: dict[str, Any]) -> NetworkCost:
                 timestep_cond=None if width is None else torch.empty(1, width),
                 added_cond_kwargs=added,
             )
-    return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
+    own = sum(p.numel() for p in network.parameters())
+    return NetworkCost(own if rank is None else adapter_parameters(network, rank), float(counter.get_total_flops()))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,19 @@ class Recipe(Section):
             raise ValueError("compute.shard cannot go with stage_two.weights: shared")
         if self.compute.shard and self.consistency is not None:
             raise ValueError("compute.shard cannot go with consistency")
+        if self.compute.shard and (self.stage_two.on_policy or self.stage_two.lora):
+            raise ValueError("compute.shard cannot go with stage_two.on_policy or stage_two.lora")
+        return self
+
+    @model_validator(mode="after")
+    def _guides_as_it_trains(self) -> Recipe:
+        guidance, allowed = self.stage_two.guidance, self.guidance
+        if guidance != "input" and (self.consistency is not None or self.encoder is not None):
+            raise ValueError("stage_two.guidance must be input with consistency or encoder")
+        if isinstance(guidance, float) and not allowed.min <= guidance <= allowed.max:
+            raise ValueError(f"stage_two.guidance {guidance:g} is outside {allowed.min:g} to {allowed.max:g}")
+        if isinstance(guidance, float) and guidance not in self.evaluation.guidance_scales:
+            raise ValueError(f"evaluation.guidance_scales must hold stage_two.guidance, {guidance:g}")
         return self
 
     @model_validator(mode="after")
@@ -130,6 +143,12 @@ class Recipe(Section):
     def chains(self) -> tuple[ChainSection, ...]:
         """Its chains of halvings: that of stage two, and the encoders' where there are any."""
         return (self.stage_two,) if self.encoder is None else (self.stage_two, self.encoder)
+
+    @property
+    def served(self) -> GuidanceRange:
+        """The guidance that its students are for: the recipe's range, or the one of single-guidance students."""
+        only = self.stage_two.guidance
+        return GuidanceRange(min=only, max=only, default=only) if isinstance(only, float) else self.guidance
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -74,6 +74,10 @@ class RunFolder:
     def student(self, steps: int) -> Path:
         return self.path / "students" / f"d{steps}"
 
+    def unconditional(self, steps: int) -> Path:
+        """The second network of a student that is guided at sampling."""
+        return self.path / "unconditional" / f"d{steps}"
+
     @property
     def consistency(self) -> Path:
         return self.path / "consistency"

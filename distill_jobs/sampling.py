@@ -51,18 +51,21 @@ def student_network(student: UNet2DConditionModel, w: float) -> Network:
     return network
 
 
-def guided_teacher(teacher: UNet2DConditionModel, null: Condition, w: float) -> Network:
-    """A teacher with classifier-free guidance: two evaluations a step, the second spared where w is 0.
+def guided_networks(
+    conditional: UNet2DConditionModel, unconditional: UNet2DConditionModel, null: Condition, w: float
+) -> Network:
+    """Classifier-free guidance at sampling: two evaluations a step, the second spared where w is 0.
 
-    null: the empty condition, one row.
+    A teacher is both networks. null: the empty condition, one row.
     """
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
         at = _timesteps(x_t, timestep)
-        conditional = predict(teacher, x_t, at, condition)
+        guided = predict(conditional, x_t, at, condition)
         if w == 0:
-            return conditional
-        return torch.as_tensor(combine(conditional, predict(teacher, x_t, at, null.expand(len(condition))), w))
+            return guided
+        unguided = predict(unconditional, x_t, at, null.expand(len(condition)))
+        return torch.as_tensor(combine(guided, unguided, w))
 
     return network
 

@@ -90,15 +90,27 @@ class ChainSection(Section):
         )
 
 
+class LoraSection(Section):
+    """Low-rank adapters over the stage-one network. rank: of the adapter of every layer."""
+
+    rank: int = Field(8, ge=1)
+
+
 class StageTwoSection(ChainSection):
     """The halvings of the students that draw; none where consistency starts from stage one.
 
     sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
-    one for all of them that is told its grid.
+    one for all of them that is told its grid. guidance: an input, as everywhere else; or a guidance_scale, the
+    only one these students are for; or at_sampling, where a conditional and an unconditional network are halved
+    without guidance and combined when sampling: the paper's two baselines. on_policy: share of the rows whose z_t
+    is where the student itself arrives, instead of noisy data. lora: train adapters only.
     """
 
     sampler: Literal["deterministic", "stochastic"] = "deterministic"
     weights: Literal["separate", "shared"] = "separate"
+    guidance: Literal["input", "at_sampling"] | Annotated[float, Field(ge=1)] = "input"
+    on_policy: float = Field(0.0, ge=0, le=1)
+    lora: LoraSection | None = None
 
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:
@@ -108,6 +120,10 @@ class StageTwoSection(ChainSection):
             raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
         if self.sampler == "stochastic" and self.weights == "shared":
             raise ValueError("weights can be shared in the deterministic chain only")
+        if self.weights == "shared" and (self.guidance == "at_sampling" or self.on_policy or self.lora):
+            raise ValueError("guidance: at_sampling, on_policy and lora need weights: separate")
+        if self.guidance == "at_sampling" and (self.on_policy or self.lora):
+            raise ValueError("guidance: at_sampling goes without on_policy and lora")
         if self.weights == "separate" and any(
             h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
         ):

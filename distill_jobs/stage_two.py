@@ -1,78 +1,113 @@
-"""Stage two: the chain of halvings, a network for every step count or one for all; and the encoders' chain."""
+"""Stage two: the chains of halvings, a network for every step count or one for all; and the encoders' chain."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
+from distill_jobs.adapters import Adapters
 from distill_jobs.draws import Draw, Draws
-from distill_jobs.halving import HalvingTables, halving_loss, target_loss
+from distill_jobs.halving import HalvingTables, target_loss, two_step_target
 from distill_jobs.phases import Phases
-from distill_jobs.sections import ChainSection, Halving
+from distill_jobs.rollout import Rollout
+from distill_jobs.sections import ChainSection, Halving, StageTwoSection
 from distill_jobs.shared_weights import Grids
 from distill_jobs.state import RowLoss
 from distill_jobs.student import fold_grid, load_stock, takes_grid, told_its_grid
+from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A chain of networks, each with half the steps of the one before.
+
+    prefix: of its phases' names; source: what the first learns from; folder: of the network of a step count;
+    unconditional: it learns the empty condition alone; guided: its networks take w.
+    """
+
+    prefix: str
+    section: ChainSection
+    tables: Callable[[NoiseSchedule, int, torch.device], HalvingTables]
+    source: Path
+    folder: Callable[[int], Path]
+    unconditional: bool = False
+    guided: bool = True
+
+
 def train_stage_two(phases: Phases) -> None:
-    """Every student of the chain."""
-    section = phases.recipe.stage_two
+    """Every student of the recipe's chain, or chains."""
+    section, folder = phases.recipe.stage_two, phases.folder
     if section.weights == "shared":
         _share(phases)
-    else:
-        tables = partial(HalvingTables.of, sampler=section.sampler)
-        _halve_all(phases, "d", section, tables, phases.folder.student)
+        return
+    tables = partial(HalvingTables.of, sampler=section.sampler)
+    if section.guidance != "at_sampling":
+        _halve_all(phases, Chain("d", section, tables, folder.stage_one, folder.student))
+        return
+    of_two = partial(Chain, section=section, tables=tables, source=folder.teacher, guided=False)
+    _halve_all(phases, of_two("d", folder=folder.student))
+    _halve_all(phases, of_two("u", folder=folder.unconditional, unconditional=True))
 
 
 def train_encoders(phases: Phases) -> None:
     """Every encoder, where the recipe asks for them."""
-    if phases.recipe.encoder is not None:
-        _halve_all(phases, "e", phases.recipe.encoder, HalvingTables.encoding, phases.folder.encoder)
+    section, folder = phases.recipe.encoder, phases.folder
+    if section is not None:
+        _halve_all(phases, Chain("e", section, HalvingTables.encoding, folder.stage_one, folder.encoder))
 
 
-def _halve_all(
-    phases: Phases,
-    prefix: str,
-    section: ChainSection,
-    tables: Callable[[NoiseSchedule, int, torch.device], HalvingTables],
-    folder: Callable[[int], Path],
-) -> None:
-    """A chain of networks, each with half the steps of the one before; the first learns from stage one."""
-    source = phases.folder.stage_one
-    for halving in section.halvings:
-        n = halving.steps
-        if not phases.stands(folder(n)):
-            halves = tables(phases.schedule, n, phases.device)
-            _halve(phases, f"{prefix}{n}", section, halving, halves, source, folder(n))
-        source = folder(n)
+def _halve_all(phases: Phases, chain: Chain) -> None:
+    source = chain.source
+    for halving in chain.section.halvings:
+        folder = chain.folder(halving.steps)
+        if not phases.stands(folder):
+            _halve(phases, chain, halving, source)
+        source = folder
 
 
-def _halve(
-    phases: Phases,
-    name: str,
-    section: ChainSection,
-    halving: Halving,
-    halves: HalvingTables,
-    source: Path,
-    folder: Path,
-) -> None:
+def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None:
     """Train a copy of the network in ``source`` to do in one step what that network does in two."""
-    teacher = phases.frozen(source)
+    section, n = chain.section, halving.steps
+    halves = chain.tables(phases.schedule, n, phases.device)
+    teacher, own = phases.frozen(source), Rollout.of(phases.recipe, section, n)
+    adapters = Adapters.of(section, base=chain.source, before=None if source == chain.source else source)
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-        point = (draws.stratified(update, batch, Draw.TIME) * halving.steps).long().to(phases.device)
+        point = (draws.stratified(update, batch, Draw.TIME) * n).long().to(phases.device)
         rows = phases.noisy(draws, update, batch, halves.t[point])
-        w = phases.weights(draws, update, batch, section.unguided_share)
-        losses = halving_loss(network, teacher, phases.tables, halves, rows, point, w)
-        return RowLoss(losses / (1 + w) ** section.w_power, w)
+        if chain.unconditional:
+            rows = replace(rows, condition=rows.null)
+        w = _weights(phases, section, draws, update, batch) if chain.guided else None
+        z_t, _ = phases.tables.noisy(rows)
+        if own is not None:
+            z_t = own.replace(z_t, network, draws, update, rows, point, w)
+        target = two_step_target(teacher, halves, z_t, rows, point, w)
+        return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target), w)
 
-    phases.train(name, section.training(halving), lambda: load_stock(source), loss, folder)
+    training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
+    if adapters is not None:
+        phases.train(name, training, adapters.start, loss, folder, save=adapters.save)
+    else:
+        phases.train(name, training, lambda: load_stock(source), loss, folder)
+
+
+def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, batch: int) -> Tensor:
+    """(B,) guidance weights: over the recipe's range, or of the one guidance that the chain is for."""
+    if isinstance(section, StageTwoSection) and isinstance(section.guidance, float):
+        return torch.full((batch,), weight_from_scale(section.guidance), device=phases.device)
+    return phases.weights(draws, update, batch, section.unguided_share)
+
+
+def _weighed(section: ChainSection, losses: Tensor, w: Tensor | None) -> RowLoss:
+    """Losses of rows at larger guidance count less, since their targets are larger."""
+    return RowLoss(losses if w is None else losses / (1 + w) ** section.w_power, w)
 
 
 def _share(phases: Phases) -> None:
@@ -105,10 +140,9 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         drawn = grids.draw(draws, update, batch)
         rows = phases.noisy(draws, update, batch, grids.tables.t[drawn.point])
-        w = phases.weights(draws, update, batch, section.unguided_share)
+        w = _weights(phases, section, draws, update, batch)
         z_t, _ = phases.tables.noisy(rows)
         target = grids.target(anchor, snapshot, z_t, rows, drawn, w)
-        losses = target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid)
-        return RowLoss(losses / (1 + w) ** section.w_power, w)
+        return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid), w)
 
     phases.train(f"d{halving.steps}", section.training(halving), begin, loss, folder)

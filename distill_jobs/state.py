@@ -35,9 +35,10 @@ Loss = Callable[[nn.Module, Draws, int, int], RowLoss]
 class Phase:
     """One optimisation.
 
-    network: trained in place; draws: its randomness; loss: of (network, draws, update, rows), where the draws are
-    the share that these ``rows`` rows have in the update's batch; average: made to hold the weight average (or the
-    weights, where there is none) all the time, for losses that learn from it; not with sharding.
+    network: trained in place, those of its parameters that take gradients; draws: its randomness; loss: of
+    (network, draws, update, rows), where the draws are the share that these ``rows`` rows have in the update's
+    batch; average: made to hold the weight average (or the weights, where there is none) all the time, for losses
+    that learn from it; not with sharding.
     """
 
     name: str
@@ -68,7 +69,7 @@ class TrainingState:
         self._draws = [mine.share(k, training.accumulate) for k in range(training.accumulate)]
         phase.network.train()
         self._network = processes.trained(phase.network)
-        self._parameters = list(phase.network.parameters())
+        self._parameters = [p for p in phase.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self._parameters, lr=training.lr, weight_decay=0.0, fused=True)
         self._optimizer = processes.accelerator.prepare_optimizer(optimizer)
         self._ema = EMAModel(self._held(), decay=training.ema, foreach=True) if training.ema else None
@@ -117,7 +118,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs, flat; sharded tensors whole."""
-        state = {f"network.{k}": whole(v) for k, v in self._phase.network.state_dict().items()}
+        state = {f"network.{k}": whole(v) for k, v in self._kept().items()}
         inner = self._optimizer.optimizer.state_dict()["state"]
         state |= {f"optimizer.{i}.{k}": whole(v) for i, values in inner.items() for k, v in values.items()}
         if self._ema is not None:
@@ -129,8 +130,8 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint's state."""
         tensors = checkpoint.tensors
-        own = self._phase.network.state_dict()
-        self._phase.network.load_state_dict({k: part(tensors[f"network.{k}"], like) for k, like in own.items()})
+        own = {k: part(tensors[f"network.{k}"], like) for k, like in self._kept().items()}
+        self._phase.network.load_state_dict(own, strict=len(own) == len(self._phase.network.state_dict()))
         inner: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -155,6 +156,11 @@ class TrainingState:
             rows = self._phase.loss(self._network, self._draws[k], self.update, self._rows)
             accelerator.backward(rows.loss.mean() / len(self._draws))
         return rows
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The network's tensors that change: all but its frozen parameters."""
+        frozen = {name for name, p in self._phase.network.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in self._phase.network.state_dict().items() if k not in frozen}
 
     def _show_average(self) -> None:
         """Let the phase's ``average`` share the memory of the weight average."""

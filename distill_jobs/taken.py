@@ -88,9 +88,14 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     own = {name: fields.pop(name) for name in LATER}
     found = [Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))]
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
-    found.append(Past("stage_one", ("stage_one", "gate.json"), "gate.json", dict(fields)))
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
-    found += _chain("d", recipe.stage_two, f"{kept}/d", {**fields, "stage_two": own["stage_two"]}, "stage_two")
+    chain = {**fields, "stage_two": own["stage_two"]}
+    if recipe.stage_two.guidance == "at_sampling":
+        found += _chain("d", recipe.stage_two, "students/d", chain, "stage_two")
+        found += _chain("u", recipe.stage_two, "unconditional/d", chain, "stage_two")
+        return tuple(found)
+    found.append(Past("stage_one", ("stage_one", "gate.json"), "gate.json", dict(fields)))
+    found += _chain("d", recipe.stage_two, f"{kept}/d", chain, "stage_two")
     if recipe.consistency is not None:
         own["consistency"].pop("students")
         past = {**fields, "stage_two": own["stage_two"], "consistency": own["consistency"]}
