@@ -47,6 +47,11 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("stage_two={weights: shared, sampler: stochastic, halvings: [{steps: 2, updates: 1}]}", "deterministic"),
         ("stage_two.halvings=[{steps: 1, updates: 1, newest_share: 0.9}]", "weights: shared"),
         ("stage_two.halvings=[]", "consistency.source"),
+        ("stage_two.guidance=6.0", "stage_two.guidance 6"),
+        ("stage_two.guidance=2.5", "must hold stage_two.guidance"),
+        ("stage_two.guidance=sometimes", "stage_two.guidance"),
+        ("stage_two.on_policy=1.5", "stage_two.on_policy"),
+        ("stage_two.lora={rank: 0}", "stage_two.lora.rank"),
         ("consistency={source: 64, grid: 64, updates: 1}", "consistency.source 64"),
         ("consistency={source: 4, grid: 8, updates: 1}", "grid must be 4"),
         ("consistency={source: 4, grid: 4, updates: 1, students: [3]}", "do not divide"),
@@ -109,6 +114,25 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_shared_weights_and_consistency_exclude_sharding(name: str) -> None:
     with pytest.raises(RecipeError, match=r"compute\.shard"):
         read_recipe(name, ["compute.shard=true"])
+
+
+@pytest.mark.parametrize("override", ["guidance=at_sampling", "on_policy=0.5", "lora={rank: 2}"])
+def test_variants_that_need_separate_weights_say_so(override: str) -> None:
+    with pytest.raises(RecipeError, match="weights: separate"):
+        read_recipe("digits-shared", [f"stage_two.{override}"])
+
+
+@pytest.mark.parametrize("override", ["on_policy=0.5", "lora={rank: 2}"])
+def test_variants_exclude_sharding_and_two_networks(override: str) -> None:
+    with pytest.raises(RecipeError, match=r"compute\.shard"):
+        read_recipe("digits", [f"stage_two.{override}", "compute.shard=true"])
+    with pytest.raises(RecipeError, match="at_sampling goes without"):
+        read_recipe("digits-two-networks", [f"stage_two.{override}"])
+
+
+def test_consistency_needs_students_that_take_guidance() -> None:
+    with pytest.raises(RecipeError, match=r"stage_two\.guidance must be input"):
+        read_recipe("digits-consistency", ["stage_two.guidance=2.0"])
 
 
 def test_a_consistency_finish_needs_a_student_of_the_deterministic_sampler() -> None:
