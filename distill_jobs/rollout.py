@@ -46,7 +46,7 @@ class Rollout:
         w: Tensor | None,
     ) -> Tensor:
         """z_t: (B, C, h, w) with a share of its rows replaced by the student's own. point: (B,) grid point - 1."""
-        chosen = (draws.uniform(update, len(z_t), Draw.POLICY) < self.share).to(z_t.device)
+        chosen = (draws.stratified(update, len(z_t), Draw.POLICY) < self.share).to(z_t.device)
         noise = [
             draws.normal(update, tuple(z_t.shape), Draw.ROLLOUT, position).to(z_t.device)[chosen]
             for position, step in enumerate(self.plan.steps[:-1])

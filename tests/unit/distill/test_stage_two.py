@@ -178,8 +178,8 @@ def test_only_the_drawn_share_of_rows_is_the_students_own(rows: Noisy) -> None:
     plan, draws = sampler_plan(SCHEDULE, 4), Draws(0, "d4")
     point, w = torch.tensor([0, 1, 2, 3, 0, 1]), torch.zeros(B)
     z_t = Rollout(plan, 0.5).replace(rows.x, tiny_student(1), draws, 3, rows, point, w)
-    own = draws.uniform(3, B, Draw.POLICY) < 0.5
-    assert 0 < int(own.sum()) < B
+    own = draws.stratified(3, B, Draw.POLICY) < 0.5
+    assert int(own.sum()) == B // 2
     assert torch.equal(z_t[~own], rows.x[~own])
     assert bool((z_t[own] != rows.x[own]).flatten(1).any(1).all())
 
