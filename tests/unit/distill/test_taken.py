@@ -12,11 +12,14 @@ from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
+from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.state import Phase
-from distill_jobs.taken import take_phases, takeable
+from distill_jobs.taken import pasts, take_phases, takeable
 from tests.support.tiny_recipe import OVERRIDES, weights_of
+
+FIRST = ("teacher", "stage_one")
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,30 @@ def test_a_dry_run_says_what_is_taken(finished: RunFolder, tmp_path: Path) -> No
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert result.output.count("taken") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("digits-consistency", {"teacher", "stage_one", "d32", "d16", "d8", "d4"}),
+        ("digits-lcm", {"teacher", "stage_one"}),
+        ("digits-lora", {"teacher", "stage_one"}),
+        ("digits-on-policy", {"teacher", "stage_one"}),
+        ("digits-separate", {"teacher", "stage_one"}),
+        ("digits-single", {"teacher", "stage_one"}),
+        ("digits-stochastic", {"teacher", "stage_one"}),
+        ("digits-two-networks", {"teacher"}),
+    ],
+)
+def test_shipped_variants_take_what_they_share_with_digits_shared(name: str, shared: set[str]) -> None:
+    theirs = {past.name: past.fields for past in pasts(read_recipe("digits-shared"))}
+    mine = {past.name: past.fields for past in pasts(read_recipe(name))}
+    assert {phase for phase in mine if mine[phase] == theirs.get(phase)} == shared
+
+
+def test_variants_have_as_many_updates_as_the_chain_they_are_compared_with() -> None:
+    def trained(name: str) -> int:
+        return sum(p.training.updates for p in plan_of(read_recipe(name)).phases if p.name not in FIRST)
+
+    names = ["digits-consistency", "digits-lcm", "digits-lora", "digits-on-policy", "digits-two-networks"]
+    assert {trained(name) for name in (*names, "digits-shared", "digits-separate", "digits-single")} == {6100}
