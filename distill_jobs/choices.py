@@ -29,7 +29,7 @@ class Candidate(BaseModel):
 class Choice(BaseModel):
     """The candidates of a step count, nearest to the teacher first. best: None if all are refused.
 
-    stochastic: of the stochastic sampler, whose images are not the teacher's at equal noise.
+    stochastic: of a sampler that draws fresh noise, so that images are not the teacher's at equal noise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,14 +41,15 @@ class Choice(BaseModel):
 
 
 def choices(rows: Sequence[EvaluationRow], reference_steps: int) -> tuple[Choice, ...]:
-    """The best student for each step count, of the stochastic sampler and of the others; most steps first.
+    """The best student for each step count, of samplers with fresh noise and of the others; most steps first.
 
     rows: with those of the teacher at reference_steps, at every guidance that a student has.
     """
     teacher = {r.guidance_scale: r for r in rows if (r.model, r.steps) == (TEACHER, reference_steps)}
     groups: dict[tuple[int, bool], dict[str, list[EvaluationRow]]] = {}
     for row in filter(is_student, rows):
-        group = groups.setdefault((row.steps, row.sampler == "stochastic"), {})
+        draws_noise = row.sampler != "deterministic" and row.steps > 1
+        group = groups.setdefault((row.steps, draws_noise), {})
         group.setdefault(titled(row), []).append(row)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
     return tuple(_choice(*key, students, teacher) for key, students in ordered)
