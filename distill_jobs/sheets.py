@@ -24,21 +24,22 @@ FONT_PX = 14
 
 
 def write_sheets(folder: Path, recipe: Recipe, everyone: Sequence[Contender]) -> None:
-    """One PNG per student: rows reference teacher, teacher at the same steps, student; columns guidance.
+    """One PNG per student: rows reference teacher, teacher at the same steps, student; columns the student's guidance.
 
     everyone: the contenders, the reference first. A cell shows one image of every class; the noise of a
     class is the same in every cell.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[Contender, list[Tensor]] = {}
+    drawn: dict[tuple[Contender, tuple[float, ...]], list[Tensor]] = {}
     for student in (c for c in everyone if c.exported):
         twins = [c for c in everyone if c.title == TEACHER and c.steps == student.steps]
         shown = list(dict.fromkeys([everyone[0], *twins, student]))
+        scales = student.scales_of(recipe.evaluation)
         for contender in shown:
-            if contender not in drawn:
-                drawn[contender] = _images(contender, recipe)
+            if (contender, scales) not in drawn:
+                drawn[contender, scales] = _images(contender, recipe, scales)
         labels = [f"{c.title}, {c.steps} step{'s' if c.steps > 1 else ''}" for c in shown]
-        sheet = compose_sheet([drawn[c] for c in shown], labels, recipe.evaluation.guidance_scales)
+        sheet = compose_sheet([drawn[c, scales] for c in shown], labels, scales)
         sheet.save(folder / f"{f'{student.name}_' if student.name else ''}steps_{student.steps}.png")
 
 
@@ -59,13 +60,10 @@ def compose_sheet(rows: Sequence[Sequence[Tensor]], labels: Sequence[str], scale
     return sheet
 
 
-def _images(contender: Contender, recipe: Recipe) -> list[Tensor]:
-    """One image of every class, (10, C, h, w), for each guidance of the recipe; seeds 0 … 9."""
+def _images(contender: Contender, recipe: Recipe, scales: Sequence[float]) -> list[Tensor]:
+    """One image of every class, (10, C, h, w), for each guidance; seeds 0 … 9."""
     unet, condition = contender.load(), class_condition(torch.arange(CLASSES))
-    return [
-        contender.draw(contender.network(unet, scale), recipe, condition, range(CLASSES))
-        for scale in recipe.evaluation.guidance_scales
-    ]
+    return [contender.draw(contender.network(unet, scale), recipe, condition, range(CLASSES)) for scale in scales]
 
 
 def _block(images: Tensor) -> NDArray[np.uint8]:
