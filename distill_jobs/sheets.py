@@ -24,7 +24,7 @@ FONT_PX = 14
 
 
 def write_sheets(folder: Path, recipe: Recipe, everyone: Sequence[Contender]) -> None:
-    """One PNG per student: rows reference teacher, teacher at the same steps, student; columns the student's guidance.
+    """One PNG per student: rows reference teacher, teacher at the same steps, student; columns its guidance.
 
     everyone: the contenders, the reference first. A cell shows one image of every class; the noise of a
     class is the same in every cell.
