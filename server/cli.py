@@ -27,7 +27,7 @@ def _option(field: str, *flags: str) -> Any:
     default = info.default
     if field == "bundles":
         default = "server/bundles/default"
-    text = f"{info.description} [env HALFSTEP_{field.upper()}]"
+    text = f"{info.description} (env HALFSTEP_{field.upper()})"  # in brackets it would be markup
     return typer.Option(*flags, help=text, show_default=str(default))
 
 

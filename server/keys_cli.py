@@ -23,7 +23,7 @@ _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _FileOption = Annotated[
-    Path | None, typer.Option("--api-keys", help="file of the keys' hashes [env HALFSTEP_API_KEYS]")
+    Path | None, typer.Option("--api-keys", help="file of the keys' hashes (env HALFSTEP_API_KEYS)")
 ]
 
 

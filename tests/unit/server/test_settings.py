@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import typer
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
@@ -70,3 +72,11 @@ def test_a_lease_outlives_three_heartbeats(lease_s: str) -> None:
     ended = CliRunner().invoke(app, ["serve"], env={"HALFSTEP_LEASE_S": lease_s, "COLUMNS": "500"})
     assert ended.exit_code == 1
     assert "HALFSTEP_LEASE_S" in ended.output
+
+
+@pytest.mark.parametrize("name", ["serve", "api", "worker"])
+def test_help_names_the_variable_of_every_flag(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    flags = {"bundles" if flag.name == "bundle" else flag.name for flag in command.params}
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "400"}).output
+    assert set(re.findall(r"HALFSTEP_(\w+)", shown)) == {flag.upper() for flag in flags}
