@@ -80,10 +80,11 @@ chaos: setup
 	$(VENV)/bin/python -m tests.chaos small
 	$(VENV)/bin/python -m tests.chaos plants
 
-## make prove      the long proofs: fuzzing; 2,000 cancels; 200 kills of a training job; benchmarks into docs/benchmarks.md
+## make prove      the long proofs: fuzzing; cancels; overload, fairness; killed training jobs; docs/benchmarks.md
 prove: setup
 	$(VENV)/bin/python -m tests.fuzz
 	$(VENV)/bin/python -m tests.chaos cancels
+	$(VENV)/bin/python -m tests.load all
 	$(VENV)/bin/python -m tests.chaos.job_kills
 	$(VENV)/bin/python -m tests.benchmarks
 

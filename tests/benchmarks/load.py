@@ -1,9 +1,4 @@
-"""An open-loop load: requests leave at Poisson times, whether or not earlier ones are answered.
-
-Latency counts from the planned departure, so a server that falls behind cannot slow the load down
-(no coordinated omission). The load runs in a process of its own; the pictures that came are looked at when it is
-over.
-"""
+"""The open-loop load of the goodput benchmark, from a process of its own; it looks at the pictures afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +9,9 @@ import io
 import json
 import math
 import multiprocessing
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.benchmarks.results import Outcome
+from tests.support.open_loop import Answer, Departure, post, send
 
-TIMEOUT_S = 30.0
 MOST_LEVELS = 2
 """A right picture is at most that far from the expected one in any pixel, in levels of 0 … 255."""
 
@@ -43,22 +37,6 @@ class Call:
     content_type: str
     body: bytes
     expected: Pixels
-
-    def wire(self, host: str) -> bytes:
-        head = (
-            f"POST {self.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {self.content_type}\r\n"
-            f"Content-Length: {len(self.body)}\r\nConnection: keep-alive\r\n\r\n"
-        )
-        return head.encode() + self.body
-
-
-@dataclass(frozen=True)
-class Answer:
-    """status: of HTTP, 0 where no answer came; latency_s: from the planned departure."""
-
-    status: int
-    latency_s: float
-    body: bytes
 
 
 class LoadProcess:
@@ -78,18 +56,11 @@ def load_process() -> Iterator[LoadProcess]:
         yield LoadProcess(pool)
 
 
-def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Poisson times in [0, seconds); never none."""
-    generator = np.random.default_rng(seed)
-    gaps = generator.exponential(1 / rate, size=math.ceil(rate * seconds * 2) + 20)
-    times = [float(t) for t in np.cumsum(gaps) if t < seconds]
-    return times or [seconds / 2]
-
-
 def offer(url: str, calls: Sequence[Call], objective_s: float) -> Outcome:
     """What ``LoadProcess`` runs."""
-    answers = asyncio.run(_send_all(url.removeprefix("http://"), calls))
-    return judge(calls, answers, objective_s)
+    host = url.removeprefix("http://")
+    departures = [Departure(call.at_s, post(host, call.path, call.content_type, call.body)) for call in calls]
+    return judge(calls, asyncio.run(send(host, departures, keep_bodies=True)), objective_s)
 
 
 def judge(calls: Sequence[Call], answers: Sequence[Answer], objective_s: float) -> Outcome:
@@ -122,50 +93,3 @@ def is_right(body: bytes, expected: Pixels) -> bool:
     return drawn.shape == expected.shape and bool(
         np.abs(drawn.astype(np.int16) - expected.astype(np.int16)).max() <= MOST_LEVELS
     )
-
-
-async def _send_all(host: str, calls: Sequence[Call]) -> list[Answer]:
-    idle: list[_Connection] = []
-    wires = [call.wire(host) for call in calls]
-    begun = time.perf_counter()
-
-    async def one(call: Call, wire: bytes) -> Answer:
-        due = begun + call.at_s
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        status, body = 0, b""
-        with suppress(OSError, TimeoutError, EOFError, ValueError):  # what a broken connection raises
-            connection = idle.pop() if idle else await _Connection.to(host)
-            status, body = await asyncio.wait_for(connection.post(wire), TIMEOUT_S)
-            idle.append(connection)
-        return Answer(status, time.perf_counter() - due, body)
-
-    try:
-        return await asyncio.gather(*(one(call, wire) for call, wire in zip(calls, wires, strict=True)))
-    finally:
-        for connection in idle:
-            connection.close()
-
-
-class _Connection:
-    """One kept-alive connection; only as much HTTP as the contenders speak."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-
-    @classmethod
-    async def to(cls, host: str) -> _Connection:
-        name, port = host.split(":")
-        return cls(*await asyncio.open_connection(name, int(port)))
-
-    async def post(self, wire: bytes) -> tuple[int, bytes]:
-        """(status, body) of the answer, read to its end."""
-        self._writer.write(wire)
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        body = b""
-        for line in head.split("\r\n"):
-            if line.startswith("content-length:"):
-                body = await self._reader.readexactly(int(line.partition(":")[2]))
-        return int(head.split(" ", 2)[1]), body
-
-    def close(self) -> None:
-        self._writer.close()

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from engines.manifest import Size, Task
 from engines.pipeline import Pipeline
-from tests.benchmarks.load import Call, Pixels, arrivals
+from tests.benchmarks.load import Call, Pixels
+from tests.support.open_loop import arrivals
 from tests.support.pictures import file_of, photo
 
 OURS, OURS_EDITS = "/v1/images/generations", "/v1/images/edits"

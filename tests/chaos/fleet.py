@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -18,14 +20,17 @@ from tests.support.redis_server import RedisServer
 from tests.support.serving import ROOT, until
 
 EXIT_S = 40
+_NOTHING: Mapping[str, str] = {}
 SHORTAGE_S = 1.5
 CUTS = 8
 
 
 class Node:
-    """One process, which keeps its port however often it is started."""
+    """One process, which keeps its port however often it is started. environment: settings of its own."""
 
-    def __init__(self, role: str, url: str, bundle: Path, plant: str, log: IO[str]) -> None:
+    def __init__(
+        self, role: str, url: str, bundle: Path, plant: str, log: IO[str], environment: Mapping[str, str] = _NOTHING
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -33,10 +38,11 @@ class Node:
         module = [sys.executable, "-m", "tests.chaos.node"]
         self._command = [*module, role, url, str(bundle), str(self.port), plant]
         self._log = log
+        self._environment = {**os.environ, **environment}
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._command, cwd=ROOT, stderr=self._log)
+        self.process = subprocess.Popen(self._command, cwd=ROOT, stderr=self._log, env=self._environment)
 
     def restart(self) -> None:
         """SIGKILL, and another in its place."""
@@ -49,6 +55,22 @@ class Node:
         self.process.terminate()
         return self.process.wait(EXIT_S)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """SIGKILL, frozen or not."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     @property
     def ready(self) -> bool:
         try:
@@ -58,13 +80,22 @@ class Node:
 
 
 class Fleet:
-    """log: where the processes write."""
+    """log: where the processes write; environment: settings of all of them."""
 
-    def __init__(self, bundle: Path, apis: int, workers: int, plant: str, log: Path) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        apis: int,
+        workers: int,
+        plant: str,
+        log: Path,
+        environment: Mapping[str, str] = _NOTHING,
+    ) -> None:
         self._log = log.open("a")
         self.redis = RedisServer("", None if plant == "not_durable" else "always")
-        self.apis = [Node("api", self.redis.url, bundle, plant, self._log) for _ in range(apis)]
-        self.workers = [Node("worker", self.redis.url, bundle, plant, self._log) for _ in range(workers)]
+        place = self.redis.url, bundle, plant, self._log, environment
+        self.apis = [Node("api", *place) for _ in range(apis)]
+        self.workers = [Node("worker", *place) for _ in range(workers)]
 
     def wait_ready(self) -> None:
         for node in (*self.apis, *self.workers):
@@ -111,8 +142,6 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for node in (*self.apis, *self.workers):
-            node.process.send_signal(signal.SIGCONT)
-            node.process.kill()
-            node.process.wait()
+            node.end()
         self.redis.__exit__(None, None, None)
         self._log.close()

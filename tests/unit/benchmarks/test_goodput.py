@@ -12,13 +12,14 @@ from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.benchmarks.eager import EagerStudent
 from tests.benchmarks.goodput import HALVINGS, LADDER, search
-from tests.benchmarks.load import Answer, Call, Pixels, is_right, judge
+from tests.benchmarks.load import Call, Pixels, is_right, judge
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
 from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle
 from tests.benchmarks.results import Goodput, Outcome, Point, Provenance
 from tests.benchmarks.servers import servers
 from tests.benchmarks.together import make_together
 from tests.benchmarks.wishes import TASKS, Wish, answer, draw_pool
+from tests.support.open_loop import Answer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def test_only_the_expected_picture_within_the_objective_counts(drawn: list[tuple
     calls = [Call(float(k), "/", "application/json", b"", first) for k in range(1, 6)]
     right, wrong = (json.dumps(answer(pixels)).encode() for pixels in (first, second))
     bodies = [(200, 0.1, right), (200, 9.0, right), (200, 0.1, wrong), (503, 0.1, b""), (0, 0.1, b"")]
-    outcome = judge(calls, [Answer(*body) for body in bodies], objective_s=1.0)
+    outcome = judge(
+        calls, [Answer(status, 0.0, latency_s, body) for status, latency_s, body in bodies], objective_s=1.0
+    )
     assert (outcome.within, outcome.wrong, outcome.rejected, outcome.failed) == (0.2, 1, 1, 1)
     assert outcome.goodput == pytest.approx(1 / 5)
     assert not is_right(b"no json", first)
