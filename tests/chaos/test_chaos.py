@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from pathlib import Path
 
 import pytest
 
 from tests.chaos import cancels
-from tests.chaos.fleet import Fleet
 from tests.chaos.harness import Plan, run
-from tests.chaos.ledger import Ledger
-from tests.support.serving import until
+from tests.load.rolling import Restarts, restart_all
 
 SHORT = Plan(240, 10, workers=2, worker_kills=3, api_kills=1, redis_kills=1, freezes=1, poison=1)
 
@@ -41,26 +37,10 @@ def test_a_planted_bug_is_noticed(plan: Plan, toy_bundle: Path, tmp_path: Path) 
 
 
 def test_rolling_restarts_are_not_noticed(toy_bundle: Path, tmp_path: Path) -> None:
-    jobs = 120
-    with Fleet(toy_bundle, apis=2, workers=2, plant="", log=tmp_path / "log") as fleet:
-        fleet.wait_ready()
-        ledger = Ledger([node.url for node in fleet.apis], jobs, 0, random.Random(1))
-
-        async def roll() -> list[int]:
-            working = asyncio.create_task(ledger.run(8))
-            statuses = []
-            for pair in zip(fleet.workers, fleet.apis, strict=True):
-                statuses += await asyncio.gather(*(asyncio.to_thread(node.terminate) for node in pair))
-                for node in pair:
-                    node.start()
-                for node in pair:
-                    await asyncio.to_thread(until, lambda node=node: node.ready, "it is ready again", 60)  # type: ignore[misc]
-            await asyncio.wait_for(working, 60)
-            return statuses
-
-        assert asyncio.run(roll()) == [0] * 4
-    assert {entry.status for entry in ledger.entries} == {"succeeded"}
-    assert not [error for entry in ledger.entries for error in entry.errors]
+    noticed = restart_all(Restarts(apis=2, workers=2, jobs=120, seconds=8), toy_bundle, tmp_path / "log")
+    assert noticed.statuses == [0] * 4
+    assert not noticed.errors
+    assert noticed.unmade == 0
 
 
 def test_a_request_given_up_runs_one_further_step_at_most_and_harms_nobody(toy_bundle: Path) -> None:
