@@ -66,6 +66,7 @@ class Bench:
     objective_s: float
     seconds: float
     seed: int
+    watch: Watch
 
     def climb(self, server: Server, number: int) -> list[Point]:
         """All loads of one round of a server."""
@@ -81,7 +82,7 @@ class Bench:
     def _started(self, server: Server) -> Iterator[Callable[[float, int], Outcome]]:
         with (
             tempfile.TemporaryDirectory(prefix="bench-goodput-") as folder,
-            started(server, Path(folder) / "log") as url,
+            started(server, Path(folder) / "log", self.watch) as url,
         ):
 
             def offer(load: float, seed: int, seconds: float = self.seconds) -> Outcome:
@@ -144,7 +145,7 @@ def measure(pipeline: Pipeline, bundle: Path, rounds: int, seconds: float, seed:
     objective_s = OBJECTIVE_OF_LONE * alone.lone_s
     _err.print(f"objective {1000 * objective_s:.0f} ms, raw loop {alone.images_per_s:.1f} images/s")
     with load_process() as process:
-        bench = Bench(process, alone.pool, alone.images_per_s, objective_s, seconds, seed)
+        bench = Bench(process, alone.pool, alone.images_per_s, objective_s, seconds, seed, watch)
         screened = {pair: bench.screen(litserve_server(bundle, *pair)) for pair in LITSERVE}
         best = max(screened, key=lambda pair: sum(point.outcome.goodput for point in screened[pair]))
         everyone = servers(bundle, best)

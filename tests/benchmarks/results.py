@@ -192,11 +192,16 @@ class Watch:
     """Started before a measurement: tells afterwards how much of the machine was not ours."""
 
     def __init__(self) -> None:
-        self._begun, self._all, self._ours = time.monotonic(), _busy_s(), _own_s()
+        self._begun, self._all, self._ours = time.monotonic(), _busy_s(), own_s()
+        self._unwaited_s = 0.0
+
+    def ran(self, cpu_s: float) -> None:
+        """Count CPU of processes that were ours and that nobody waited for."""
+        self._unwaited_s += cpu_s
 
     def others_cpu(self) -> float:
         """Share of all cores since the start; children count as ours once they were waited for."""
-        others = (_busy_s() - self._all) - (_own_s() - self._ours)
+        others = (_busy_s() - self._all) - (own_s() - self._ours) - self._unwaited_s
         return max(0.0, others / (psutil.cpu_count() or 1) / (time.monotonic() - self._begun))
 
     def provenance(self, module: str, seed: int) -> Provenance:
@@ -221,5 +226,6 @@ def _busy_s() -> float:
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
-def _own_s() -> float:
+def own_s() -> float:
+    """CPU seconds of this process and of the children it waited for."""
     return sum(os.times()[:4])

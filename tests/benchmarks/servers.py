@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from tests.benchmarks.results import Watch, own_s
 from tests.benchmarks.wishes import OURS, RIVALS
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +51,8 @@ def litserve_server(bundle: Path, batch: int, wait_ms: float) -> Server:
 
 
 @contextmanager
-def started(server: Server, log: Path) -> Iterator[str]:
-    """The base URL of a server that answers; it is ended afterwards with all its children."""
+def started(server: Server, log: Path, watch: Watch) -> Iterator[str]:
+    """The base URL of a server that answers; it is ended afterwards with all its children, their CPU counted."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,11 +64,25 @@ def started(server: Server, log: Path) -> Iterator[str]:
             _await(url + server.ready, process, log)
             yield url
         finally:
+            used_s, waited_s = _cpu_s(process.pid), own_s()
             subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
             process.wait()
+            watch.ran(max(0.0, used_s - (own_s() - waited_s)))
+
+
+def _cpu_s(pid: int) -> float:
+    """Of a process and its descendants so far."""
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for each in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                total += times.user + times.system
+    return total
 
 
 def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
