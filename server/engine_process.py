@@ -30,6 +30,9 @@ from server.work import Crashed, Died, Event, Failed, Late, Made
 START_S = 900.0
 """Most time to load and measure the models."""
 
+TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "cache_dir", "hang_s", "log_level"}
+"""Settings the process is told: what it loads and how it runs, and no secret."""
+
 LOOK_S = 0.1
 BUFFER_BYTES = 8 * 1024 * 1024
 RETRY_S = (0.0, 0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -83,7 +86,8 @@ class EngineProcess:
         known = {name: offer.model_dump() for name, offer in self._offers.items()}
         try:
             ours.settimeout(START_S)
-            ours.sendall(frame({"settings": self._settings.model_dump(mode="json"), "known": known}))
+            told = self._settings.model_dump(mode="json", include=TOLD)
+            ours.sendall(frame({"settings": told, "known": known}))
             answer = _read(ours)
         except OSError:
             answer = {}
