@@ -21,13 +21,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from distill_jobs.data.digits import NULL_CLASS, class_condition
+from distill_jobs.data.masks import seen_channels
 from distill_jobs.data.source import Condition
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_networks, sample, student_network
 from distill_jobs.sections import EvaluationSection, Solver
 from distill_jobs.solvers import TITLES, solve, stock_scheduler
-from distill_jobs.student import load_stock, weights_sha256
+from distill_jobs.student import load_stock, sees_masks, weights_sha256
 from engines.guidance import weight_from_scale
 from engines.sampler import Sampler, SamplerPlan, sampler_plan
 from engines.schedule import NoiseSchedule
@@ -103,13 +104,18 @@ class Contender:
         both = weights_sha256(self.folder) + weights_sha256(self.unconditional)
         return hashlib.sha256(both.encode()).hexdigest()
 
-    def network(self, unet: UNet2DConditionModel, guidance_scale: float) -> Network:
-        """The sampler's view of a loaded network at a public guidance_scale."""
+    def network(self, unet: UNet2DConditionModel, guidance_scale: float, seen: Tensor | None = None) -> Network:
+        """The sampler's view of a loaded network at a public guidance_scale.
+
+        seen: (B, K, h, w) what a network for inpainting sees; left out, an image hidden as a whole.
+        """
         w = weight_from_scale(guidance_scale)
+        if seen is None and sees_masks(unet):
+            seen = seen_channels(torch.zeros(1, *self.shape), torch.ones(1, 1, *self.shape[1:]))
         if not self._guided_at_sampling:
-            return student_network(unet, w)
+            return student_network(unet, w, seen)
         second = unet if self.unconditional is None else load_stock(self.unconditional)
-        return guided_networks(unet, second, class_condition(torch.tensor([NULL_CLASS])), w)
+        return guided_networks(unet, second, class_condition(torch.tensor([NULL_CLASS])), w, seen)
 
     @property
     def _guided_at_sampling(self) -> bool:

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.data.source import Condition
-from distill_jobs.student import predict, takes_grid
+from distill_jobs.student import predict, sees_masks, takes_grid
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
@@ -24,6 +24,7 @@ from engines.manifest import (
     KNOWN,
     LATENT,
     MASK,
+    MASKED,
     NEXT_LATENT,
     NOISE,
     TIMESTEP,
@@ -36,8 +37,9 @@ from engines.sampler import COEFFICIENT_NAMES
 class StepGraph(nn.Module):
     """One denoising step of a student: network, clean estimate, affine update and inpainting blend.
 
-    The formulas are those of ``engines.sampler``; the student gives v (or whatever the coefficients' p and q
-    were made for). unpack: what the network is told, from the graph's condition.
+    A student that sees the mask and the image behind it needs no blend, and takes that image in place of the known
+    latent. The formulas are those of ``engines.sampler``; the student gives v (or whatever the coefficients' p and
+    q were made for). unpack: what the network is told, from the graph's condition.
     """
 
     def __init__(self, unet: UNet2DConditionModel, unpack: Callable[[Tensor], Condition] = Condition) -> None:
@@ -61,12 +63,16 @@ class StepGraph(nn.Module):
 
         latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
         condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated; grid: (B,)
-        step counts N, for a student with one set of weights for all of them.
+        step counts N, for a student with one set of weights for all of them. known of a student that sees it: the
+        latent of the image without what is generated.
         """
-        out = predict(self.unet, latent, timestep, self.unpack(condition), guidance, grid=grid)
+        extra = torch.cat([mask, known], dim=1) if sees_masks(self.unet) else None
+        out = predict(self.unet, latent, timestep, self.unpack(condition), guidance, extra, grid)
         p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
         clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
         update = a * latent + b * clean + d * out + c * noise
+        if extra is not None:
+            return update, clean
         return mask * update + (1 - mask) * (e * known + f * noise), clean
 
     def inputs(self, height: int, width: int, tokens: int) -> tuple[TensorSpec, ...]:
@@ -79,7 +85,7 @@ class StepGraph(nn.Module):
             CONDITION: (-1, tokens, self.unet.config.cross_attention_dim),
             COEFFICIENTS: (-1, len(COEFFICIENT_NAMES)),
             NOISE: latent,
-            KNOWN: latent,
+            MASKED if sees_masks(self.unet) else KNOWN: latent,
             MASK: (-1, 1, height, width),
         }
         if takes_grid(self.unet):

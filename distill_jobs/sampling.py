@@ -41,33 +41,43 @@ def sample(
     return x_t
 
 
-def student_network(student: UNet2DConditionModel, w: float) -> Network:
-    """A student at guidance weight w: one evaluation a step."""
+def student_network(student: UNet2DConditionModel, w: float, seen: Tensor | None = None) -> Network:
+    """A student at guidance weight w: one evaluation a step. seen: (B or 1, K, h, w) its further input channels."""
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
         weights = torch.full((len(x_t),), w)
-        return predict(student, x_t, _timesteps(x_t, timestep), condition, weights)
+        return predict(student, x_t, _timesteps(x_t, timestep), condition, weights, _rows(seen, x_t))
 
     return network
 
 
 def guided_networks(
-    conditional: UNet2DConditionModel, unconditional: UNet2DConditionModel, null: Condition, w: float
+    conditional: UNet2DConditionModel,
+    unconditional: UNet2DConditionModel,
+    null: Condition,
+    w: float,
+    seen: Tensor | None = None,
 ) -> Network:
     """Classifier-free guidance at sampling: two evaluations a step, the second spared where w is 0.
 
-    A teacher is both networks. null: the empty condition, one row.
+    A teacher is both networks. null: the empty condition, one row; seen: (B or 1, K, h, w) further input channels,
+    which are never dropped.
     """
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
-        at = _timesteps(x_t, timestep)
-        guided = predict(conditional, x_t, at, condition)
+        at, extra = _timesteps(x_t, timestep), _rows(seen, x_t)
+        guided = predict(conditional, x_t, at, condition, extra=extra)
         if w == 0:
             return guided
-        unguided = predict(unconditional, x_t, at, null.expand(len(condition)))
+        unguided = predict(unconditional, x_t, at, null.expand(len(condition)), extra=extra)
         return torch.as_tensor(combine(guided, unguided, w))
 
     return network
+
+
+def _rows(seen: Tensor | None, x_t: Tensor) -> Tensor | None:
+    """One row of channels for each of x_t."""
+    return None if seen is None else seen.expand(len(x_t), *seen.shape[1:])
 
 
 def _timesteps(x_t: Tensor, timestep: int) -> Tensor:

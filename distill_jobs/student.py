@@ -102,6 +102,11 @@ def takes_grid(unet: UNet2DConditionModel) -> bool:
     return bool(unet.config.time_cond_proj_dim == 2 * GUIDANCE_WIDTH)
 
 
+def sees_masks(unet: UNet2DConditionModel) -> bool:
+    """Whether a network takes a mask and the image behind it beside the latent."""
+    return bool(unet.config.in_channels > unet.config.out_channels)
+
+
 def with_weights(network: UNet2DConditionModel, weights: dict[str, Tensor]) -> UNet2DConditionModel:
     """A network built as ``network`` is, holding these weights."""
     with torch.device("meta"):

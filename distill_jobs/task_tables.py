@@ -18,6 +18,18 @@ class TaskTable:
 
 
 TABLES = {
+    "inpainting": TaskTable(
+        "Inpainting",
+        "Real digits of which one half (upper, lower, left and right in turn) is hidden and drawn anew as their "
+        "own class; the other half is put back as it was. Agreement: share that the classifier takes for that "
+        "class; beside it that of images the same student draws from text alone, and that of the digits before, "
+        "grey where they are hidden. Blended: what is known is noised and put back after every step.",
+        {
+            "inpaint_agreement": "agreement",
+            "text_agreement": "from text alone",
+            "hidden_agreement": "before",
+        },
+    ),
     "inversion": TaskTable(
         "Inversion",
         "Real digits, encoded to its noise under its own class with guidance off, in as many steps as it is "
@@ -46,6 +58,7 @@ def _lines(table: TaskTable, rows: Sequence[EvaluationRow]) -> list[str]:
     ]
     for row in rows:
         cells = (f"{row.metrics[name].mean:.3f}" for name in table.columns)
-        head = f"| {row.guidance_scale:g} | {row.model} | {row.steps} | {row.evaluations} |"
+        model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
+        head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return [*lines, ""]

@@ -1,4 +1,4 @@
-"""What students do besides drawing from text, measured for the report: edits by inversion."""
+"""What students do besides drawing from text, measured for the report: inpainting, and edits by inversion."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from distill_jobs.contenders import STUDENT, TEACHER
 from distill_jobs.data.digits import Digits
 from distill_jobs.encoders import encoders
 from distill_jobs.gates import Gate
+from distill_jobs.inpainting import AGREEMENT as IN_MASK
+from distill_jobs.inpainting import INPAINTING, measure_inpainting, write_inpainting_sheet
+from distill_jobs.inpainting import TEXT_AGREEMENT as FROM_TEXT
 from distill_jobs.inversion import AGREEMENT, INVERSION, RECONSTRUCTION, measure_inversion, write_edit_sheet
 from distill_jobs.recipe import Recipe
 from engines.manifest import EvaluationRow
 
 LEAST_EDIT_AGREEMENT = 0.9
+LEAST_INPAINT_AGREEMENT = 0.95
 TaskRows = Mapping[str, tuple[EvaluationRow, ...]]
 """By task, the rows of its table."""
 
@@ -25,12 +29,16 @@ def measure_tasks(
     run_dir: Path, recipe: Recipe, classifier: DigitClassifier, digits: Digits, progress: Progress
 ) -> dict[str, tuple[EvaluationRow, ...]]:
     """The tables of the tasks that the run trained for, and their sheets. Raises: JobError."""
-    tables = {}
+    task = progress.add_task(INPAINTING, total=None, loss="")
+
+    def advance(done: int) -> None:
+        progress.advance(task, done)
+
+    tables = {INPAINTING: measure_inpainting(run_dir, recipe, classifier, digits, advance)}
+    write_inpainting_sheet(run_dir / "sheets" / "inpainting.png", run_dir, recipe, digits)
     if recipe.encoder is not None:
-        task = progress.add_task(INVERSION, total=None, loss="")
-        tables[INVERSION] = measure_inversion(
-            run_dir, recipe, classifier, digits, lambda done: progress.advance(task, done)
-        )
+        progress.update(task, description=INVERSION)
+        tables[INVERSION] = measure_inversion(run_dir, recipe, classifier, digits, advance)
         write_edit_sheet(run_dir / "sheets" / "edits.png", run_dir, recipe, digits)
     return tables
 
@@ -42,7 +50,16 @@ def task_weights(run_dir: Path, recipe: Recipe) -> dict[str, str]:
 
 def task_gates(tables: TaskRows) -> tuple[Gate, ...]:
     """The targets that these rows can answer."""
-    return tuple(_inversion_gates(tables.get(INVERSION, ())))
+    inpainted, inverted = tables.get(INPAINTING, ()), tables.get(INVERSION, ())
+    return (*_inpainting_gates(inpainted), *_inversion_gates(inverted))
+
+
+def _inpainting_gates(rows: tuple[EvaluationRow, ...]) -> Iterator[Gate]:
+    """As obedient within a mask as on an empty page."""
+    for row in rows:
+        ratio = row.metrics[IN_MASK].mean / max(row.metrics[FROM_TEXT].mean, 1e-12)
+        name = f"inpainting, {row.steps}-step {row.model}, agreement / from text alone"
+        yield Gate(name=name, value=ratio, limit=LEAST_INPAINT_AGREEMENT, at_least=True)
 
 
 def _inversion_gates(rows: tuple[EvaluationRow, ...]) -> Iterator[Gate]:

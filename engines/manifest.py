@@ -24,6 +24,7 @@ CONDITION = "condition"
 COEFFICIENTS = "coefficients"
 NOISE = "noise"
 KNOWN = "known"
+MASKED = "masked"
 MASK = "mask"
 GRID = "grid"
 NEXT_LATENT = "next_latent"
@@ -202,7 +203,7 @@ class BundleManifest(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> BundleManifest:
         needed = [CONDITION_GRAPH, DECODE_GRAPH, *(s.graph for s in (*self.students, *self.encoders))]
-        if self.takes_images:
+        if self.takes_images or any(MASKED in {spec.name for spec in g.inputs} for g in self.graphs.values()):
             needed.append(ENCODE_GRAPH)
         for name in needed:
             if name not in self.graphs:
@@ -220,6 +221,11 @@ class BundleManifest(Frozen):
         if len(set(keys)) != len(keys) or self.default_steps not in {s.steps for s in self.students}:
             raise ValueError("students must be distinct in (steps, sampler) and include default_steps")
         return self
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether its networks see the mask and the image behind it; else inpainting blends at every step."""
+        return any(spec.name == MASKED for student in self.students for spec in self.graphs[student.graph].inputs)
 
     @property
     def takes_images(self) -> bool:

@@ -28,6 +28,19 @@ def latent_mask(generated: Generated, size: Size) -> NDArray[np.float32]:
     return np.asarray(np.any(cells, axis=(1, 3)), np.float32)[None]
 
 
+def hide(known: Pixels, generated: Generated, size: Size) -> Pixels:
+    """The image (H, W, 3) with every cell that is generated painted in HIDDEN_LEVEL, the known part of it too."""
+    rows, columns = size.height // size.latent_height, size.width // size.latent_width
+    cells = latent_mask(generated, size)[0] > 0
+    painted = cells.repeat(rows, axis=0).repeat(columns, axis=1)
+    return np.where(painted[..., None], np.uint8(HIDDEN_LEVEL), known)
+
+
+def blank(size: Size) -> Pixels:
+    """The image (H, W, 3) of which nothing is known."""
+    return np.full((size.height, size.width, 3), HIDDEN_LEVEL, np.uint8)
+
+
 def paste_known(drawn: Pixels, known: Pixels, generated: Generated) -> Pixels:
     """The image (H, W, 3): known pixels exactly as they are outside the mask, blended in just inside its edge."""
     weight = _feathered(generated)[..., None]

@@ -32,6 +32,7 @@ from engines.manifest import (
     KNOWN,
     LATENT,
     MASK,
+    MASKED,
     NEXT_LATENT,
     NOISE,
     TIMESTEP,
@@ -40,6 +41,7 @@ from engines.manifest import (
     Size,
     StudentSpec,
 )
+from engines.masks import blank
 from engines.rows import Drawing, Floats, Row
 from engines.sampler import Sampler
 
@@ -60,6 +62,7 @@ class Pipeline:
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.costs: CostTable | None = None
         self._engines = {name: load(name) for name in self.manifest.graphs}
+        self._blanks: dict[Size, Floats] = {}
 
     @property
     def manifest(self) -> BundleManifest:
@@ -96,7 +99,16 @@ class Pipeline:
         self, condition: Floats, guidance_scale: float, seed: int, student: StudentSpec, size: Size | None = None
     ) -> Row:
         """A text-to-image row at pure noise. condition: (T, D). ``Drawing`` has the other ways to begin."""
-        return Drawing(self.manifest, student, condition, guidance_scale).from_noise(seed, size)
+        masked = self.blank(size or self.manifest.sizes[0])
+        return Drawing(self.manifest, student, condition, guidance_scale, masked).from_noise(seed, size)
+
+    def blank(self, size: Size) -> Floats | None:
+        """(C, h, w) what the networks see of an image to be drawn as a whole; None where they see no image."""
+        if not self.manifest.sees_masks:
+            return None
+        if size not in self._blanks:
+            self._blanks[size] = self.encode([blank(size)])[0]
+        return self._blanks[size]
 
     def step(self, rows: Sequence[Row]) -> None:
         """Advance every row by one denoising step. rows: one batch_key, at most max_rows."""
@@ -158,8 +170,12 @@ class Pipeline:
             KNOWN: np.stack([row.known for row in rows]),
             MASK: np.stack([row.mask for row in rows]),
         }
-        if any(spec.name == GRID for spec in self.manifest.graphs[graph].inputs):
+        declared = {spec.name for spec in self.manifest.graphs[graph].inputs}
+        if GRID in declared:
             inputs[GRID] = np.array([leg.student.grid for leg in legs], np.float32)
+        if MASKED in declared:
+            inputs[MASKED] = np.stack([_seen(row) for row in rows])
+            del inputs[KNOWN]
         return inputs
 
     def _run(self, graph: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -171,6 +187,12 @@ class Pipeline:
         if pad:
             inputs = {k: np.concatenate([v, np.repeat(v[:1], pad, axis=0)]) for k, v in inputs.items()}
         return {name: array[:n] for name, array in self._engines[graph].run(inputs).items()}
+
+
+def _seen(row: Row) -> Floats:
+    if row.masked is None:
+        raise ValueError("this model's networks see the masked image: give Drawing its latent, or Pipeline.blank")
+    return row.masked
 
 
 def find_student(manifest: BundleManifest, steps: int | None, sampler: Sampler | None = None) -> StudentSpec:

@@ -31,8 +31,9 @@ class Row:
     """One image in the making; ``Pipeline.step`` advances it along its legs.
 
     latent, clean: (C, h, w) current latent and last clean estimate; noise: (C, h, w), the row's own, which also
-    re-noises known regions; known, mask: (C, h, w) and (1, h, w), mask 1 where the image is generated;
-    position: steps done, over all legs.
+    re-noises known regions; known, mask: (C, h, w) and (1, h, w), mask 1 where the image is generated; masked:
+    (C, h, w) clean latent of the image without what is generated, for networks that see it; position: steps
+    done, over all legs.
     """
 
     legs: tuple[Leg, ...]
@@ -42,6 +43,7 @@ class Row:
     known: Floats
     mask: Floats
     clean: Floats
+    masked: Floats | None = None
     position: int = 0
 
     @property
@@ -92,18 +94,23 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """What all images of a request share. condition: (T, D) of the prompt; guidance_scale: as users give it."""
+    """What all images of a request share.
+
+    condition: (T, D) of the prompt; guidance_scale: as users give it; masked: (C, h, w) as of ``Row``, where the
+    manifest's networks see masks.
+    """
 
     manifest: BundleManifest
     student: StudentSpec
     condition: Floats
     guidance_scale: float
+    masked: Floats | None = None
 
     def from_noise(self, seed: int, size: Size | None = None) -> Row:
         """Text to image: all steps of the student, from pure noise."""
         at = size or self.manifest.sizes[0]
         noise = self._noise(seed, (self.manifest.latent.channels, at.latent_height, at.latent_width))
-        return _row((self._leg(),), seed, noise, noise)
+        return self._row((self._leg(),), seed, noise, noise)
 
     def from_image(self, seed: int, known: Floats, strength: float, mask: Floats | None = None) -> Row:
         """Editing by noising (SDEdit), and inpainting where there is a mask.
@@ -116,7 +123,7 @@ class Drawing:
         alpha, sigma = self.manifest.noise_level(leg.plan.steps[0].timestep)
         noise = self._noise(seed, known.shape)
         latent = (alpha * known + sigma * noise).astype(np.float32)
-        return _row((leg,), seed, latent, noise, known, mask)
+        return self._row((leg,), seed, latent, noise, known, mask)
 
     def from_inversion(self, seed: int, known: Floats, encoder: StudentSpec, source: Floats) -> Row:
         """Editing by inversion: encode under the source prompt's condition with guidance off, then draw.
@@ -124,7 +131,7 @@ class Drawing:
         known: (C, h, w) clean latent of the image; source: (T, D).
         """
         invert = Leg(encoder, self.manifest.inversion(encoder), 0.0, source)
-        return _row((invert, self._leg()), seed, known, self._noise(seed, known.shape), known)
+        return self._row((invert, self._leg()), seed, known, self._noise(seed, known.shape), known)
 
     def _leg(self, start: int | None = None) -> Leg:
         plan = self.manifest.plan(self.student, start)
@@ -132,6 +139,26 @@ class Drawing:
 
     def _noise(self, seed: int, shape: tuple[int, ...]) -> Floats:
         return row_noise(seed, shape, Purpose.INITIAL)
+
+    def _row(
+        self,
+        legs: tuple[Leg, ...],
+        seed: int,
+        latent: Floats,
+        noise: Floats,
+        known: Floats | None = None,
+        mask: Floats | None = None,
+    ) -> Row:
+        return Row(
+            legs=legs,
+            seed=seed,
+            latent=latent,
+            noise=noise,
+            known=np.zeros_like(latent) if known is None else known,
+            mask=np.ones((1, *latent.shape[1:]), np.float32) if mask is None else mask,
+            clean=np.zeros_like(latent),
+            masked=self.masked,
+        )
 
 
 def find_encoder(manifest: BundleManifest, steps: int, wanted: int | None = None) -> StudentSpec:
@@ -148,22 +175,3 @@ def find_encoder(manifest: BundleManifest, steps: int, wanted: int | None = None
         message = f"encoder_steps must be one this model has an encoder for: {trained}."
         raise RequestError("encoder_steps", "out_of_range", message)
     return by_steps[wanted] if wanted is not None else by_steps.get(steps, by_steps[max(by_steps)])
-
-
-def _row(
-    legs: tuple[Leg, ...],
-    seed: int,
-    latent: Floats,
-    noise: Floats,
-    known: Floats | None = None,
-    mask: Floats | None = None,
-) -> Row:
-    return Row(
-        legs=legs,
-        seed=seed,
-        latent=latent,
-        noise=noise,
-        known=np.zeros_like(latent) if known is None else known,
-        mask=np.ones((1, *latent.shape[1:]), np.float32) if mask is None else mask,
-        clean=np.zeros_like(latent),
-    )

@@ -11,11 +11,12 @@ import structlog
 from numpy.typing import NDArray
 
 from engines.errors import BackendError, RequestError
+from engines.masks import hide
 from engines.pipeline import Pipeline
 from engines.rows import Floats, Row
-from server.images import read_image
+from server.images import read_image, read_mask
 from server.jobs import JobFailedError, JobFailure
-from server.work import Work, find_size
+from server.work import Encoded, Work, find_size
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -91,9 +92,9 @@ class Conditions:
             self._cache.popitem(last=False)
 
 
-def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Floats | Exception]:
-    """By token, the (C, h, w) clean latent of every job that brought an image, or why there is none."""
-    found: dict[str, Floats | Exception] = {}
+def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Encoded | Exception]:
+    """By token, the clean latents of every job that brought an image, or why there are none."""
+    found: dict[str, Encoded | Exception] = {}
     by_size: dict[str, list[Work]] = {}
     for work in works:
         if work.request.image is None:
@@ -103,14 +104,26 @@ def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Floats
         except RequestError as error:
             found[work.token] = error
 
-    def call(batch: Sequence[Work]) -> list[Floats]:
-        return list(pipeline.encode([read_image(work.request.image or b"") for work in batch]))
+    def call(batch: Sequence[Work]) -> list[Encoded]:
+        known = pipeline.encode([read_image(work.request.image or b"") for work in batch])
+        seen = _encode_seen(pipeline, batch)
+        return [Encoded(latent, seen.get(work.token)) for latent, work in zip(known, batch, strict=True)]
 
     for group in by_size.values():
         for start in range(0, len(group), pipeline.max_rows):
             chunk = group[start : start + pipeline.max_rows]
             found.update(zip((work.token for work in chunk), isolate(chunk, call), strict=True))
     return found
+
+
+def _encode_seen(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Floats]:
+    """By token, what a network that sees masks sees of the image of every inpainting; all of one size."""
+    masked = [work for work in works if work.request.mask is not None] if pipeline.manifest.sees_masks else []
+    if not masked:
+        return {}
+    size = find_size(pipeline, masked[0].request)
+    hidden = [hide(read_image(w.request.image or b""), read_mask(w.request.mask or b""), size) for w in masked]
+    return dict(zip((work.token for work in masked), pipeline.encode(hidden), strict=True))
 
 
 def step_rows(pipeline: Pipeline, rows: Sequence[Row]) -> list[Exception | None]:

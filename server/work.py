@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from server.batching import Ticket
 from server.images import read_mask
 from server.jobs import JobFailure, Lease
 from server.request import DenoiseRequest
+
+PartT = TypeVar("PartT")
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) RGB."""
@@ -116,6 +119,14 @@ class Died:
 Event = Progress | Made | Failed | Crashed | Started | Stepped | Dropped | Late | Died
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Clean latents of a caller's image, (C, h, w); masked: without what is generated, for networks that see it."""
+
+    known: Floats
+    masked: Floats | None = None
+
+
 @dataclass(eq=False)
 class Image:
     """Image ``index`` of a job in the making."""
@@ -176,17 +187,19 @@ class Work:
         return len(self.pixels) == len(self.tickets)
 
     def start_rows(
-        self, pipeline: Pipeline, conditions: Mapping[str, Floats | Exception], image: Floats | Exception | None
+        self, pipeline: Pipeline, conditions: Mapping[str, Floats | Exception], image: Encoded | Exception | None
     ) -> None:
-        """Make the rows. conditions: (T, D) of ``prompts``; image: (C, h, w) clean latent of the caller's image.
+        """Make the rows. conditions: (T, D) of ``prompts``; image: the caller's.
 
         Raises: what one of them failed with; RequestError when the bundle lacks what the request asks for.
         """
         condition, *source = (_sound(conditions[prompt]) for prompt in self.prompts)
         student = pipeline.student(self.request.steps, self.request.sampler)
-        drawing = Drawing(pipeline.manifest, student, condition, self.request.guidance_scale)
         size = find_size(pipeline, self.request)
-        known = None if image is None else _sound(image)
+        encoded = None if image is None else _sound(image)
+        known = None if encoded is None else encoded.known
+        masked = pipeline.blank(size) if encoded is None or encoded.masked is None else encoded.masked
+        drawing = Drawing(pipeline.manifest, student, condition, self.request.guidance_scale, masked)
         mask = None if self.request.mask is None else latent_mask(read_mask(self.request.mask), size)
         for index, seed in enumerate(self.request.seeds):
             if known is None:
@@ -235,7 +248,7 @@ def find_size(pipeline: Pipeline, request: DenoiseRequest) -> Size:
     raise RequestError("size", "out_of_range", "This model was not trained for that size.")
 
 
-def _sound(part: Floats | Exception) -> Floats:
+def _sound(part: PartT | Exception) -> PartT:
     if isinstance(part, Exception):
         raise part
     return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -47,9 +48,9 @@ def tiny_recipe(students: tuple[int, ...] = (8, 4, 2, 1)) -> Recipe:
     )
 
 
-def tiny_student(seed: int) -> UNet2DConditionModel:
+def tiny_student(seed: int, unet: dict[str, Any] | None = None) -> UNet2DConditionModel:
     """Untrained, but answering to w: cond_proj is random instead of zero."""
-    student = student_of(new_teacher(UNET, seed))
+    student = student_of(new_teacher(unet or UNET, seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         weight = student.time_embedding.cond_proj.weight
@@ -61,13 +62,13 @@ def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
     schedule = NoiseSchedule(recipe.schedule)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    save_stock(folder / "teacher", new_teacher(UNET, 0), schedule, recipe.clip)
-    save_stock(folder / "stage_one", tiny_student(1), schedule, recipe.clip)
+    save_stock(folder / "teacher", new_teacher(recipe.unet, 0), schedule, recipe.clip)
+    save_stock(folder / "stage_one", tiny_student(1, recipe.unet), schedule, recipe.clip)
     for halving in recipe.stage_two.halvings:
-        student = tiny_student(2 + halving.steps)
+        student = tiny_student(2 + halving.steps, recipe.unet)
         save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip)
     for n in recipe.encoder.steps if recipe.encoder else ():
-        save_stock(folder / "encoders" / f"e{n}", tiny_student(100 + n), schedule, recipe.clip)
+        save_stock(folder / "encoders" / f"e{n}", tiny_student(100 + n, recipe.unet), schedule, recipe.clip)
     return folder
 
 

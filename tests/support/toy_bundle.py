@@ -43,8 +43,8 @@ class ToyOptions:
 
     channels, depth: size of the network (96 and 24 make a step of some 10 ms); nan_class: a class whose
     output is NaN, for fault tests; stochastic: step counts that also get a stochastic student; shared: one
-    step graph for every N, with the grid input; encoders: step counts of encoders; weights_seed: another
-    model of the same shapes.
+    step graph for every N, with the grid input; encoders: step counts of encoders; seeing: networks
+    that see the mask; weights_seed: another model of the same shapes.
     """
 
     name: str = "toy-digits"
@@ -57,6 +57,7 @@ class ToyOptions:
     nan_class: int | None = None
     shared: bool = False
     encoders: tuple[int, ...] = ()
+    seeing: bool = False
     weights_seed: int = 0
 
 
@@ -86,6 +87,7 @@ def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
             depth=options.depth,
             nan_class=options.nan_class,
             grid=options.shared and name == "step",
+            seeing=options.seeing,
         )
     parity = Parity(reference="built in ONNX, not exported", max_abs_error=0.0, mean_abs_error=0.0, rows=0)
     specs = {}

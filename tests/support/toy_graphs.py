@@ -24,6 +24,7 @@ from engines.manifest import (
     KNOWN,
     LATENT,
     MASK,
+    MASKED,
     NEXT_LATENT,
     NOISE,
     TIMESTEP,
@@ -121,14 +122,17 @@ def encode_graph() -> ToyGraph:
     return build.finish((_spec(IMAGE, (-1, 64, 64, 3), "uint8"),), (_spec(LATENT, _ROW),))
 
 
-def step_graph(*, seed: int, channels: int, depth: int, nan_class: int | None, grid: bool) -> ToyGraph:
+def step_graph(
+    *, seed: int, channels: int, depth: int, nan_class: int | None, grid: bool, seeing: bool = False
+) -> ToyGraph:
     """One denoising step of a network drawn from ``seed``; see ``ToyOptions`` for the rest."""
     build = _Builder()
-    out = _network(build, np.random.default_rng(seed), channels, depth, grid)
+    out = _network(build, np.random.default_rng(seed), channels, depth, grid, seeing)
     if nan_class is not None:
         out = _poison(build, out, nan_class)
-    _update(build, out)
-    names = (LATENT, TIMESTEP, GUIDANCE, CONDITION, COEFFICIENTS, NOISE, KNOWN, MASK)
+    _update(build, out, blend=not seeing)
+    behind = MASKED if seeing else KNOWN
+    names = (LATENT, TIMESTEP, GUIDANCE, CONDITION, COEFFICIENTS, NOISE, behind, MASK)
     shapes = (_ROW, (-1,), (-1,), (-1, 1, WIDTH), (-1, 9), _ROW, _ROW, _ROW)
     inputs = tuple(_spec(name, shape) for name, shape in zip(names, shapes, strict=True))
     if grid:
@@ -136,7 +140,7 @@ def step_graph(*, seed: int, channels: int, depth: int, nan_class: int | None, g
     return build.finish(inputs, (_spec(NEXT_LATENT, _ROW), _spec(CLEAN_ESTIMATE, _ROW)))
 
 
-def _network(build: _Builder, rng: np.random.Generator, channels: int, depth: int, grid: bool) -> str:
+def _network(build: _Builder, rng: np.random.Generator, channels: int, depth: int, grid: bool, seeing: bool) -> str:
     """The v-prediction, (B, 1, 8, 8): convolutions of the latent, a class pattern times w, and the time."""
     pattern = build.op("MatMul", CONDITION, build.const(_draw(rng, (WIDTH, LATENT_PX**2))))
     pattern = build.op("Reshape", pattern, build.ints(*_ROW))
@@ -145,6 +149,8 @@ def _network(build: _Builder, rng: np.random.Generator, channels: int, depth: in
     planes = [LATENT, build.op("Mul", pattern, strength), time]
     if grid:
         planes.append(build.op("Log", build.plane(GRID)))
+    if seeing:
+        planes += [MASK, MASKED]
     hidden = build.op("Concat", *planes, axis=1)
     width = len(planes)
     for _ in range(depth):
@@ -162,7 +168,7 @@ def _poison(build: _Builder, out: str, nan_class: int) -> str:
     return build.op("Where", chosen, build.scalar(float("nan")), out)
 
 
-def _update(build: _Builder, out: str) -> None:
+def _update(build: _Builder, out: str, blend: bool) -> None:
     """Clean estimate, affine update and blend, as ``engines.sampler`` writes them."""
     p, q, r, a, b, d, c, e, f = (
         build.op(
@@ -181,6 +187,9 @@ def _update(build: _Builder, out: str) -> None:
     estimate = weighted((p, LATENT), (q, out))
     build.op("Max", build.op("Min", estimate, r), build.op("Neg", r), result=CLEAN_ESTIMATE)
     y = weighted((a, LATENT), (b, CLEAN_ESTIMATE), (d, out), (c, NOISE))
+    if not blend:
+        build.op("Identity", y, result=NEXT_LATENT)
+        return
     known = weighted((e, KNOWN), (f, NOISE))
     outside = build.op("Sub", build.scalar(1), MASK)
     build.op("Add", build.op("Mul", MASK, y), build.op("Mul", outside, known), result=NEXT_LATENT)
