@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from distill_jobs.contenders import contenders
-from distill_jobs.data.digits import class_condition
+from distill_jobs.data.digits import Digits, class_condition
 from distill_jobs.export import export_run
+from distill_jobs.inpainting import half_masks, painters
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.report import write_report
 from distill_jobs.sampling import request_noise, sample
@@ -22,6 +23,7 @@ from engines.errors import BundleError, RequestError
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
+from engines.rows import Drawing
 from tests.numerics.conftest import EvaluatedRun
 from tests.support.tiny_run import spoil, tiny_recipe, tiny_student
 
@@ -127,6 +129,21 @@ def stock_samples(folder: Path, steps: int) -> np.ndarray:
             out = unet(x, t, encoder_hidden_states=condition.tokens, timestep_cond=embedding).sample
             x = scheduler.step(out, t, x).prev_sample
     return x.numpy()
+
+
+def test_the_pipeline_blends_what_is_known_as_the_trainers_sampler_does(pipeline: Pipeline, run_dir: Path) -> None:
+    (painter,) = (p for p in painters(run_dir, RECIPE) if p.student.steps == 2)
+    images, masks = Digits.load().images[:4], half_masks(4, 8, 8)
+    conditions = pipeline.condition([str(int(label)) for label in LABELS])
+    rows = [
+        Drawing(pipeline.manifest, pipeline.student(2), c, 5.0).from_image(seed, image, 1.0, mask)
+        for c, seed, image, mask in zip(conditions, SEEDS, images.numpy(), masks.numpy(), strict=True)
+    ]
+    while not rows[0].done:
+        pipeline.step(rows)
+    got = torch.from_numpy(np.stack([row.latent for row in rows])).clamp(-1, 1)
+    want = painter.paint(RECIPE, images, masks, LABELS, 5.0, SEEDS)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
 def test_images_are_the_decoded_latents(pipeline: Pipeline) -> None:

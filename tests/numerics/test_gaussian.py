@@ -34,7 +34,7 @@ class Gaussian:
     def v(self, z: np.ndarray, index: int) -> np.ndarray:
         alpha, sigma = SCHEDULE.at(index)
         slope = alpha * sigma * (1 - self.spread**2) / (alpha**2 * self.spread**2 + sigma**2)
-        return -sigma * self.mean + slope * (z - alpha * self.mean)
+        return np.asarray(-sigma * self.mean + slope * (z - alpha * self.mean))
 
 
 def guided(of_class: Gaussian, of_all: Gaussian, w: float) -> Model:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engines.errors import RequestError
-from engines.masks import latent_mask, paste_known
+from engines.masks import HIDDEN_LEVEL, hide, latent_mask, paste_known
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, Row, find_encoder
@@ -90,6 +90,16 @@ def test_a_cell_is_generated_if_any_of_its_pixels_is(pipeline: Pipeline) -> None
     cells = latent_mask(generated, pipeline.manifest.sizes[0])
     assert cells.sum() == 1
     assert cells[0, 1, 1] == 1
+
+
+def test_what_is_generated_is_hidden_by_whole_cells(pipeline: Pipeline) -> None:
+    known, generated = np.asarray(photo()), np.zeros((64, 64), np.bool_)
+    generated[8, 15] = True
+    hidden = hide(known, generated, pipeline.manifest.sizes[0])
+    assert (hidden[8:16, 8:16] == HIDDEN_LEVEL).all()
+    outside = np.ones((64, 64), np.bool_)
+    outside[8:16, 8:16] = False
+    assert (hidden[outside] == known[outside]).all()
 
 
 def test_known_pixels_come_back_exactly_and_the_seam_is_inside() -> None:
