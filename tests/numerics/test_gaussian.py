@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from engines.guidance import combine
-from engines.sampler import SamplerPlan, deterministic_step, sampler_plan
+from engines.sampler import SamplerPlan, encoder_plan, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
 SCHEDULE = NoiseSchedule(ScheduleSpec(timesteps=4096))  # power of two: every grid is uniform in angle
@@ -123,13 +122,81 @@ def test_empirical_moments_match_the_recursion() -> None:
     assert abs(z.var() / variance - 1) < 5 * np.sqrt(2 / z.size)
 
 
-@pytest.mark.parametrize("n", [64, 256])
-def test_encoding_then_decoding_returns_at_order_one(n: int) -> None:
-    model = guided(Gaussian(0.8, 0.5), Gaussian(-0.1, 0.5), 2.0)
-    grid = (0, *SCHEDULE.grid(n)[1:])  # an encoder starts at table index 0
-    x = z = np.linspace(-1, 1, 9)
-    for here, there in pairwise(grid):
-        z, _ = deterministic_step(SCHEDULE, here, there).apply(z, model(z, here))
-    for here, there in pairwise(grid[::-1]):
-        z, _ = deterministic_step(SCHEDULE, here, there).apply(z, model(z, here))
-    assert np.abs(z - x).max() < 12 / n
+# ---- marginals along the way
+
+
+GRIDS = [128, 256, 512, 1024]
+SHARED_VARIANCE = (Gaussian(0.8, 0.5), Gaussian(-0.1, 0.5))
+SHARED_MEAN = (Gaussian(0.3, 0.6), Gaussian(0.3, 0.8))
+Pair = tuple[Gaussian, Gaussian]
+
+
+def exact_moments(pair: Pair, w: float, index: int) -> tuple[float, float]:
+    """Mean and standard deviation that noise has when the exact guided flow has taken it to a table index.
+
+    alpha·m_w and D_c^((1+w)/2)·D_0^(-w/2), for pairs of one mean or one variance. With one variance this is
+    N(m_w, s²) noised, whose score the guided model then has, so that the stochastic sampler keeps it too.
+    """
+    (of_class, of_all), (alpha, sigma) = pair, SCHEDULE.at(index)
+    d_c, d_0 = ((alpha * each.spread) ** 2 + sigma**2 for each in pair)
+    return alpha * ((1 + w) * of_class.mean - w * of_all.mean), d_c ** ((1 + w) / 2) * d_0 ** (-w / 2)
+
+
+def worst_moments(plan: SamplerPlan, pair: Pair, w: float, start: tuple[float, float]) -> tuple[float, float]:
+    """Largest errors of mean and standard deviation over all points of a plan. start: moments at its beginning.
+
+    The model is linear, so a step takes mean to A·mean + B and variance to A²·variance + c².
+    """
+    model, (mean, spread), found = guided(*pair, w), start, []
+    for step in plan:
+        zero, one = step.apply(np.array([0.0, 1.0]), model(np.array([0.0, 1.0]), step.timestep))[0]
+        mean, spread = (one - zero) * mean + zero, np.hypot((one - zero) * spread, step.coefficients.c)
+        found.append(np.abs(np.subtract((mean, spread), exact_moments(pair, w, step.target))))
+    worst_mean, worst_spread = np.max(found, axis=0)
+    return worst_mean, worst_spread
+
+
+def assert_order_one(plans: list[SamplerPlan], pair: Pair, w: float, start: tuple[float, float]) -> None:
+    """The mean exact at every point, since v is then -sigma·m; the deviation's error halved by every grid."""
+    means, spreads = zip(*(worst_moments(plan, pair, w, start) for plan in plans), strict=True)
+    assert max(means) < 1e-12
+    np.testing.assert_allclose(np.divide(spreads[:-1], spreads[1:]), 2.0, rtol=0.1)
+    assert spreads[-1] < 0.02
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("pair", [SHARED_VARIANCE, SHARED_MEAN], ids=["variance", "mean"])
+def test_the_marginals_of_the_deterministic_sampler_are_exact_at_order_one(pair: Pair, w: float) -> None:
+    assert_order_one([sampler_plan(SCHEDULE, n) for n in GRIDS], pair, w, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+def test_the_marginals_of_the_stochastic_sampler_are_exact_at_order_one(w: float) -> None:
+    plans = [sampler_plan(SCHEDULE, n, "stochastic") for n in GRIDS]
+    assert_order_one(plans, SHARED_VARIANCE, w, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("pair", [SHARED_VARIANCE, SHARED_MEAN], ids=["variance", "mean"])
+def test_the_marginals_of_the_encoder_are_exact_at_order_one(pair: Pair, w: float) -> None:
+    assert_order_one([encoder_plan(SCHEDULE, n) for n in GRIDS], pair, w, exact_moments(pair, w, 0))
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("pair", [SHARED_VARIANCE, SHARED_MEAN], ids=["variance", "mean"])
+def test_the_encoder_finds_the_noise_that_an_image_comes_from(pair: Pair, w: float) -> None:
+    noise, (mean, spread) = np.linspace(-2, 2, 9), exact_moments(pair, w, 0)
+    model, image = guided(*pair, w), mean + spread * noise
+    found = [np.abs(sample(model, encoder_plan(SCHEDULE, n), image) - noise).max() for n in GRIDS]
+    np.testing.assert_allclose(np.divide(found[:-1], found[1:]), 2.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("w", WEIGHTS)
+@pytest.mark.parametrize("pair", [SHARED_VARIANCE, SHARED_MEAN], ids=["variance", "mean"])
+def test_inversion_then_decoding_is_the_identity_at_order_one(pair: Pair, w: float) -> None:
+    model, image = guided(*pair, w), np.linspace(-1, 1, 9)
+    found = []
+    for n in GRIDS:
+        noise = sample(model, encoder_plan(SCHEDULE, n), image)
+        found.append(np.abs(sample(model, sampler_plan(SCHEDULE, n), noise) - image).max())
+    np.testing.assert_allclose(np.divide(found[:-1], found[1:]), 2.0, rtol=0.1)
