@@ -117,7 +117,7 @@ def test_an_interrupted_evaluation_goes_on_and_a_new_student_is_measured_anew(
 
 def test_sheets_have_a_row_per_model_and_a_column_per_guidance(evaluated: EvaluatedRun) -> None:
     run = evaluated.path
-    assert sorted(f.name for f in (run / "sheets").iterdir()) == ["steps_1.png", "steps_2.png"]
+    assert sorted(f.name for f in (run / "sheets").iterdir()) == ["inpainting.png", "steps_1.png", "steps_2.png"]
     with Image.open(run / "sheets" / "steps_1.png") as sheet:
         block_width, block_height = 5 * 9 * 6, 2 * 9 * 6
         assert sheet.width == 150 + 2 * (block_width + 12)
