@@ -48,6 +48,10 @@ class Painter:
     def name(self) -> str:
         return SEEING if self.seeing else BLENDED
 
+    def scale(self, recipe: Recipe) -> float:
+        """The guidance it is measured at: the only one it has, else the recipe's default."""
+        return self.student.scales[0] if self.student.scales else recipe.guidance.default
+
     def paint(
         self, recipe: Recipe, images: Tensor, masks: Tensor, labels: Tensor, scale: float, seeds: Sequence[int]
     ) -> Tensor:
@@ -100,7 +104,7 @@ def painters(run_dir: Path, recipe: Recipe) -> Iterator[Painter]:
 def measure_inpainting(
     run_dir: Path, recipe: Recipe, classifier: DigitClassifier, digits: Digits, advance: Callable[[int], None]
 ) -> tuple[EvaluationRow, ...]:
-    """A row a painter, at the recipe's default guidance, means over its seeds.
+    """A row a painter, means over the recipe's seeds.
 
     Agreement with their class of digits of which half was hidden and drawn anew, of images that the same student
     draws from text alone, and of the halves that stayed. Over the first evaluation.samples digits.
@@ -124,7 +128,7 @@ def measure_inpainting(
                 steps=painter.student.steps,
                 evaluations=painter.student.evaluations,
                 sampler=painter.student.sampler,
-                guidance_scale=recipe.guidance.default,
+                guidance_scale=painter.scale(recipe),
                 metrics={**metrics, HIDDEN_AGREEMENT: Measured(mean=hidden, spread=0)},
             )
         )
@@ -142,7 +146,7 @@ def write_inpainting_sheet(file: Path, run_dir: Path, recipe: Recipe, digits: Di
             how = "seen" if painter.seeing else "blend"
             for k in range(SHEET_SEEDS):
                 seeds = range(k * CLASSES, (k + 1) * CLASSES)
-                drawn = painter.paint(recipe, images, masks, labels, recipe.guidance.default, seeds)
+                drawn = painter.paint(recipe, images, masks, labels, painter.scale(recipe), seeds)
                 columns[f"{how} {k + 1}"] = drawn
     file.parent.mkdir(parents=True, exist_ok=True)
     column_sheet(columns).save(file)
@@ -163,7 +167,7 @@ def _painted(painter: Painter, recipe: Recipe, digits: Digits, masks: Tensor, fi
         some = digits[first : first + size]
         seeds = range(first_seed + first, first_seed + first + len(some))
         mask = masks[first : first + size]
-        parts.append(painter.paint(recipe, some.images, mask, some.labels, recipe.guidance.default, seeds))
+        parts.append(painter.paint(recipe, some.images, mask, some.labels, painter.scale(recipe), seeds))
     return torch.cat(parts)
 
 

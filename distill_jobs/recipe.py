@@ -77,6 +77,10 @@ class Recipe(Section):
             return self
         if self.stage_two.sampler == "stochastic":
             raise ValueError("an encoder goes with a deterministic stage_two: drawing must be its way back")
+        if self.stage_two.guidance != "input":
+            raise ValueError(
+                "an encoder goes with stage_two.guidance: input, for it starts from stage one as students do"
+            )
         if missing := sorted(set(self.encoder.students) - set(self.stage_two.steps)):
             raise ValueError(f"encoder.students {missing} have no student of as many steps in stage_two.halvings")
         return self
