@@ -19,6 +19,7 @@ from server.api.operations import operations_routes
 from server.errors import StartError
 from server.process import check_exposure
 from server.settings import Settings
+from server.storage import is_folder
 from tests.deploy.containers import Container, Image, containers, images
 from tests.deploy.sources import Deployment
 
@@ -103,6 +104,8 @@ def _settings(container: Container) -> Iterator[str]:
         settings = Settings(**values, host=container.flag("--host") or "127.0.0.1")
         if container.words[3:4] == ("api",) and not container.where.startswith("image "):
             check_exposure(settings)
+            if f"{PREFIX}SECRET" not in container.env:
+                yield f"APIs need one {PREFIX}SECRET for all of them"
     except ValidationError as error:
         yield from (f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
     except StartError as error:
@@ -131,6 +134,8 @@ def _paths(container: Container) -> Iterator[str]:
         if port not in container.ports.values():
             yield f"probe port {port} is not one of the container's"
     named = [value for key, value in container.env.items() if key in path_settings() and value]
+    store = container.env.get(f"{PREFIX}RESULT_STORE")
+    named += [store] if store and is_folder(store) else []
     named += [word for word in container.words if word.startswith("/")]
     inside = (
         ("/app", "/cache", "/runs", "/opt/halfstep") if container.where.startswith("image ") else container.mounts

@@ -8,7 +8,9 @@ from server.process import FLUSH_S
 from server.settings import Settings
 from tests.deploy.sources import Deployment, Object, name_of, pod_of
 
-OUTSIDE_SECRETS = {"halfstep": {"redis-url", "redis-password", "api-keys"}}
+OUTSIDE_SECRETS = {
+    "halfstep": {"redis-url", "redis-password", "api-keys", "secret", "s3-access-key-id", "s3-secret-access-key"}
+}
 """Secrets that are made by hand, by name and key; docs/deploying.md says how."""
 
 

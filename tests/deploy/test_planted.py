@@ -36,6 +36,7 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
     crosscheck.findings: {
         "docker/compose.yaml": [
             ('HALFSTEP_ALLOW_ANONYMOUS: "true"', 'HALFSTEP_ALLOW_ANONYMOUS: "false"', "API keys"),
+            ("HALFSTEP_RESULT_STORE: /results", "HALFSTEP_RESULT_STORE: /files", "nothing is mounted at /files"),
         ],
         "k8s/base/worker.yaml": [
             ("[worker, ", "[work, ", "has no command work"),
@@ -44,6 +45,7 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         ],
         "k8s/base/api.yaml": [
             ("--metrics-port,", "--metric-port,", "has no --metric-port"),
+            ("name: HALFSTEP_SECRET", "name: HALFSTEP_QUOTA", "need one HALFSTEP_SECRET"),
             ("HALFSTEP_DRAIN_TIMEOUT_S", "HALFSTEP_DRAIN_TIMEOUT", "no setting HALFSTEP_DRAIN"),
             ('TIMEOUT_S, value: "30"', 'TIMEOUT_S, value: "1"', "greater than or equal to 4"),
             ("path: /readyz", "path: /ready", "probe /ready is not served"),
