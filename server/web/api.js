@@ -26,6 +26,13 @@ export async function models() {
   return (await response.json()).data;
 }
 
+/** What the server says of its API. */
+export async function description() {
+  const response = await fetch("/openapi.json", { headers: authorization() });
+  if (!response.ok) throw await refusalOf(response);
+  return response.json();
+}
+
 /** One request; {signal} aborts it, and the server then stops its steps. Adds the round trip in ms.
  *  picture: {image, mask} as PNG blobs to start from, mask null for none; null draws from nothing. */
 export async function generate(body, picture, signal) {

@@ -1,7 +1,10 @@
 // The reference, drawn from /openapi.json, so it can not differ from what the server says of itself.
 
+import { description, useKey } from "/static/api.js";
 import { make } from "/static/view.js";
 
+const asked = document.getElementById("key-form");
+const status = document.getElementById("status");
 const contents = document.getElementById("contents");
 const operations = document.getElementById("operations");
 
@@ -68,11 +71,30 @@ function code(value) {
   return make("pre", {}, make("code", {}, JSON.stringify(value, null, 2)));
 }
 
-const response = await fetch("/openapi.json");
-const api = await response.json();
-operations.replaceChildren();
-for (const [path, methods] of Object.entries(api.paths)) {
-  for (const [method, described] of Object.entries(methods)) {
-    operations.append(operation(api, path, method, described));
+function show(api) {
+  for (const [path, methods] of Object.entries(api.paths)) {
+    for (const [method, described] of Object.entries(methods)) {
+      operations.append(operation(api, path, method, described));
+    }
   }
 }
+
+/** Read the description; where it takes an API key that this tab has not, ask for one. */
+async function begin() {
+  try {
+    show(await description());
+    status.hidden = asked.hidden = true;
+  } catch (error) {
+    status.textContent = error.message;
+    asked.hidden = error.status !== 401;
+    if (!asked.hidden) asked.elements.key.focus();
+  }
+}
+
+asked.addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(asked.elements.key.value);
+  begin();
+});
+
+begin();

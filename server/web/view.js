@@ -78,6 +78,10 @@ export function drawTiming(bar, list, answer) {
 }
 
 function card(answer, image, prompt, use) {
+  if (image.flagged) {
+    const note = make("footer", {}, make("span", {}, "Withheld"));
+    return make("li", { class: "card" }, picture(answer, image, "Withheld by the server's safety check"), note);
+  }
   const alt = `${prompt}, seed ${image.seed}, guidance ${answer.guidance_scale}, ${answer.steps} steps`;
   const source = address(answer, image);
   const name = `${answer.model}-${image.seed}.${answer.output_format}`;
@@ -106,6 +110,7 @@ function picture(answer, image, alt) {
 }
 
 function address(answer, image) {
+  if (image.flagged) return "/static/withheld.svg";
   return `data:image/${answer.output_format};base64,${image.b64_json}`;
 }
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.browser.conftest import DESKTOP, LIMIT_MS
+from tests.browser.conftest import DESKTOP, LIMIT_MS, PHONE, playground
 from tests.support.keys import write_key_file
 from tests.support.serving import serving
 
@@ -181,3 +181,40 @@ def test_a_server_with_keys_asks_for_one(browser: Browser, toy_bundle: Path, tmp
         expect(page.locator("#curl")).to_contain_text("$HALFSTEP_API_KEY")
         expect(page.locator("#curl")).not_to_contain_text(keys["a"])
         context.close()
+
+
+def test_the_reference_asks_for_a_key_where_the_server_does(
+    browser: Browser, toy_bundle: Path, tmp_path: Path
+) -> None:
+    keys = write_key_file(tmp_path / "keys.json")
+    with serving([toy_bundle], "--api-keys", str(tmp_path / "keys.json"), log=tmp_path / "log") as server:
+        context = browser.new_context(viewport=PHONE, base_url=server.url)
+        context.set_default_timeout(LIMIT_MS)
+        page = context.new_page()
+        page.goto("/docs")
+        key = page.get_by_label("API key")
+        expect(key).to_be_focused()
+        key.fill("hs_wrong")
+        key.press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("not valid")
+        key.fill(keys["reader"])
+        key.press("Enter")
+        expect(page.locator("#post-v1-images-generations")).to_be_visible()
+        expect(key).to_be_hidden()
+        page.reload()
+        expect(page.locator("#post-v1-images-generations")).to_be_visible()
+        context.close()
+
+
+def test_a_withheld_image_is_shown_as_one(
+    browser: Browser, toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFSTEP_SAFETY_CHECK", "tests.support.safety_hooks:check")
+    with (
+        serving([toy_bundle], log=tmp_path / "log") as server,
+        playground(browser, server.url, DESKTOP) as page,
+    ):
+        page.get_by_label("Prompt").fill("seven")
+        page.get_by_role("button", name="Draw").click()
+        expect(page.get_by_alt_text("Withheld by the server's safety check")).to_have_count(1)
+        expect(page.locator(CARDS)).to_have_count(8)
