@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,8 +83,9 @@ class ResultStore:
                 return cls(bucket, ttl_s, metrics)
             folder = Path(urlsplit(place).path if place.startswith("file:") else place).expanduser().absolute()
             local = LocalStore(folder, mkdir=True, automatic_cleanup=True)
-            local.put("probe", b"")
-            local.delete("probe")
+            probe = f"probe-{secrets.token_hex(8)}"  # of this start alone: others may begin at the same time
+            local.put(probe, b"")
+            local.delete(probe)
         except (OSError, RuntimeError, ValueError, BaseError) as error:
             reason = str(error).partition("\n")[0]
             raise StartError(f"The setting result_store (HALFSTEP_RESULT_STORE) is unusable: {reason}") from None
@@ -129,8 +131,8 @@ class ResultStore:
             for slot in listed["common_prefixes"]:
                 if not slot.isdecimal() or int(slot) > self._clock():
                     continue
-                async for files in obstore.list(self._place, slot):
-                    with suppress(FileNotFoundError):  # another process was faster; the next sweep takes the rest
+                with suppress(FileNotFoundError):  # another process was faster; the next sweep takes the rest
+                    async for files in obstore.list(self._place, slot):
                         await obstore.delete_async(self._place, [file["path"] for file in files])
                         deleted += len(files)
         return deleted
@@ -144,11 +146,11 @@ class ResultStore:
 
     @contextmanager
     def _noted(self, operation: str) -> Iterator[None]:
-        """Log and count what goes wrong. Raises: FileNotFoundError as it is; ResultStoreError for the rest."""
+        """Log and count what goes wrong. Raises: FileNotFoundError of a read as it is; ResultStoreError."""
         try:
             yield
         except (BaseError, OSError) as error:
-            if isinstance(error, FileNotFoundError) and operation != "write":
+            if isinstance(error, FileNotFoundError) and operation == "read":
                 raise
             self._metrics.result_store_failures.labels(operation).inc()
             reason = str(error).partition("\n")[0]

@@ -149,6 +149,24 @@ def test_an_address_needs_no_key_and_its_job_does(toy_bundle: Path, tmp_path: Pa
         assert client.get(job["status_url"]).status_code == 401
 
 
+def test_another_api_opens_an_address_if_it_has_the_same_secret(
+    running: Live, http: httpx.Client, toy_bundle: Path, folder: Path
+) -> None:
+    (image,) = draw(http, response_format="url")["data"]
+    path = image["url"].removeprefix(running.url)
+    for secret, status in ((SECRET, 200), (SECRET.upper(), 403)):
+        with live(toy_bundle, result_store=str(folder), secret=secret) as other, other.client() as client:
+            assert client.get(path).status_code == status
+
+
+def test_what_an_ended_process_left_is_swept_by_the_next(toy_bundle: Path, tmp_path: Path) -> None:
+    left = tmp_path / "results" / "1000000020" / "an-attempt-that-died-1-0.png"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x")
+    with live(toy_bundle, result_store=str(tmp_path / "results")):
+        until(lambda: not left.exists(), "it is swept")
+
+
 def test_a_store_that_is_away_fails_what_needs_it_and_nothing_else(
     toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ async def test_a_sweep_takes_what_is_over_and_nothing_else(store: ResultStore, f
 
 
 async def test_sweeps_of_many_processes_do_not_disturb_each_other(store: ResultStore, clock: Clock) -> None:
-    keys = [await store.write("j", 1, k, "png", b"x") for k in range(10)]
+    keys = [await store.write("j", 1, k, "png", b"x") for k in range(120)]
     clock.now = expires_at(keys[0]) + 1
     await asyncio.gather(*(store.sweep() for _ in range(3)))
     await store.sweep()
@@ -126,6 +126,31 @@ async def test_a_changed_address_opens_nothing(store: ResultStore, clock: Clock,
     with pytest.raises(ApiError) as refused:
         await FileLinks(store, signer, clock).open(*asked)
     assert (refused.value.status, refused.value.code) == (403, "invalid_signature")
+
+
+async def test_a_sweep_that_fails_does_not_end_the_sweeping(
+    store: ResultStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = await store.write("j", 1, 0, "png", b"x")
+    clock.now = expires_at(key) + 1
+    sweep, sweeps, swept = store.sweep, 0, asyncio.Event()
+
+    async def once_away() -> int:
+        nonlocal sweeps
+        sweeps += 1
+        if sweeps == 1:
+            raise ResultStoreError
+        found = await sweep()
+        swept.set()
+        return found
+
+    monkeypatch.setattr("server.storage.SWEEP_S", 0.0)
+    monkeypatch.setattr(store, "sweep", once_away)
+    sweeping = asyncio.create_task(store.keep_swept())
+    await asyncio.wait_for(swept.wait(), 30)
+    sweeping.cancel()
+    with pytest.raises(FileGoneError):
+        await store.read(key)
 
 
 def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path: Path) -> None:
