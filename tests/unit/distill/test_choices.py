@@ -15,12 +15,12 @@ def both(model: str, paired: float, agreement: float = 0.98, steps: int = 4) -> 
 
 
 def test_the_nearest_to_the_teacher_is_best() -> None:
-    finish = [quality("consistency", 4, scale, paired=0.05, sampler="consistency") for scale in (1.0, 2.0)]
+    finish = [quality("consistency", 1, scale, paired=0.05, sampler="consistency") for scale in (1.0, 2.0)]
     rows = [*TEACHER, *both("student", 0.06), *finish, *both("student", 0.2, steps=1)]
     four, one = choices(rows, 64)
-    assert (four.steps, four.best, one.steps, one.best) == (4, "consistency", 1, "student")
-    assert [candidate.model for candidate in four.candidates] == ["consistency", "student"]
-    assert [candidate.paired_distance for candidate in four.candidates] == [0.05, 0.06]
+    assert (four.steps, four.best, one.steps, one.best) == (4, "student", 1, "consistency")
+    assert [candidate.model for candidate in one.candidates] == ["consistency", "student"]
+    assert [candidate.paired_distance for candidate in one.candidates] == [0.05, 0.2]
 
 
 def test_one_that_obeys_less_than_the_teacher_is_refused_however_near() -> None:
@@ -46,6 +46,7 @@ def test_samplers_are_judged_apart_and_teachers_are_no_students() -> None:
         *both("stage one", 0.001),
         *both("student", 0.06),
         *(quality("student", 4, scale, paired=0.3, sampler="stochastic") for scale in (1.0, 2.0)),
+        *(quality("consistency", 4, scale, paired=0.4, sampler="consistency") for scale in (1.0, 2.0)),
     ]
     assert [(choice.stochastic, choice.best) for choice in choices(rows, 64)] == [
         (False, "student"),
