@@ -34,8 +34,8 @@ from tests.benchmarks.wishes import Wish, answer, draw_calls, draw_pool
 
 MODULE = "tests.benchmarks.goodput"
 LITSERVE = tuple((batch, wait_ms) for batch in (4, 8, 16) for wait_ms in (0.0, 10.0))
-SCREEN_AT = (0.7, 0.9)
-LADDER = (0.2, 0.4, 0.6, 0.8, 1.0)
+SCREEN_AT = (0.8,)
+LADDER = (0.3, 0.5, 0.7, 0.9, 1.1)
 """Offered rates, over what the raw loop makes."""
 HALVINGS = 2
 OBJECTIVE_OF_LONE = 5.0
