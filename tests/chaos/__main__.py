@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos import cancels
+from tests.chaos import cancels, soak
 from tests.chaos.harness import Plan, Verdict, run
 from tests.chaos.plants import PLANTS
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -49,44 +49,31 @@ PLANT = Plan(240, 15, workers=3, worker_kills=4, api_kills=3, redis_kills=1, fre
 """The load under which every planted bug must show."""
 
 
-def main(what: str = "small") -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Faults, storms and soaks.")
+    parser.add_argument("what", nargs="?", default="small", choices=[*PLANS, "plants", "cancels", "soak"])
+    parser.add_argument("--minutes", type=float, default=120, help="how long a soak lasts (default: 120)")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_toy_bundle(Path(folder) / "toy", ToyOptions()).path
-        log = Path(folder) / "log"
-        if what == "cancels":
-            return tell([cancels.run(storm, bundle) for storm in CANCELS])
-        if what == "plants":
-            verdicts = [run(replace(PLANT, plant=plant), bundle, log) for plant in ("", *PLANTS)]
-        else:
-            verdicts = [run(PLANS[what], bundle, log)]
-        show(verdicts)
-        sound = [bool(verdict.faults) == bool(verdict.plan.plant) for verdict in verdicts]
-        if not all(sound):
-            Console(stderr=True).print(log.read_text()[-20_000:], markup=False, highlight=False)
-        return 0 if all(sound) else 1
+        if chosen.what == "soak":
+            return soak.tell(soak.run(chosen.minutes, bundle))
+        if chosen.what == "cancels":
+            return cancels.tell([cancels.run(storm, bundle) for storm in CANCELS])
+        return judge(chosen.what, bundle, Path(folder) / "log")
 
 
-def tell(aftermaths: list[cancels.Aftermath]) -> int:
-    """The verdict on cancels; exit status."""
-    columns = (
-        "store",
-        "given up",
-        "seconds",
-        "no further step",
-        "one",
-        "more",
-        "companions, all as alone",
-        "faults",
-    )
-    table = Table(*columns)
-    for aftermath in aftermaths:
-        counts = aftermath.further
-        more = counts.total() - counts[0] - counts[1]
-        figures = (counts.total(), round(aftermath.seconds), counts[0], counts[1], more, aftermath.companions)
-        store = "Redis" if aftermath.storm.redis else "memory"
-        table.add_row(store, *map(str, figures), "; ".join(aftermath.faults) or "none")
-    Console(width=160).print(table)
-    return 1 if any(aftermath.faults for aftermath in aftermaths) else 0
+def judge(what: str, bundle: Path, log: Path) -> int:
+    """Run a plan, or a small one with each bug planted; exit status."""
+    if what == "plants":
+        verdicts = [run(replace(PLANT, plant=plant), bundle, log) for plant in ("", *PLANTS)]
+    else:
+        verdicts = [run(PLANS[what], bundle, log)]
+    show(verdicts)
+    sound = [bool(verdict.faults) == bool(verdict.plan.plant) for verdict in verdicts]
+    if not all(sound):
+        Console(stderr=True).print(log.read_text()[-20_000:], markup=False, highlight=False)
+    return 0 if all(sound) else 1
 
 
 def show(verdicts: list[Verdict]) -> None:
@@ -103,4 +90,4 @@ def show(verdicts: list[Verdict]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    raise SystemExit(main())

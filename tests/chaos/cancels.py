@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+from rich.console import Console
+from rich.table import Table
 
 from server.jobs import IdempotencyKey, Job, Submission
 from server.stores.base import JobStore
@@ -95,6 +97,29 @@ def run(storm: Storm, bundle: Path) -> Aftermath:
         left += [key for key in (b"halfstep:taken", b"halfstep:tenants") if server.client.exists(key)]
         aftermath.faults += [f"left in the store: {key.decode()}" for key in left]
         return aftermath
+
+
+def tell(aftermaths: list[Aftermath]) -> int:
+    """The verdict on cancels; exit status."""
+    columns = (
+        "store",
+        "given up",
+        "seconds",
+        "no further step",
+        "one",
+        "more",
+        "companions, all as alone",
+        "faults",
+    )
+    table = Table(*columns)
+    for aftermath in aftermaths:
+        counts = aftermath.further
+        more = counts.total() - counts[0] - counts[1]
+        figures = (counts.total(), round(aftermath.seconds), counts[0], counts[1], more, aftermath.companions)
+        store = "Redis" if aftermath.storm.redis else "memory"
+        table.add_row(store, *map(str, figures), "; ".join(aftermath.faults) or "none")
+    Console(width=160).print(table)
+    return 1 if any(aftermath.faults for aftermath in aftermaths) else 0
 
 
 def _run(storm: Storm, bundle: Path, store: JobStore) -> Aftermath:

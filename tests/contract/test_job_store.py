@@ -208,3 +208,16 @@ async def test_ends_are_told_with_their_time_and_unknown_jobs_too(lab: Lab) -> N
     }
     assert 3 <= ends["a"].seconds < 60
     assert await lab.store.ends([]) == {}
+
+
+async def test_the_end_of_a_job_is_heard_whoever_ends_it(lab: Lab) -> None:
+    await lab.store.submit(job("a"))
+    await lab.store.submit(job("b"))
+    waiting = [asyncio.create_task(lab.store.until_ended(name)) for name in "ab"]
+    (lease, _) = await lab.store.claim("w", MODELS, 10)
+    assert not any(task.done() for task in waiting)
+    await lab.store.cancel("b")
+    await lab.store.finish(lease, RESULT)
+    async with asyncio.timeout(60):
+        await asyncio.gather(*waiting)
+        await lab.store.until_ended("nothing")

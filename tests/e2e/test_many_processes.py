@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import base64
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,40 +12,9 @@ import httpx
 import psutil
 import pytest
 
+from tests.support.command import Command
 from tests.support.redis_server import RedisServer
-from tests.support.serving import ROOT, until
-
-READY_S = 120
-
-
-class Command:
-    """``python -m server COMMAND`` on a free port."""
-
-    def __init__(self, command: str, flag: str, redis: RedisServer, bundle: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        flags = ["--redis", redis.url, "--bundle", str(bundle), flag, str(port), "--log-level", "warning"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", command, *flags],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "HALFSTEP_CACHE_DIR": str(folder / "cache")},
-        )
-
-    def status(self, path: str) -> int:
-        try:
-            return httpx.get(self.url + path, timeout=10).status_code
-        except httpx.HTTPError:
-            return 0
-
-    def wait_ready(self) -> None:
-        until(lambda: self.status("/readyz") == 200, "the process is ready", READY_S)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+from tests.support.serving import until
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +31,9 @@ def redis() -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def processes(redis: RedisServer, toy_bundle: Path, folder: Path) -> Iterator[tuple[Command, Command]]:
     with ExitStack() as stack:
-        worker = Command("worker", "--metrics-port", redis, toy_bundle, folder)
+        worker = Command("worker", redis.url, toy_bundle, folder)
         stack.callback(worker.end)
-        api = Command("api", "--port", redis, toy_bundle, folder)
+        api = Command("api", redis.url, toy_bundle, folder)
         stack.callback(api.end)
         for process in (worker, api):
             process.wait_ready()
@@ -97,7 +62,7 @@ def test_images_are_the_same_on_every_worker_and_after_every_restart(
     child.kill()
     assert [image(api, seed) for seed in range(4)] == alone
     worker.process.send_signal(signal.SIGSTOP)
-    other = Command("worker", "--metrics-port", redis, toy_bundle, folder)
+    other = Command("worker", redis.url, toy_bundle, folder)
     try:
         other.wait_ready()
         assert [image(api, seed) for seed in range(4)] == alone
