@@ -14,10 +14,13 @@ import typer
 from rich.console import Console
 
 from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
-from distill_jobs.errors import JobError
+from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
+from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.pipelines.evaluate import evaluate_latent_run
+from distill_jobs.pipelines.importing import import_student
 from distill_jobs.plan import measure, plan_of
 from distill_jobs.plan_page import print_plan
 from distill_jobs.progress import job_progress
@@ -25,6 +28,7 @@ from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.taken import takeable
 from engines.errors import HalfstepError
+from engines.manifest import GuidanceRange
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True)
@@ -99,8 +103,15 @@ def evaluate(
             stored_recipe(RunFolder(other))  # says so where it is no run folder
         use = shutil.which("c++") is not None if compiled is None else compiled
         with RunFolder(run_dir).locked():
-            report = evaluate_run(run_dir, recipe, progress=progress, command=command, compiled=use, lenders=others)
-        progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+            if isinstance(recipe.teacher, FolderTeacher):
+                if lenders or compiled:
+                    raise RecipeError("--from and --compile are for digits; a latent run measures all of its rows")
+                seconds = evaluate_latent_run(run_dir, recipe, progress=progress, command=command).seconds
+            else:
+                seconds = evaluate_run(
+                    run_dir, recipe, progress=progress, command=command, compiled=use, lenders=others
+                ).seconds
+        progress.console.print(f"Measured in {seconds:.0f} s: {run_dir / 'report.md'}")
 
 
 @app.command()
@@ -130,6 +141,36 @@ def export(
     with _one_sentence_errors(), job_progress() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
+        progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder of the latent consistency kind.")],
+    bundle: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")],
+    name: Annotated[str, typer.Option(help="The model id.")],
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="A step count to serve; the first is the default.  [default: 5, 10, 2, 1]"),
+    ] = None,
+    guidance_min: Annotated[float, typer.Option(help="Smallest guidance_scale.")] = 1.0,
+    guidance_max: Annotated[float, typer.Option(help="Largest guidance_scale.")] = 15.0,
+    guidance_default: Annotated[float, typer.Option(help="What a request without one gets.")] = 8.5,
+    licence: Annotated[str, typer.Option(help="Of the model's weights, for the bundle.")] = "not stated",
+) -> None:
+    """Turn a published few-step student into a bundle, without training."""
+    with _one_sentence_errors(), job_progress() as progress:
+        if not 1 <= guidance_min <= guidance_default <= guidance_max:
+            raise RecipeError("guidance needs 1 <= --guidance-min <= --guidance-default <= --guidance-max")
+        written = import_student(
+            folder,
+            bundle,
+            name=name,
+            steps=steps or (5, 10, 2, 1),
+            guidance=GuidanceRange(min=guidance_min, max=guidance_max, default=guidance_default),
+            licence=licence,
+            progress=progress,
+        )
         progress.console.print(f"Wrote {written.path}. Serve it: python -m server serve --bundle {written.path}")
 
 

@@ -104,18 +104,26 @@ class Contender:
         both = weights_sha256(self.folder) + weights_sha256(self.unconditional)
         return hashlib.sha256(both.encode()).hexdigest()
 
-    def network(self, unet: UNet2DConditionModel, guidance_scale: float, seen: Tensor | None = None) -> Network:
+    def network(
+        self,
+        unet: UNet2DConditionModel,
+        guidance_scale: float,
+        seen: Tensor | None = None,
+        null: Condition | None = None,
+    ) -> Network:
         """The sampler's view of a loaded network at a public guidance_scale.
 
-        seen: (B, K, h, w) what a network for inpainting sees; left out, an image hidden as a whole.
+        seen: (B, K, h, w) what a network for inpainting sees; left out, an image hidden as a whole. null: the empty
+        condition, one row; left out, the digits'.
         """
         w = weight_from_scale(guidance_scale)
         if seen is None and sees_masks(unet):
             seen = seen_channels(torch.zeros(1, *self.shape), torch.ones(1, 1, *self.shape[1:]))
         if not self._guided_at_sampling:
             return student_network(unet, w, seen)
-        second = unet if self.unconditional is None else load_stock(self.unconditional)
-        return guided_networks(unet, second, class_condition(torch.tensor([NULL_CLASS])), w, seen)
+        second = unet if self.unconditional is None else load_stock(self.unconditional).to(unet.device)
+        empty = class_condition(torch.tensor([NULL_CLASS])) if null is None else null
+        return guided_networks(unet, second, empty, w, seen)
 
     @property
     def _guided_at_sampling(self) -> bool:

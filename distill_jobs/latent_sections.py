@@ -35,6 +35,12 @@ class WebdatasetData(CaptionedData):
     kind: Literal["webdataset"]
 
 
+class FinetuneSection(TeacherSection):
+    """Teaching a folder's network to give v. target: the data, or what the network itself said before."""
+
+    target: Literal["data", "teacher"] = "data"
+
+
 class FolderTeacher(Section):
     """A teacher that stands in a stock pipeline folder.
 
@@ -43,7 +49,7 @@ class FolderTeacher(Section):
     """
 
     folder: Path
-    v_finetune: TeacherSection | None = None
+    v_finetune: FinetuneSection | None = None
     licence: str = Field("not stated", description="of the teacher's weights, for the bundle")
 
 

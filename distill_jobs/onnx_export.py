@@ -55,7 +55,7 @@ def write_graph(
         )
     assert program is not None
     model = _without_notes(program.model_proto)
-    external = model.ByteSize() > INLINE_LIMIT_BYTES
+    external = sum(tensor.ByteSize() for tensor in model.graph.initializer) > INLINE_LIMIT_BYTES
     onnx.save_model(model, str(path), save_as_external_data=external, location=f"{path.stem}.data")
 
 

@@ -131,7 +131,10 @@ def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ..
     if not isinstance(recipe.teacher, FolderTeacher):
         return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
     training = recipe.teacher.v_finetune
-    return () if training is None else (PhasePlan("v_finetune", training, network, None, 0),)
+    if training is None:
+        return ()
+    frozen, passes = (network, 1) if training.target == "teacher" else (None, 0)
+    return (PhasePlan("v_finetune", training, network, frozen, passes),)
 
 
 def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> list[PhasePlan]:

@@ -127,8 +127,12 @@ class Recipe(Section):
             raise ValueError("data: digits needs a teacher that is trained; captioned images need teacher.folder")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
-        if latent and self.inpainting is not None:
-            raise ValueError("inpainting is for data: digits; a mask in captioned images' latents is not offered")
+        channels = self.unet.get("out_channels", 4)
+        seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
+        if latent and self.unet.get("in_channels", 4) != seen:
+            raise ValueError(
+                f"unet.in_channels must be {seen}: inpainting is for teachers that see the mask, and only they"
+            )
         seen = 1 if self.inpainting is None else 3  # with the mask and the masked image
         fixed = {"sample_size": 8, "in_channels": seen, "out_channels": 1, "cross_attention_dim": 16}
         for name, value in ({} if latent else fixed).items():

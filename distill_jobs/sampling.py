@@ -45,7 +45,7 @@ def student_network(student: UNet2DConditionModel, w: float, seen: Tensor | None
     """A student at guidance weight w: one evaluation a step. seen: (B or 1, K, h, w) its further input channels."""
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
-        weights = torch.full((len(x_t),), w)
+        weights = torch.full((len(x_t),), w, device=x_t.device)
         return predict(student, x_t, _timesteps(x_t, timestep), condition, weights, _rows(seen, x_t))
 
     return network
@@ -60,8 +60,8 @@ def guided_networks(
 ) -> Network:
     """Classifier-free guidance at sampling: two evaluations a step, the second spared where w is 0.
 
-    A teacher is both networks. null: the empty condition, one row; seen: (B or 1, K, h, w) further input channels,
-    which are never dropped.
+    A teacher is both networks. null: the empty condition, one row, framed as each row's own condition is; seen:
+    (B or 1, K, h, w) further input channels, which are never dropped.
     """
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
@@ -69,8 +69,8 @@ def guided_networks(
         guided = predict(conditional, x_t, at, condition, extra=extra)
         if w == 0:
             return guided
-        unguided = predict(unconditional, x_t, at, null.expand(len(condition)), extra=extra)
-        return torch.as_tensor(combine(guided, unguided, w))
+        empty = null.expand(len(condition)).framed_as(condition)
+        return torch.as_tensor(combine(guided, predict(unconditional, x_t, at, empty, extra=extra), w))
 
     return network
 
@@ -81,4 +81,4 @@ def _rows(seen: Tensor | None, x_t: Tensor) -> Tensor | None:
 
 
 def _timesteps(x_t: Tensor, timestep: int) -> Tensor:
-    return torch.full((len(x_t),), float(timestep))
+    return torch.full((len(x_t),), float(timestep), device=x_t.device)

@@ -13,14 +13,17 @@ from torch import nn
 from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
-from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.latent_sections import FinetuneSection, FolderTeacher
 from distill_jobs.objectives import guided_v, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases
+from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
+from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.teacher import load_network, needs_finetune
 from distill_jobs.sections import TeacherSection
 from distill_jobs.state import RowLoss
 from distill_jobs.student import load_stock, new_teacher, predict, student_of
 from engines.guidance import weight_from_scale
+from engines.schedule import NoiseSchedule
 
 GATE_ROWS = 512
 GATE_SCALES = 5
@@ -40,7 +43,10 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
     teacher, folder = phases.teacher, phases.folder.teacher
     assert teacher is not None
     if section.v_finetune is not None:
-        _learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
+        if section.v_finetune.target == "teacher":
+            _imitate(phases, section.v_finetune, teacher)
+        else:
+            _learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
     elif needs_finetune(phases.recipe, teacher):
         raise teacher.wrong(
             f"this teacher predicts {teacher.prediction} and its schedule is {teacher.schedule.kind}, rescaled "
@@ -49,6 +55,21 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
         )
     elif not phases.processes.first((folder / "unet").is_dir):
         phases.write(folder, load_network(teacher))
+
+
+def _imitate(phases: Phases, section: FinetuneSection, teacher: PipelineFolder) -> None:
+    """Train a copy of the folder's network to give the v that its own output means."""
+    if phases.stands(phases.folder.teacher):
+        return
+    frozen, own = phases.processes.frozen(load_network(teacher)), NoiseSchedule(teacher.schedule)
+    native = NativeTeacher.of(frozen, teacher.prediction, own, phases.schedule, phases.device)
+
+    def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
+        rows = phases.noisy(draws, update, batch)
+        dropped = draws.uniform(update, batch, Draw.DROPOUT) < section.condition_dropout
+        return RowLoss(imitation_loss(network, native, rows, dropped.to(phases.device)))
+
+    phases.train("v_finetune", section, lambda: load_network(teacher), loss, phases.folder.teacher)
 
 
 def _learn(

@@ -30,6 +30,7 @@ from distill_jobs.pipelines.vae import Encoded
 SHARD_ROWS = 256
 ENCODED_ROWS = 8
 OPEN_SHARDS = 64
+WHOLE = ("place", "time_ids")
 
 
 class Encoding(Protocol):
@@ -60,10 +61,15 @@ class CacheKey:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """A finished cache. files, ends: shards, and where the rows of each end; skipped: images left out."""
+    """A finished cache.
+
+    files, ends, firsts: shards, where the rows of each end, and where its images begin among all; skipped: images
+    left out.
+    """
 
     files: tuple[Path, ...]
     ends: tuple[int, ...]
+    firsts: tuple[int, ...]
     null: Condition
     skipped: int
 
@@ -77,11 +83,23 @@ class LatentCache:
         condition = Condition(columns["tokens"], columns.get("pooled"), columns.get("time_ids"))
         return Encoded(columns["mean"], columns["std"]), condition
 
+    def images(self, indices: Tensor) -> list[int]:
+        """Which of all images the rows at indices: (B,) were made from."""
+        found = []
+        for index in indices.tolist():
+            shard, row = self._place(index)
+            found.append(self.firsts[shard] + int(_opened(self.files[shard]).get_slice("place")[row]))
+        return found
+
     def _row(self, index: int) -> dict[str, Tensor]:
-        shard = bisect_right(self.ends, index)
-        first = self.ends[shard - 1] if shard else 0
+        shard, row = self._place(index)
         file = _opened(self.files[shard])
-        return {name: file.get_slice(name)[index - first] for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(shard, row in it)."""
+        shard = bisect_right(self.ends, index)
+        return shard, index - (self.ends[shard - 1] if shard else 0)
 
 
 class CacheWriter:
@@ -109,19 +127,21 @@ class CacheWriter:
 
     def finished(self) -> LatentCache:
         """The cache, once all shards are there. Raises: DataError when no image could be read."""
-        files, ends, total = [], [], 0
-        for file in map(self._shard, range(len(self._chunks))):
+        files, ends, firsts, total = [], [], [], 0
+        for chunk, file in enumerate(map(self._shard, range(len(self._chunks)))):
             with safe_open(file, framework="pt") as opened:
                 rows = int(opened.metadata()["rows"])
             total += rows
             if rows:
                 files.append(file)
                 ends.append(total)
+                firsts.append(chunk * SHARD_ROWS)
         if not files:
             raise DataError("none of the images can be read")
         null = load_file(self._file(self._key.null()))
         empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
-        return LatentCache(tuple(files), tuple(ends), empty, sum(map(len, self._chunks)) - total)
+        skipped = sum(map(len, self._chunks)) - total
+        return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, skipped)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
@@ -129,18 +149,19 @@ class CacheWriter:
     def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
         """The columns of a shard; none where no image could be read."""
         framed = []
-        for entry in chunk:
+        for place, entry in enumerate(chunk):
             try:
-                framed.append((entry.caption, frame(entry.read(), self._key.side_px)))
+                framed.append((place, entry.caption, frame(entry.read(), self._key.side_px)))
             except DataError as error:
                 if not self._skip:
                     raise DataError(f"{entry.name}: {error}; skip such images with data.unreadable: skip") from None
         parts: list[dict[str, Tensor]] = []
         for first in range(0, len(framed), ENCODED_ROWS):
-            captions, pictures = zip(*framed[first : first + ENCODED_ROWS], strict=True)
+            places, captions, pictures = zip(*framed[first : first + ENCODED_ROWS], strict=True)
             encoded = encoders.latents(torch.stack([picture.pixels for picture in pictures]))
             condition = encoders.condition(captions, torch.stack([picture.time_ids for picture in pictures]))
-            parts.append({"mean": encoded.mean, "std": encoded.std, **_columns(condition)})
+            own = {"place": torch.tensor(places), "mean": encoded.mean, "std": encoded.std}
+            parts.append({**own, **_columns(condition)})
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
@@ -150,9 +171,9 @@ def _columns(condition: Condition) -> dict[str, Tensor]:
 
 
 def _save(columns: dict[str, Tensor], file: Path) -> None:
-    """In one move. Time ids stay float32: float16 does not hold every pixel count."""
+    """In one move. Whole numbers stay as they are: float16 does not hold every pixel count."""
     rows = len(next(iter(columns.values()))) if columns else 0
-    kept = {name: part if name == "time_ids" else part.half() for name, part in columns.items()}
+    kept = {name: part if name in WHOLE else part.half() for name, part in columns.items()}
     staging = file.with_name(f".{file.name}.{os.getpid()}.writing")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
 from distill_jobs.data.source import Source
 from distill_jobs.latent_sections import CaptionedData, ImageFolderData
@@ -27,13 +28,23 @@ def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Proce
     if recipe.data == "digits" or teacher is None:
         digits = DigitsSource(Digits.load())
         return digits if recipe.inpainting is None else MaskedSource(digits, recipe.inpainting)
-    return _latents(recipe.data, teacher, processes, progress)
+    entries = _entries(recipe.data)
+    latents = _latents(recipe.data, entries, teacher, processes, progress)
+    if recipe.inpainting is None:
+        return latents
+    encoders = Encoders.load(teacher, processes.device)
+    return MaskedLatentSource(
+        latents, recipe.inpainting, entries, teacher.size_px, lambda pixels: encoders.latents(pixels).mean
+    )
 
 
 def _latents(
-    data: CaptionedData, teacher: PipelineFolder, processes: Processes, progress: Progress
+    data: CaptionedData,
+    entries: tuple[Captioned, ...],
+    teacher: PipelineFolder,
+    processes: Processes,
+    progress: Progress,
 ) -> LatentSource:
-    entries = _entries(data)
     key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px)
     writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
     task = progress.add_task("latents", total=-(-len(entries) // processes.count), loss="")

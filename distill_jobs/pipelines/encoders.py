@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill_jobs.data.source import Condition
-from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.folder import PipelineFolder, files_read
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.vae import Autoencoder, Encoded
 
@@ -50,8 +50,8 @@ def encoders_sha256(folder: PipelineFolder) -> str:
     """Hash of everything that latents and conditions depend on: weights, configs and tokenizer files."""
     digest = hashlib.sha256(folder.layout.encode())
     for part in ("vae", *folder.encoders, *folder.tokenizers):
-        for file in sorted(path for path in (folder.path / part).rglob("*") if path.is_file()):
-            digest.update(f"{part}/{file.name} {_sha256(file)}\n".encode())
+        for name, file in sorted(files_read(folder.path / part).items()):
+            digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -22,6 +22,8 @@ Layout = Literal["sd", "sdxl"]
 TIME_IDS = 6
 """SDXL's micro-conditioning: original height and width, crop top and left, target height and width."""
 
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
+
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample"}
 
 
@@ -170,6 +172,21 @@ def weights_variant(part: Path) -> str | None:
             f"{part} holds {pickles} only: pickles run code and are never opened; convert to safetensors"
         )
     raise TeacherError(f"{part} holds no safetensors weights")
+
+
+def files_read(part: Path) -> dict[str, Path]:
+    """A component's files by their plain names; of weights only the safetensors that are read."""
+    files = sorted(path for path in part.iterdir() if path.is_file())
+    if not any(file.suffix in WEIGHTS for file in files):
+        return {file.name: file for file in files}
+    variant = weights_variant(part)
+    found = {file.name: file for file in files if file.suffix not in WEIGHTS}
+    for file in files:
+        plain = file.name.replace(f".{variant}.", ".") if variant else file.name
+        chosen = plain != file.name if variant else file.name.count(".") == 1
+        if file.suffix == ".safetensors" and chosen:
+            found[plain] = file
+    return found
 
 
 def _first(names: Iterable[str]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,11 @@ def open_teacher(recipe: Recipe) -> PipelineFolder | None:
     if not isinstance(recipe.teacher, FolderTeacher):
         return None
     folder = open_folder(recipe.teacher.folder)
-    arguments = network_arguments(folder)
-    for name in sorted({*arguments, *recipe.unet}):
-        if arguments.get(name) != recipe.unet.get(name):
+    theirs, ours = _all_arguments(network_arguments(folder)), _all_arguments(recipe.unet)
+    for name in sorted({*theirs, *ours}):
+        if theirs.get(name) != ours.get(name):
             raise folder.wrong(
-                f"its unet has {name}: {arguments.get(name)!r}, the recipe {recipe.unet.get(name)!r}; "
+                f"its unet has {name}: {theirs.get(name)!r}, the recipe {ours.get(name)!r}; "
                 "leave unet out of the recipe (--set unet=null) to take the folder's"
             )
     if _without_rescale(recipe.schedule) != _without_rescale(folder.schedule) or (
@@ -74,6 +76,14 @@ def network_arguments(folder: PipelineFolder) -> dict[str, Any]:
     """The UNet's own arguments, those that are left at null not listed."""
     config = folder.config("unet")
     return {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+
+
+def _all_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """With diffusers' defaults for those not given; as JSON has them, tuples being lists."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters.values()
+    defaults = {each.name: each.default for each in known if each.default is not each.empty}
+    found: dict[str, Any] = json.loads(json.dumps({**defaults, **given}))
+    return found
 
 
 def _without_rescale(schedule: ScheduleSpec) -> ScheduleSpec:

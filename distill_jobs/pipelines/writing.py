@@ -7,10 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from distill_jobs.pipelines.folder import PipelineFolder, weights_variant
+from distill_jobs.pipelines.folder import PipelineFolder, files_read
 
 TRAINED = ("unet", "scheduler")
-WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
 
 
 def complete(folder: Path, teacher: PipelineFolder) -> None:
@@ -31,15 +30,7 @@ def complete(folder: Path, teacher: PipelineFolder) -> None:
 def _link(source: Path, destination: Path) -> None:
     """A part's files, its weights under their plain name."""
     destination.mkdir(parents=True)
-    holds_weights = any(file.suffix in WEIGHTS for file in source.iterdir())
-    variant = weights_variant(source) if holds_weights else None
-    for file in sorted(path for path in source.iterdir() if path.is_file()):
-        name = file.name
-        if file.suffix in WEIGHTS:
-            plain = name.replace(f".{variant}.", ".") if variant else name
-            if file.suffix != ".safetensors" or (plain == name) == (variant is not None) or plain.count(".") > 1:
-                continue
-            name = plain
+    for name, file in files_read(source).items():
         try:
             os.link(file, destination / name)
         except OSError:

@@ -17,23 +17,20 @@ import torch
 import typer
 from diffusers import UNet2DConditionModel
 
-from distill_jobs.data.digits import CLASSES, WIDTH
-from distill_jobs.export import (
-    DECODE_LIMIT,
-    ENCODE_LIMIT,
+from distill_jobs.data.digits import CLASSES, WIDTH, class_condition
+from distill_jobs.export import DECODE_LIMIT, SHARED_GRAPH
+from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
+from distill_jobs.parity import (
     PARITY_BATCHES,
-    SHARED_GRAPH,
     STEP_LIMIT,
-    TOKENIZER_FILE,
     parity_images,
     parity_latents,
     parity_rows,
     shared_parity_rows,
-    vocabulary,
     write_checked,
 )
-from distill_jobs.graphs import ConditionGraph, DecodeGraph, EncodeGraph, StepGraph
 from distill_jobs.student import GUIDANCE_WIDTH, new_teacher, student_of, told_its_grid
+from distill_jobs.surroundings import TOKENIZER_FILE, vocabulary
 from engines.bundle import Bundle, file_records, write_bundle
 from engines.manifest import (
     CONDITION_GRAPH,
@@ -148,6 +145,7 @@ def _write_graphs(folder: Path, options: RandomOptions) -> dict[str, GraphSpec]:
     count = sum(PARITY_BATCHES)
     condition, decode = ConditionGraph(WIDTH), DecodeGraph(channels, UPSCALE)
     tokens, latents = torch.arange(count)[:, None] % CLASSES, parity_latents(count, shape)
+    conditions = class_condition(tokens[:, 0]).tokens
     at, size = folder / f"{CONDITION_GRAPH}.onnx", (height, width)
     graphs = {CONDITION_GRAPH: write_checked(condition, [tokens], condition.inputs(), condition.outputs(), at, 0.0)}
     at = folder / f"{DECODE_GRAPH}.onnx"
@@ -156,12 +154,12 @@ def _write_graphs(folder: Path, options: RandomOptions) -> dict[str, GraphSpec]:
     encode = EncodeGraph(channels, UPSCALE)
     at, specs = folder / f"{ENCODE_GRAPH}.onnx", (encode.inputs(*size), encode.outputs(*size))
     images = parity_images(count, specs[0][0].shape[1:])
-    graphs[ENCODE_GRAPH] = write_checked(encode, [images], *specs, at, ENCODE_LIMIT)
+    graphs[ENCODE_GRAPH] = write_checked(encode, [images], *specs, at, 1e-5)
     for steps in options.steps[:1] if options.shared else options.steps:
         step, name = StepGraph(random_network(options, steps)), graph_name(steps, shared=options.shared)
-        rows = parity_rows(plan(steps), GUIDANCE, shape, count)
+        rows = parity_rows(plan(steps), GUIDANCE, shape, conditions)
         if options.shared:
-            rows = shared_parity_rows([plan(n) for n in options.steps], GUIDANCE, shape, count)
+            rows = shared_parity_rows([plan(n) for n in options.steps], GUIDANCE, shape, conditions)
         specs = step.inputs(*size, tokens=1), step.outputs(*size)
         graphs[name] = write_checked(step, rows, *specs, folder / f"{name}.onnx", STEP_LIMIT)
     return graphs

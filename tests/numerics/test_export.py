@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 import torch
 
-from distill_jobs.data.digits import class_condition
-from distill_jobs.export import parity_latents, parity_rows, write_checked
+from distill_jobs.data.digits import CLASSES, class_condition
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
+from distill_jobs.parity import parity_latents, parity_rows, write_checked
 from engines.manifest import COEFFICIENTS, KNOWN, LATENT, MASK, NOISE, GuidanceRange
 from engines.sampler import Step, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
@@ -25,6 +25,10 @@ SHAPE = (1, 8, 8)
 SIZE = (8, 8)
 
 
+def conditions(rows: int) -> torch.Tensor:
+    return class_condition(torch.arange(rows) % CLASSES).tokens
+
+
 @pytest.fixture(scope="module")
 def step() -> StepGraph:
     return StepGraph(tiny_student(0)).eval()
@@ -33,7 +37,7 @@ def step() -> StepGraph:
 @pytest.fixture(scope="module")
 def step_file(step: StepGraph, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graphs") / "step.onnx"
-    rows = parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, 32)
+    rows = parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, conditions(32))
     spec = write_checked(step, rows, step.inputs(*SIZE, tokens=1), step.outputs(*SIZE), path, 1e-4)
     assert spec.parity.rows == 32
     assert 0 <= spec.parity.mean_abs_error <= spec.parity.max_abs_error <= 1e-4
@@ -58,7 +62,7 @@ def mixed_rows(n: int, w: list[float]) -> list[torch.Tensor]:
         sampler_plan(SCHEDULE, 2, clip=1.0),
     ):
         steps.extend(plan)
-    rows = parity_rows(sampler_plan(SCHEDULE, 1), RANGE, SHAPE, n)
+    rows = parity_rows(sampler_plan(SCHEDULE, 1), RANGE, SHAPE, conditions(n))
     chosen = [steps[i % len(steps)] for i in range(n)]
     rows[1] = torch.tensor([float(s.timestep) for s in chosen])
     rows[2] = torch.tensor([w[i % len(w)] for i in range(n)])
@@ -169,7 +173,7 @@ def test_decode_keeps_colour_and_refuses_what_is_no_image() -> None:
 
 
 def test_a_graph_that_differs_or_gives_nan_is_refused(step: StepGraph, step_file: Path) -> None:
-    rows = parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, 4)
+    rows = parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, conditions(4))
     with pytest.raises(ExportError, match="differs from torch"):
         check_parity(reference_outputs(StepGraph(tiny_student(5)), rows, "x"), step_file, rows, (4,), 1e-4)
     broken = tiny_student(0)
@@ -180,6 +184,6 @@ def test_a_graph_that_differs_or_gives_nan_is_refused(step: StepGraph, step_file
 
 
 def test_tracing_with_a_batch_of_one_is_refused(step: StepGraph, tmp_path: Path) -> None:
-    rows = [t[:1] for t in parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, 2)]
+    rows = [t[:1] for t in parity_rows(sampler_plan(SCHEDULE, 4), RANGE, SHAPE, conditions(2))]
     with pytest.raises(ValueError, match="at least 2"):
         write_graph(step, rows, step.inputs(*SIZE, tokens=1), step.outputs(*SIZE), tmp_path / "x.onnx")

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from rich.progress import Progress
+from torch import Tensor
 
 from distill_jobs import stage_one
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.encoders import encoders_sha256
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.pipelines.writing import complete
 from distill_jobs.recipe_file import read_recipe
-from distill_jobs.sampling import sample, student_network
-from distill_jobs.student import COND_PROJ, load_stock
+from distill_jobs.sampling import sample
+from distill_jobs.student import COND_PROJ, load_stock, predict
 from engines.noise import Purpose, row_noise
 from engines.sampler import sampler_plan
 from engines.schedule import NoiseSchedule
@@ -31,8 +40,18 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "sd15": {"prediction": "epsilon"},
     "sd21": {"prediction": "v_prediction", "scheduler": DDIMScheduler(**ZERO_SNR, prediction_type="v_prediction")},
     "sdxl": {"prediction": "epsilon"},
+    "inpaint": {
+        "prediction": "v_prediction",
+        "scheduler": DDIMScheduler(**ZERO_SNR, prediction_type="v_prediction"),
+        "in_channels": 9,
+    },
 }
-STOCK = {"sd15": StableDiffusionPipeline, "sd21": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+STOCK = {
+    "sd15": StableDiffusionPipeline,
+    "sd21": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+}
 
 
 @pytest.fixture(scope="module", params=list(TEACHERS))
@@ -40,7 +59,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     name, work = request.param, tmp_path_factory.mktemp(request.param)
     make = tiny.sdxl if name == "sdxl" else tiny.sd
     make(work / "parts", **TEACHERS[name]).save_pretrained(work / "teacher", safe_serialization=True)
-    recipe = read_recipe(latent_recipe(work, work / "teacher", finetune=name != "sd21"))
+    changes = {"inpainting": {}} if name == "inpaint" else {}
+    recipe = read_recipe(latent_recipe(work, work / "teacher", finetune=name in ("sd15", "sdxl"), **changes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_one, "GATE_ROWS", 8)
         run_job(recipe, work / "run", resume=False, progress=Progress(disable=True))
@@ -58,11 +78,23 @@ def test_students_draw_the_same_in_stock_pipelines(run: tuple[str, Path]) -> Non
     prompts = PromptEncoder.load(open_folder(folder))
     condition = prompts.encode(["a cat"], whole_image(16) if name == "sdxl" else None)
     plan = sampler_plan(NoiseSchedule(recipe.schedule), 4)
+    masked, mask = torch.randn(1, 4, 8, 8), torch.zeros(1, 1, 8, 8)
+    mask[..., 2:5] = 1
+    seen = torch.cat([mask, masked], dim=1) if name == "inpaint" else None
+    told: dict[str, Any] = {}
+    if seen is not None:
+        told = {"image": torch.zeros(1, 3, 16, 16), "masked_image_latents": masked, "strength": 1.0}
+        told["mask_image"] = mask.repeat_interleave(2, -1).repeat_interleave(2, -2)
     for scale in (1.0, 6.5):
         drawn = pipeline(
-            "a cat", num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent"
+            "a cat", num_inference_steps=4, guidance_scale=scale, latents=noise, output_type="latent", **told
         ).images
-        ours = sample(student_network(unet, scale - 1), plan, condition, [7], (4, 8, 8))
+
+        def network(x_t: Tensor, timestep: int, told: Condition, w: float = scale - 1) -> Tensor:
+            at = torch.tensor([float(timestep)])
+            return predict(unet, x_t, at, told, torch.tensor([w]), seen)
+
+        ours = sample(network, plan, condition, [7], (4, 8, 8))
         torch.testing.assert_close(ours, drawn, rtol=0, atol=1e-4)
 
 
@@ -72,6 +104,24 @@ def test_every_phase_is_a_whole_pipeline(run: tuple[str, Path]) -> None:
         folder = open_folder(work / "run" / phase)
         assert folder.prediction == "v_prediction"
         assert folder.schedule.rescale_zero_terminal_snr
+
+
+def test_a_phases_encoders_are_the_teachers(run: tuple[str, Path]) -> None:
+    """So that evaluating a run finds its latents in the cache."""
+    _, work = run
+    (work / "teacher" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    teacher, phase = open_folder(work / "teacher"), open_folder(work / "run" / "teacher")
+    assert encoders_sha256(teacher) == encoders_sha256(phase)
+    assert not (phase.path / "vae" / "diffusion_pytorch_model.bin").exists()
+
+
+def test_half_precision_weights_take_their_plain_name(tmp_path: Path) -> None:
+    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True, variant="fp16")
+    for part in ("unet", "scheduler"):
+        shutil.copytree(tmp_path / "teacher" / part, tmp_path / "student" / part)
+    complete(tmp_path / "student", open_folder(tmp_path / "teacher"))
+    assert (tmp_path / "student" / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "student" / "text_encoder" / "model.safetensors").is_file()
 
 
 def test_a_resumed_run_reads_its_recipe_without_the_teacher(run: tuple[str, Path]) -> None:
@@ -96,6 +146,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
     ("changes", "message"),
     [
         ({"unet": {"sample_size": 16}}, "its unet has .*leave unet out"),
+        ({"inpainting": {}}, "unet.in_channels must be 9: inpainting is for teachers that see the mask"),
         ({"schedule": {"beta_end": 0.5}}, "may change rescale_zero_terminal_snr"),
         ({"schedule": None}, "give teacher.v_finetune"),
         ({"data": "digits"}, "captioned images need teacher.folder"),
@@ -103,7 +154,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         ({"clip": 1.0}, "latents have no bound"),
         ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
     ],
-    ids=["unet", "schedule", "no fine-tune", "digits", "kind", "clip", "shards"],
+    ids=["unet", "inpainting", "schedule", "no fine-tune", "digits", "kind", "clip", "shards"],
 )
 def test_what_does_not_fit_the_teacher_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)

@@ -8,7 +8,7 @@ import yaml
 
 from tests.support.captioned_images import image_folder
 
-FINETUNE = {"updates": 2, "batch_size": 2}
+FINETUNE = {"updates": 2, "batch_size": 2, "target": "teacher"}
 
 
 def latent_recipe(work: Path, teacher: Path, *, finetune: bool = True, **changes: object) -> Path:

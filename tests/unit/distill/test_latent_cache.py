@@ -14,10 +14,13 @@ from distill_jobs.data.captioned import Captioned, index_folder
 from distill_jobs.data.framing import frame
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
 from distill_jobs.errors import DataError, StorageError
 from distill_jobs.pipelines.vae import Encoded
+from distill_jobs.sections import InpaintingSection
+from engines.masks import HIDDEN
 from tests.support import captioned_images as images
 
 COUNT = 7
@@ -122,6 +125,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
     assert (len(cache), cache.skipped) == (3, 4)
     _, condition = cache.rows(torch.arange(3))
     assert condition.tokens[:, 0, 0].tolist() == [len(images.caption(i)) for i in (0, 2, 6)]
+    assert cache.images(torch.tensor([2, 0, 1])) == [6, 0, 2]
     nothing = writer(tmp_path, entries[3:6], skip=True)
     filled(nothing)
     with pytest.raises(DataError, match="none of the images"):
@@ -154,3 +158,24 @@ def test_batches_are_a_function_of_the_update(tmp_path: Path) -> None:
     assert sorted(epoch.tolist()) == sorted(float(len(images.caption(i))) for i in range(COUNT))
     assert len(source.null(4)) == 4
     assert not torch.equal(whole.x, source.batch(draws, 6, 6).x)
+
+
+def test_masks_hide_the_image_that_the_row_was_made_from(tmp_path: Path) -> None:
+    folder = images.image_folder(tmp_path / "a", COUNT)
+    (folder / "1.png").write_bytes(b"x")
+    entries = index_folder(folder)
+    made = writer(tmp_path, entries, skip=True)
+    filled(made)
+    plain = LatentSource(made.finished(), (1, 4, 4))
+    source = MaskedLatentSource(plain, InpaintingSection(), entries, 8, lambda pixels: pixels[:, :1, ::2, ::2])
+    draws = Draws(3, "stage_one")
+    rows, extra = plain.batch(draws, 2, 6), source.batch(draws, 2, 6).extra
+    assert extra is not None
+    mask, seen = extra[:, :1], extra[:, 1:]
+    mean, _ = plain.cache.rows(draws.indices(2, 6, len(plain.cache)))
+    torch.testing.assert_close(seen, torch.where(mask > 0, HIDDEN, mean.mean), rtol=0, atol=1e-3)
+    assert set(mask.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(source.batch(draws, 2, 6).x, rows.x)
+    again = torch.cat([source.batch(draws.share(k, 2), 2, 3).extra for k in range(2)])
+    torch.testing.assert_close(again, extra, rtol=0, atol=0)
+    torch.testing.assert_close(source.blank()[:, 1:], torch.full((1, 1, 4, 4), HIDDEN))

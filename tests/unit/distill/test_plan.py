@@ -8,44 +8,32 @@ from typer.testing import CliRunner
 
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
-from distill_jobs.plan import Measured, network_cost, plan_of
+from distill_jobs.plan import Measured, NetworkCost, network_cost, plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import new_teacher, student_of
 from tests.support.tiny_recipe import OVERRIDES
 
-SD15 = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "block_out_channels": [320, 640, 1280],
-    "attention_head_dim": [5, 10, 20],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+LARGE = [("sd15", 859_520_964, 0.80), ("sd21", 865_910_724, 2.15), ("sdxl", 2_567_463_684, 6.8)]
 
 
-@pytest.mark.parametrize(
-    ("config", "parameters", "teraflops"),
-    [(SD15, 859_520_964, 0.80), (SDXL, 2_567_463_684, 6.8)],
-    ids=["sd15", "sdxl"],
-)
-def test_large_networks_are_counted_without_weights(
-    config: dict[str, object], parameters: int, teraflops: float
-) -> None:
+@pytest.mark.parametrize(("name", "parameters", "teraflops"), LARGE, ids=[each[0] for each in LARGE])
+def test_large_networks_are_counted_without_weights(name: str, parameters: int, teraflops: float) -> None:
     """The published sizes; FLOPs are two a multiply-add."""
-    cost = network_cost(config)
+    cost = network_cost(read_recipe(name).unet)
     assert cost.parameters == parameters
     assert cost.flops == pytest.approx(teraflops * 1e12, rel=0.02)
+
+
+def test_a_folders_teacher_is_planned_without_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_jobs.plan.network_cost", lambda config: NetworkCost(1, 1.0))
+    tuned = plan_of(read_recipe("sd15"))
+    assert [phase.name for phase in tuned.phases[:2]] == ["v_finetune", "stage_one"]
+    assert not tuned.measurable(torch.device("cpu"))
+    assert tuned.phases[0].frozen_passes == 0
+    imitating = plan_of(read_recipe("sd15", ["teacher.v_finetune.target=teacher"]))
+    assert imitating.phases[0].frozen_passes == 1
+    as_it_is = plan_of(read_recipe("sd15", ["teacher.v_finetune=null"]))
+    assert as_it_is.phases[0].name == "stage_one"
 
 
 def test_the_plan_counts_what_the_job_builds() -> None:
@@ -75,12 +63,12 @@ def test_a_halving_that_was_not_measured_costs_what_the_measured_one_does() -> N
 def test_only_small_recipes_are_measured() -> None:
     recipe = read_recipe("digits")
     assert plan_of(recipe).measurable(torch.device("cpu"))
-    assert not plan_of(recipe.model_copy(update={"unet": SD15})).measurable(torch.device("cpu"))
+    assert not plan_of(recipe.model_copy(update={"unet": read_recipe("sd15").unet})).measurable(torch.device("cpu"))
 
 
 def test_networks_that_diffusers_refuses_are_refused() -> None:
     with pytest.raises(RecipeError, match="diffusers refuses"):
-        network_cost({**SD15, "attention_head_dim": [1, 2]})
+        network_cost({**read_recipe("sd15").unet, "attention_head_dim": [1, 2]})
 
 
 def test_a_dry_run_prints_plan_and_time_and_leaves_no_run(tmp_path: Path) -> None:

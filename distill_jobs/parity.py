@@ -1,0 +1,83 @@
+"""The proof that an exported graph computes what its module does: rows for it, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill_jobs.onnx_export import check_parity, reference_outputs, write_graph
+from engines.guidance import weight_from_scale
+from engines.manifest import GraphSpec, GuidanceRange, TensorSpec
+from engines.sampler import SamplerPlan
+
+STEP_LIMIT = 1e-4
+PARITY_BATCHES = (1, 3, 8, 20)
+PARITY_ROWS = sum(PARITY_BATCHES)
+
+
+def parity_rows(
+    plan: SamplerPlan, guidance: GuidanceRange, shape: tuple[int, int, int], conditions: Tensor
+) -> list[Tensor]:
+    """Random inputs of a step graph, in its order: the plan's steps in turn, w over the whole range.
+
+    conditions: one a row. Every second row is inpainted under a random mask.
+    """
+    rows = len(conditions)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.randn((rows, *shape), generator=generator)
+
+    steps = [plan.steps[i % len(plan)] for i in range(rows)]
+    low, high = weight_from_scale(guidance.min), weight_from_scale(guidance.max)
+    mask = torch.randint(0, 2, (rows, 1, *shape[1:]), generator=generator).float()
+    mask[::2] = 1
+    return [
+        normal(),
+        torch.tensor([float(step.timestep) for step in steps]),
+        torch.linspace(low, high, rows)[torch.randperm(rows, generator=generator)],
+        conditions,
+        torch.stack([torch.tensor(step.row) for step in steps]),
+        normal(),
+        normal(),
+        mask,
+    ]
+
+
+def shared_parity_rows(
+    plans: Sequence[SamplerPlan], guidance: GuidanceRange, shape: tuple[int, int, int], conditions: Tensor
+) -> list[Tensor]:
+    """Random inputs of one step graph that serves several plans, mixed in every batch; step counts are the last."""
+    each = [parity_rows(plan, guidance, shape, conditions) for plan in plans]
+    chosen = [divmod(i, len(plans)) for i in range(len(conditions))]
+    mixed = [torch.stack([of_plans[which][at] for at, which in chosen]) for of_plans in zip(*each, strict=True)]
+    return [*mixed, torch.tensor([float(len(plans[which])) for _, which in chosen])]
+
+
+def write_checked(
+    module: nn.Module,
+    rows: list[Tensor],
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    path: Path,
+    limit: float,
+) -> GraphSpec:
+    """One graph on disk and its description. rows: sum(PARITY_BATCHES) of them; limit: of absolute error."""
+    expected = reference_outputs(module, rows, path.stem)
+    write_graph(module, [tensor[:2] for tensor in rows], inputs, outputs, path)
+    parity = check_parity(expected, path, rows, PARITY_BATCHES, limit)
+    return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity)
+
+
+def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:
+    """(rows, C, h, w) latents that reach beyond -1 … 1, for the decode graph."""
+    return torch.randn((rows, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def parity_images(rows: int, shape: tuple[int, ...]) -> Tensor:
+    """(rows, H, W, 3) uint8 images, for the encode graph. shape: (H, W, 3)."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, 256, (rows, *shape), generator=generator, dtype=torch.uint8)

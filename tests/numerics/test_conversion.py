@@ -1,0 +1,93 @@
+"""The three prediction types mean the same v, also where the schedule was rescaled under the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill_jobs.data.source import Condition
+from distill_jobs.objectives import Noisy, Tables, wide
+from distill_jobs.pipelines.conversion import NativeTeacher, as_v, imitation_loss
+from engines.sampler import Prediction
+from engines.schedule import NoiseSchedule, ScheduleSpec
+
+OWN = NoiseSchedule(ScheduleSpec(kind="scaled_linear"))
+RESCALED = NoiseSchedule(ScheduleSpec(kind="scaled_linear", rescale_zero_terminal_snr=True))
+ROWS = 6
+SPREAD = 0.5
+
+
+class Gaussian(nn.Module):
+    """The exact network for data N(0, SPREAD²) on its own schedule, at whole and fractional timesteps."""
+
+    def __init__(self, prediction: Prediction) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, z_t: Tensor, timestep: Tensor, **_: Any) -> tuple[Tensor]:
+        angles = np.interp(timestep.double().numpy(), np.arange(OWN.timesteps), OWN.angles)
+        alpha, sigma = (wide(torch.tensor(f(angles), dtype=torch.float32), z_t) for f in (np.cos, np.sin))
+        clean = alpha * SPREAD**2 * z_t / (alpha**2 * SPREAD**2 + sigma**2)
+        noise = (z_t - alpha * clean) / sigma
+        outputs = {"sample": clean, "epsilon": noise, "v_prediction": alpha * noise - sigma * clean}
+        return (outputs[self.prediction],)
+
+
+def rows(t: list[int], seed: int = 0) -> Noisy:
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn((len(t), 1, 2, 2), generator=generator) for _ in range(2))
+    tokens = Condition(torch.zeros(len(t), 1, 4))
+    return Noisy(x * SPREAD, tokens, tokens, noise, torch.tensor(t))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_every_output_means_the_same_v(prediction: Prediction) -> None:
+    drawn = rows([0, 10, 300, 600, 900, 999])
+    tables = Tables.of(OWN)
+    z_t, v = tables.noisy(drawn)
+    out = drawn.noise if prediction == "epsilon" else drawn.x
+    alpha, sigma = tables.alpha[drawn.t].double(), tables.sigma[drawn.t].double()
+    found = as_v(out.double(), z_t.double(), alpha, sigma, prediction)
+    torch.testing.assert_close(found.float(), v, rtol=0, atol=1e-4)
+    assert as_v(v, z_t, alpha, sigma, "v_prediction") is v
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("points", [OWN, RESCALED], ids=["own", "rescaled"])
+def test_a_native_teacher_is_asked_where_its_noise_is_the_same(
+    prediction: Prediction, points: NoiseSchedule
+) -> None:
+    drawn = rows([5, 100, 300, 500, 700, 800])
+    teacher = NativeTeacher.of(Gaussian(prediction), prediction, OWN, points)
+    tables = Tables.of(points)
+    z_t, _ = tables.noisy(drawn)
+    assert teacher.known[drawn.t].all()
+    alpha, sigma = (wide(table[drawn.t], z_t) for table in (tables.alpha, tables.sigma))
+    expected = alpha * sigma * (1 - SPREAD**2) * z_t / (alpha**2 * SPREAD**2 + sigma**2)
+    torch.testing.assert_close(teacher.v(z_t, drawn, drawn.condition), expected, rtol=0, atol=2e-4)
+
+
+def test_whole_timesteps_stay_whole_on_its_own_schedule() -> None:
+    teacher = NativeTeacher.of(Gaussian("epsilon"), "epsilon", OWN, OWN)
+    torch.testing.assert_close(teacher.timestep, torch.arange(1000.0), rtol=0, atol=1e-3)
+    assert teacher.known.all()
+
+
+def test_points_beyond_its_schedule_are_learned_from_the_data() -> None:
+    teacher = NativeTeacher.of(Gaussian("epsilon"), "epsilon", OWN, RESCALED)
+    assert not teacher.known[999]
+    drawn = rows([999, 999, 500])
+    _, v = teacher.tables.noisy(drawn)
+
+    class Fixed(nn.Module):
+        def forward(self, *_: Any, **__: Any) -> tuple[Tensor]:
+            return (v,)
+
+    losses = imitation_loss(Fixed(), teacher, drawn, torch.zeros(3, dtype=torch.bool))
+    assert losses[:2].tolist() == [0, 0]
+    assert losses[2] > 0.01
+    assert torch.isfinite(losses).all()

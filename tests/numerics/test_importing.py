@@ -1,0 +1,116 @@
+"""Published students of the latent consistency kind: the same images as diffusers, and refusals with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from rich.progress import Progress
+from torch import Tensor
+
+from distill_jobs.errors import TeacherError
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.importing import import_student
+from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.sampling import sample, student_network
+from distill_jobs.student import load_stock
+from engines.manifest import GuidanceRange
+from engines.noise import Purpose, row_noise
+from engines.open import open_pipeline
+from engines.sampler import sampler_plan
+from engines.schedule import NoiseSchedule
+from tests.support import tiny_pipelines as tiny
+
+RANGE = GuidanceRange(min=1, max=15, default=8.5)
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("lcm")
+    scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    stock = tiny.sd(
+        work / "parts",
+        scheduler=scheduler,
+        time_cond_proj_dim=256,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    parts = {name: getattr(stock, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    pipeline = LatentConsistencyModelPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(work / "lcm", safe_serialization=True)
+    return work / "lcm"
+
+
+def noise(purpose: Purpose, step: int = 0) -> Tensor:
+    return torch.from_numpy(row_noise(SEED, (4, 8, 8), purpose, step))[None]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_consistency_sampler_is_the_schedulers(
+    steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = iter(range(steps))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: noise(Purpose.STEP, next(drawn))
+    )
+    told = {"guidance_scale": 4.0, "latents": noise(Purpose.INITIAL), "output_type": "latent"}
+    expected = pipeline("a cat", num_inference_steps=steps, **told).images
+    opened = open_folder(folder)
+    plan = sampler_plan(NoiseSchedule(opened.schedule), steps, "consistency", opened.prediction)
+    condition = PromptEncoder.load(opened).encode(["a cat"])
+    found = sample(student_network(load_stock(folder), 3.0), plan, condition, [SEED], (4, 8, 8))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None:
+    written = import_student(
+        folder,
+        tmp_path / "bundle",
+        name="lcm",
+        steps=(1, 2),
+        guidance=RANGE,
+        licence="theirs",
+        progress=Progress(disable=True),
+    )
+    manifest = written.manifest
+    assert (manifest.prediction_type, manifest.default_steps, manifest.licences.teacher) == ("epsilon", 1, "theirs")
+    assert {student.sampler for student in manifest.students} == {"consistency"}
+    stock = LatentConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    told = {"guidance_scale": 4.0, "latents": noise(Purpose.INITIAL), "output_type": "np"}
+    expected = stock("a cat", num_inference_steps=1, **told).images[0] * 255
+    engine = open_pipeline(tmp_path / "bundle", "onnxruntime", rungs=(1,), warm=False)
+    assert np.abs(engine.generate(["a cat"], 4.0, [SEED])[0] - expected).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "steps", "message"),
+    [
+        ("unet/config.json", {"time_cond_proj_dim": None}, (1,), "takes no guidance weight"),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, (1,), "only LCMScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, (1,), "it predicts the image"),
+        ("model_index.json", {}, (4,), "4 steps would use timestep 249, which the model was not trained at"),
+    ],
+    ids=["no weight", "scheduler", "prediction", "steps"],
+)
+def test_what_cannot_be_run_is_refused_with_the_reason(
+    file: str, changes: dict[str, object], steps: tuple[int, ...], message: str, folder: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    told = json.loads((copied / file).read_text())
+    (copied / file).write_text(json.dumps({**told, **changes}))
+    wanted = {"name": "lcm", "steps": steps, "guidance": RANGE, "licence": "x", "progress": Progress(disable=True)}
+    with pytest.raises(TeacherError, match=message):
+        import_student(copied, tmp_path / "bundle", **wanted)
+    assert not (tmp_path / "bundle").exists()
