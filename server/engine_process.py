@@ -145,7 +145,6 @@ class EngineProcess:
     async def _keep_one_up(self) -> None:
         while True:
             reason = await self._listen()
-            self._up.clear()
             self._failures += 1
             lost, self._joined = frozenset(self._joined), {}
             _log.error("engine_process_ended", reason=reason, jobs=len(lost))
@@ -181,6 +180,7 @@ class EngineProcess:
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:
+            self._up.clear()
             hung = watching.done() and not watching.cancelled()
             watching.cancel()
             self._process.kill()
@@ -201,7 +201,8 @@ class EngineProcess:
         self._process.kill()
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self._writer is not None:
+        """To the child, or to nobody where it has just ended: what it was to do is then handed on."""
+        if self._writer is not None and not self._writer.is_closing():
             with suppress(OSError):
                 self._writer.write(frame(message))
 

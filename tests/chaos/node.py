@@ -18,6 +18,8 @@ from server.worker_process import WorkerProcess
 from tests.chaos.plants import PLANTS
 
 LEASE_S = 3.2
+RESULT_TTL_S = 3600.0
+"""Longer than any run: what was promised is read again at its end."""
 ROWS = 24
 ENGINE = (sys.executable, "-m", "tests.chaos.engine")
 
@@ -26,7 +28,13 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
     configure_logs("warning")
     rows = Settings().max_rows if "HALFSTEP_MAX_ROWS" in os.environ else ROWS
     settings = Settings(
-        bundles=(Path(bundle),), redis=url, lease_s=LEASE_S, cache_dir=None, hang_s=5.0, max_rows=rows
+        bundles=(Path(bundle),),
+        redis=url,
+        lease_s=LEASE_S,
+        result_ttl_s=RESULT_TTL_S,
+        cache_dir=None,
+        hang_s=5.0,
+        max_rows=rows,
     )
     if role == "serve":
         serve(settings, int(port))

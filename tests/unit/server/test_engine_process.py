@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 
 from engines.errors import BackendError
 from server.engine_process import EngineProcess
@@ -25,7 +26,7 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 from server.stores.memory import MemoryStore
-from server.work import Dropped, Event, Failed, Made, Progress, Started, Stepped
+from server.work import Died, Dropped, Event, Failed, Made, Progress, Started, Stepped
 from server.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -223,3 +224,27 @@ def test_events_cross_the_border_unchanged() -> None:
     np.testing.assert_array_equal(progress.previews[1][2], pixels + 1)
     np.testing.assert_array_equal(made.pixels[1], pixels + 2)
     assert (made.queue_ms, made.decode_ms, made.spans) == (1.0, 4.0, spans)
+
+
+def test_jobs_that_come_as_the_process_ends_are_handed_on(settings: Settings) -> None:
+    """On uvloop, as served: its transport raises where asyncio's would only warn."""
+
+    async def handed_on() -> list[Event]:
+        store, engine, reports = MemoryStore(), EngineProcess(settings, FAULTY), asyncio.Queue[list[Event]]()
+        await asyncio.to_thread(engine.spawn)
+        engine.start(reports.put_nowait)
+        await engine.ready()
+        await store.submit(job("a", 1))
+        (lease,) = await store.claim("w", ["toy-digits"], 10)
+        os.kill(engine.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while reports.empty():
+                engine.join_job(lease)
+                await asyncio.sleep(0)
+        events = reports.get_nowait()
+        await engine.close()
+        return events
+
+    (event,) = uvloop.run(handed_on())
+    assert isinstance(event, Died)
+    assert len(event.tokens) == 1
