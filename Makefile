@@ -80,8 +80,9 @@ chaos: setup
 	$(VENV)/bin/python -m tests.chaos small
 	$(VENV)/bin/python -m tests.chaos plants
 
-## make prove      the long proofs: fuzzing; cancels; overload, fairness; killed training jobs; docs/benchmarks.md
+## make prove      the long proofs: the longest tests; fuzzing; cancels; overload, fairness; killed training jobs; docs/benchmarks.md
 prove: setup
+	$(VENV)/bin/python -m pytest -m long
 	$(VENV)/bin/python -m tests.fuzz
 	$(VENV)/bin/python -m tests.chaos cancels
 	$(VENV)/bin/python -m tests.load all

@@ -85,6 +85,7 @@ def test_two_processes_follow_one_also_when_one_of_them_is_killed(
     assert_same_losses(out, alone, tolerances, {"teacher": 50, "stage_one": 6, "d2": 4, "d1": 4})
 
 
+@pytest.mark.long
 def test_a_sharded_job_follows_one_process_and_resumes_after_a_signal_to_one_process(
     alone: Path, tmp_path: Path
 ) -> None:
