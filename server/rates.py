@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import limits
@@ -26,11 +27,15 @@ class Rates:
     async def spend(self, rate: str | None, amount: int, *who: str) -> float | None:
         """Take ``amount`` from what the rate allows, or say in how many seconds there may be some again.
 
+        Infinity where the rate never allows so many at once.
+
         Raises: StoreUnavailableError.
         """
         if rate is None:
             return None
         item = limits.parse(rate)
+        if amount > item.amount:
+            return math.inf
         try:
             if await self._limiter.hit(item, *who, cost=amount):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from asyncio import Lock
 from collections.abc import AsyncIterator
@@ -236,6 +237,9 @@ class Service:
 
     async def _spend_quota(self, caller: Caller, images: int) -> None:
         wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)
+        if wait_s == math.inf:
+            message = "The quota of this tenant never allows so many images at once; ask for fewer."
+            raise ApiError(403, "quota_too_small", message)
         if wait_s is not None:
             message = "The quota of this tenant is used up; the Retry-After header says when to try again."
             raise RateError("quota_exceeded", message, retry_after_s=wait_s)

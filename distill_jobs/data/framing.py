@@ -13,8 +13,6 @@ from torch import Tensor
 
 from distill_jobs.errors import DataError
 
-TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-
 
 @dataclass(frozen=True)
 class Framed:

@@ -21,7 +21,7 @@ _ANY = {
 }
 _WITH_KEYS = {
     "401": "An API key is needed, and this is none",
-    "403": "The API key lacks the scope",
+    "403": "The API key lacks the scope, or its quota never allows so many images",
     "503": "The job store does not answer; Retry-After says when to try again",
 }
 _SPENDING = {"429": "This API key is used too often; Retry-After says when to try again"}

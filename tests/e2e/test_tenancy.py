@@ -84,4 +84,7 @@ def test_a_quota_is_429_and_belongs_to_its_tenant(world: tuple[Live, dict[str, s
         assert [answer.status_code for answer in answers] == [202, 429]
         assert answers[1].json()["error"]["code"] == "quota_exceeded"
         assert int(answers[1].headers["retry-after"]) > 0
+        refused = client.post("/v1/jobs", json={"prompt": "one", "n": 10}, headers=bearer(keys["metered"]))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "quota_too_small")
+        assert "retry-after" not in refused.headers
         assert client.post("/v1/jobs", json=body, headers=bearer(keys["a"])).status_code == 202

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distill_jobs.classifier import save_classifier, split_digits, train_classifier
-from distill_jobs.data.digits import Digits
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report
-from tests.support.tiny_run import tiny_recipe, write_tiny_run
+from tests.support.tiny_run import tiny_recipe, write_judged_run, write_tiny_run
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedRun:
     """A run with students of 2 and 1 steps, evaluated. Not to be changed: copy it first."""
     recipe = tiny_recipe((2, 1))
-    run = write_tiny_run(tmp_path_factory.mktemp("evaluated") / "run", recipe)
-    rough = train_classifier(split_digits(Digits.load())[0], epochs=2)  # spares the full training
-    save_classifier(rough, run / "classifier" / "classifier.safetensors")
+    run = write_judged_run(tmp_path_factory.mktemp("evaluated") / "run", recipe)
     return EvaluatedRun(run, recipe, evaluate_run(run, recipe, command="test"))

@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_jobs.classifier import save_classifier, split_digits, train_classifier
 from distill_jobs.data.digits import Digits, class_condition
 from distill_jobs.evaluate import evaluate_run
-from distill_jobs.export import export_run
 from distill_jobs.inpainting import BLENDED, SEEING, Painter, half_masks, painters
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import MARKDOWN_NAME, Report
@@ -20,10 +18,9 @@ from distill_jobs.sampling import sample
 from distill_jobs.tasks import task_gates
 from engines.manifest import KNOWN, MASKED, EvaluationRow, Measured
 from engines.masks import HIDDEN, hide, latent_mask
-from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, Row
-from tests.support.tiny_run import UNET, tiny_recipe, write_tiny_run
+from tests.support.tiny_run import UNET, exported, tiny_recipe, write_judged_run
 
 RECIPE = Recipe.model_validate(
     tiny_recipe((2, 1)).model_dump()
@@ -40,10 +37,7 @@ SEEDS, SCALE = (4, 8, 15), 3.0
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = write_tiny_run(tmp_path_factory.mktemp("inpainting") / "run", RECIPE)
-    rough = train_classifier(split_digits(Digits.load())[0], epochs=2)
-    save_classifier(rough, run / "classifier" / "classifier.safetensors")
-    return run
+    return write_judged_run(tmp_path_factory.mktemp("inpainting") / "run", RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +47,7 @@ def report(run_dir: Path) -> Report:
 
 @pytest.fixture(scope="module")
 def pipeline(run_dir: Path, report: Report) -> Pipeline:
-    bundle = export_run(run_dir, run_dir.parent / "bundle", RECIPE, despite_gates=True)
-    return open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
+    return exported(run_dir, RECIPE)
 
 
 def seeing(run_dir: Path) -> Painter:

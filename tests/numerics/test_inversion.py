@@ -9,22 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_jobs.classifier import classifier_of, save_classifier, split_digits, train_classifier
+from distill_jobs.classifier import classifier_of
 from distill_jobs.contenders import STUDENT, TEACHER
 from distill_jobs.data.digits import Digits
 from distill_jobs.encoders import encoders
 from distill_jobs.errors import JobError
 from distill_jobs.evaluate import evaluate_run
-from distill_jobs.export import export_run
 from distill_jobs.inversion import RECONSTRUCTION, edit_targets, student_route, teacher_route
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import MARKDOWN_NAME, Report
 from distill_jobs.tasks import task_gates
 from engines.manifest import EvaluationRow, Measured
-from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, find_encoder
-from tests.support.tiny_run import tiny_recipe, write_tiny_run
+from tests.support.tiny_run import exported, tiny_recipe, write_judged_run, write_tiny_run
 
 RECIPE = Recipe.model_validate(
     tiny_recipe((2, 1)).model_dump()
@@ -39,10 +37,7 @@ TARGETS = torch.tensor([5, 8, 4])
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = write_tiny_run(tmp_path_factory.mktemp("inversion") / "run", RECIPE)
-    rough = train_classifier(split_digits(Digits.load())[0], epochs=2)
-    save_classifier(rough, run / "classifier" / "classifier.safetensors")
-    return run
+    return write_judged_run(tmp_path_factory.mktemp("inversion") / "run", RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +47,7 @@ def report(run_dir: Path) -> Report:
 
 @pytest.fixture(scope="module")
 def pipeline(run_dir: Path, report: Report) -> Pipeline:
-    bundle = export_run(run_dir, run_dir.parent / "bundle", RECIPE, despite_gates=True)
-    return open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
+    return exported(run_dir, RECIPE)
 
 
 def test_the_report_has_a_row_of_the_teacher_and_of_the_student_for_every_encoder(

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from distill_jobs.classifier import save_classifier, split_digits, train_classifier
+from distill_jobs.data.digits import Digits
+from distill_jobs.export import export_run
 from distill_jobs.recipe import Recipe
 from distill_jobs.student import new_teacher, save_stock, student_of
+from engines.open import open_pipeline
+from engines.pipeline import Pipeline
 from engines.schedule import NoiseSchedule
 
 UNET = {
@@ -70,6 +75,20 @@ def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
     for n in recipe.encoder.steps if recipe.encoder else ():
         save_stock(folder / "encoders" / f"e{n}", tiny_student(100 + n, recipe.unet), schedule, recipe.clip)
     return folder
+
+
+def write_judged_run(folder: Path, recipe: Recipe) -> Path:
+    """A tiny run with a roughly trained classifier, which spares the full training."""
+    run = write_tiny_run(folder, recipe)
+    rough = train_classifier(split_digits(Digits.load())[0], epochs=2)
+    save_classifier(rough, run / "classifier" / "classifier.safetensors")
+    return run
+
+
+def exported(run: Path, recipe: Recipe) -> Pipeline:
+    """The run's bundle, gates or not, opened on the reference engine."""
+    bundle = export_run(run, run.parent / "bundle", recipe, despite_gates=True)
+    return open_pipeline(bundle.path, "onnxruntime", threads=1, rungs=(1, 4), warm=False)
 
 
 def spoil(unet_folder: Path) -> None:
