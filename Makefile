@@ -37,7 +37,7 @@ serve: $(SERVE_VENV)/.ready
 
 ## make test       what CI runs: linters, types, import rules, every test
 test: setup lint deploy-check
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 lint: setup
 	$(VENV)/bin/ruff check .

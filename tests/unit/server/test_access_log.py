@@ -26,11 +26,11 @@ CANARY = "c4n4ry"
 def written() -> Iterator[io.StringIO]:
     """What the process logs, with its logging put back afterwards."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, configuration = root.handlers[:], root.level, structlog.get_config()
     with redirect_stderr(io.StringIO()) as stderr:
         configure_logs("debug")
         yield stderr
-    structlog.reset_defaults()
+    structlog.configure(**configuration)
     root.handlers[:] = handlers
     root.setLevel(level)
 
