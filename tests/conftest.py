@@ -15,7 +15,10 @@ from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 # structlog prints to sys.stdout where nobody configured it, and print() does not survive that a capturing test puts
 # another file there meanwhile: it is the interpreter that ends. The descriptor stays whatever is put behind it.
-structlog.configure(logger_factory=structlog.WriteLoggerFactory(open(2, "w", buffering=1, closefd=False)))  # noqa: SIM115
+structlog.configure(
+    logger_factory=structlog.WriteLoggerFactory(open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115
+    wrapper_class=structlog.make_filtering_bound_logger("warning"),
+)
 
 
 @pytest.fixture(scope="session")
