@@ -30,6 +30,10 @@ class CostTable:
         """Milliseconds of one call of ``graph`` with ``rung`` rows. Raises: KeyError when it was not measured."""
         return self.ms[graph][rung]
 
+    def row_ms(self, graph: str) -> float:
+        """Milliseconds a row of ``graph`` takes at the rung that makes most of them. Raises: KeyError."""
+        return min(ms / rung for rung, ms in self.ms[graph].items())
+
     def best_rung(self, graph: str, waiting: int) -> int:
         """The rung that advances most rows per millisecond when ``waiting`` rows could go; the larger of equals."""
         if waiting < 1:

@@ -8,7 +8,8 @@ from pathlib import Path
 from engines.backends.base import EngineBackend
 from engines.backends.load import PrecisionName, choose_backend, engine_key, load_backend
 from engines.bundle import Bundle, verify_bundle
-from engines.cost import load_costs, save_costs
+from engines.cache import EngineKey
+from engines.cost import CostTable, load_costs, save_costs
 from engines.measure import Progress, measure_costs
 from engines.pipeline import RUNGS, Pipeline
 
@@ -77,9 +78,25 @@ def know_costs(
     again: measure even where a table is kept.
     """
     bundle = pipeline.bundle
-    keys = {graph: engine_key(bundle, graph, backend, precision, threads) for graph in bundle.manifest.graphs}
-    pipeline.costs = None if cache_dir is None or again else load_costs(keys, pipeline.rungs, cache_dir)
-    if pipeline.costs is None:
-        pipeline.costs = measure_costs(pipeline, repeats, progress)
-        if cache_dir is not None:
-            save_costs(pipeline.costs, keys, cache_dir, repeats)
+    kept = None if again else kept_costs(bundle, backend, precision, threads, cache_dir, pipeline.rungs)
+    pipeline.costs = kept or measure_costs(pipeline, repeats, progress)
+    if kept is None and cache_dir is not None:
+        save_costs(pipeline.costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)
+
+
+def kept_costs(
+    bundle: Bundle,
+    backend: str,
+    precision: PrecisionName,
+    threads: int,
+    cache_dir: Path | None,
+    rungs: Sequence[int] = RUNGS,
+) -> CostTable | None:
+    """The table an engine with these arguments has in the cache, without loading it; None where it has none."""
+    if cache_dir is None:
+        return None
+    return load_costs(_keys(bundle, backend, precision, threads), rungs, cache_dir)
+
+
+def _keys(bundle: Bundle, backend: str, precision: PrecisionName, threads: int) -> dict[str, EngineKey]:
+    return {graph: engine_key(bundle, graph, backend, precision, threads) for graph in bundle.manifest.graphs}

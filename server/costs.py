@@ -51,18 +51,14 @@ class CostBook:
         if table is None:
             return request.n * UNKNOWN_ROW_S
         student = find_student(manifest, request.steps, request.sampler)
-        row_ms = request.network_steps * _least_ms(table, student.graph) + _least_ms(table, DECODE_GRAPH)
-        encode_ms = 0.0 if request.image is None else _least_ms(table, ENCODE_GRAPH)
+        row_ms = request.network_steps * table.row_ms(student.graph) + table.row_ms(DECODE_GRAPH)
+        encode_ms = 0.0 if request.image is None else table.row_ms(ENCODE_GRAPH)
         return (request.n * row_ms + encode_ms) / 1000
 
 
 def best_rung(pipeline: Pipeline, graph: str, waiting: int) -> int:
     """The batch size to step now. Raises: BackendError when nothing was measured."""
     return _table(pipeline).best_rung(graph, waiting)
-
-
-def _least_ms(table: CostTable, graph: str) -> float:
-    return min(ms / rung for rung, ms in table.ms[graph].items())
 
 
 def _table(pipeline: Pipeline) -> CostTable:

@@ -54,7 +54,7 @@ def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None)
     cache_dir = usable_cache(settings.cache_dir)
     for path in settings.bundles:
         pipeline = open_pipeline(
-            _trusted(path, settings),
+            trusted(path, settings),
             settings.backend,
             precision=settings.precision,
             threads=settings.threads,
@@ -106,7 +106,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: 
     Raises: BundleError.
     """
     costs = CostBook()
-    bundles = [verify_bundle(_trusted(path, settings)) for path in settings.bundles]
+    bundles = [verify_bundle(trusted(path, settings)) for path in settings.bundles]
     names = [bundle.manifest.name for bundle in bundles]
     _check_names(names)
     catalogue = Catalogue(Model.of(bundle, partial(costs.predicted_s, bundle.manifest)) for bundle in bundles)
@@ -123,7 +123,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: 
     )
 
 
-def _trusted(path: Path, settings: Settings) -> Path:
+def trusted(path: Path, settings: Settings) -> Path:
     """The folder, if it is there and, where signatures are demanded, signed by the right key."""
     if path == DEFAULT_BUNDLE and not path.exists():
         raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
