@@ -31,7 +31,7 @@ P99 = Annotated[
 ]
 Tasks = Annotated[
     str,
-    typer.Option("--task", help="Shares of text_to_image, edit, inpaint and invert, as text_to_image=8,edit=2."),
+    typer.Option("--task", help="Shares of text_to_image, edit, inpaint, invert, as text_to_image=8,edit=2."),
 ]
 Steps = Annotated[
     str, typer.Option("--steps", help="Shares of step counts, as 4=3,8=1.", show_default="each model's default")
@@ -130,6 +130,7 @@ def _answer(question: Question, settings: Settings) -> None:
 
         made = answer(question, settings, f"python -m server {' '.join(sys.argv[1:])}", told)
     print_plan(made, _out)
+    typer.echo(made.model_dump_json())
 
 
 def _shares(name: str, text: str, parse: Callable[[str], ValueT | None]) -> dict[ValueT, float]:

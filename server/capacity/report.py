@@ -1,4 +1,4 @@
-"""What a plan prints: a table of forecasts, the answer, what it leaves out, and all of it as JSON."""
+"""A plan, and how it is printed: a table of forecasts, the answer, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -51,26 +51,17 @@ class Plan(Frozen):
 
 
 def print_plan(plan: Plan, out: Console) -> None:
-    """For people, then one line of JSON."""
+    """For people; the plan itself is one line of JSON."""
     out.print(_table(plan))
     out.print(_answer(plan), markup=False)
     out.print(LEFT_OUT, markup=False)
-    out.print(plan.model_dump_json(), markup=False, soft_wrap=True)
 
 
 def _table(plan: Plan) -> Table:
     engines = "; ".join(f"{name} on {model.engine}" for name, model in plan.models.items())
     load = f"{plan.rate:g} requests/s of {plan.images_per_s / plan.rate:.3g} images, {plan.requests:,} drawn"
     table = Table(title=f"{engines}\n{load}, seed {plan.seed}")
-    for heading in (
-        "workers",
-        "p50 ms",
-        "p99 ms",
-        "refused",
-        "engines busy",
-        "rows a step",
-        f"p99 ≤ {plan.p99_s:g} s",
-    ):
+    for heading in ("workers", "p50 ms", "p99 ms", "refused", "engines busy", "rows a step", "kept"):
         table.add_column(heading, justify="right")
     for made in plan.forecasts:
         verdict = "yes" if made.kept else "no"
@@ -85,9 +76,7 @@ def _answer(plan: Plan) -> str:
         return f"{plan.workers} {word} a p99 of {plan.p99_s:g} s."
     answer = f"None of these keeps a p99 of {plan.p99_s:g} s."
     if any(made.refused > 0 and made.workers >= plan.least_workers for made in plan.forecasts):
-        answer += (
-            f" Requests are refused beyond max_queue_s, {plan.max_queue_s:g} s of work for all workers together."
-        )
+        answer += f" Requests are refused beyond max_queue_s ({plan.max_queue_s:g} s for all workers together)."
     return answer
 
 

@@ -1,4 +1,4 @@
-"""Where the costs of a plan come from: a file of ``python -m engines bench``, this machine's cache, or a measurement."""
+"""Where the costs of a plan come from: a file that a bench printed, this machine's cache, or a measurement."""
 
 from __future__ import annotations
 
