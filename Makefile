@@ -11,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint deploy-check chaos prove distill lock sbom clean
+.PHONY: help setup serve test lint deploy-check docs chaos prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ lint: setup
 ## make deploy-check   Dockerfiles, compose files and manifests: linted, rendered, validated, held against the code
 deploy-check: setup
 	$(VENV)/bin/python -m tests.deploy
+
+## make docs       docs/configuration.md anew, from the settings
+docs: setup
+	$(VENV)/bin/python -m server settings > docs/configuration.md
 
 $(LOCK_VENV)/.ready:
 	$(PYTHON) -m venv $(LOCK_VENV)

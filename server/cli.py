@@ -81,6 +81,14 @@ def worker(
     _run("worker", bundles=bundle or None, **_given(locals()))
 
 
+@app.command()
+def settings() -> None:
+    """Print all settings with their variables, flags, limits and defaults, as Markdown."""
+    from server.settings_page import settings_page  # noqa: PLC0415 - of this command alone
+
+    typer.echo(settings_page(app), nl=False)
+
+
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name != "bundle"}
 
@@ -88,11 +96,11 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 def _run(command: str, **given: Any) -> None:
     """Imports late, so that --help and wrong settings answer at once."""
     try:
-        settings = flags.read_settings(**given)
-        configure_logs(settings.log_level)
-        if settings.traces_endpoint is not None:
-            start_tracing(settings.traces_endpoint, command)
-        fault = getattr(import_module("server.start"), command)(settings)
+        chosen = flags.read_settings(**given)
+        configure_logs(chosen.log_level)
+        if chosen.traces_endpoint is not None:
+            start_tracing(chosen.traces_endpoint, command)
+        fault = getattr(import_module("server.start"), command)(chosen)
     except HalfstepError as error:
         _fail(str(error))
     if fault:

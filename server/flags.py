@@ -12,13 +12,19 @@ from server.errors import StartError
 from server.settings import Settings
 
 
+def _first_sentence(description: str) -> str:
+    """Without its full stop."""
+    return description.partition(". ")[0].removesuffix(".")
+
+
 def _option(field: str, *flags: str) -> Any:
     """A flag that overrides one setting; its help is the setting's."""
     info = Settings.model_fields[field]
     default = info.default
     if field == "bundles":
         default = "server/bundles/default"
-    text = f"{info.description} (env HALFSTEP_{field.upper()})"  # in brackets it would be markup
+    # In brackets the name would be markup.
+    text = f"{_first_sentence(info.description or '')} (env HALFSTEP_{field.upper()})"
     return typer.Option(*flags, help=text, show_default=str(default))
 
 

@@ -1,4 +1,8 @@
-"""The one reader of the environment: every variable starts with HALFSTEP_; command-line flags win over it."""
+"""The one reader of the environment: every variable starts with HALFSTEP_; command-line flags win over it.
+
+The first sentence of a description is the help of its flag; all of it stands in docs/configuration.md, which
+``server.settings_page`` makes.
+"""
 
 from __future__ import annotations
 
@@ -25,70 +29,152 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HALFSTEP_", frozen=True, extra="ignore")
 
+    # ---- models and engines
     bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (DEFAULT_BUNDLE,), min_length=1, description="folders of the models to serve"
+        (DEFAULT_BUNDLE,),
+        min_length=1,
+        description="folders of the models to serve. The first model is the default one. In the environment "
+        "several stand with `:` between them (`;` on Windows), or as a JSON list.",
     )
-    bundle_key: Path | None = Field(None, description="public key (PEM) that every bundle must be signed with")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
-    backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field("auto", description="engine to run on")
+    bundle_key: Path | None = Field(
+        None,
+        description="public key (PEM) that every bundle must be signed with, see "
+        "[signed bundles](deploying.md#signed-bundles). Without one, signatures are not looked at.",
+    )
+    backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
+        "auto", description="engine to run on. See [engines](engines.md#backends-and-precision)."
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")
     threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
-    cache_dir: Path | None = Field(DEFAULT_CACHE, description="folder for compiled engines and costs, or none")
+    cache_dir: Path | None = Field(
+        DEFAULT_CACHE,
+        description="folder for compiled engines and costs, or none. `python -m engines build` fills it, too. A "
+        "folder that cannot be written keeps neither, with a warning.",
+    )
+    isolate_engine: bool = Field(
+        False,
+        description="run the engine in a process of its own; a worker always does. "
+        "It is started again when it dies.",
+    )
+    hang_s: float = Field(
+        30.0,
+        gt=0,
+        description="least time an engine call is given before its process is ended. Six times the measured median "
+        "where that is more.",
+    )
     encode_threads: int = Field(2, ge=1, le=64, description="threads that encode PNG, JPEG and WebP")
     max_rows: int = Field(64, ge=10, description="images in the making at once, encoding included")
-    max_queue_s: float = Field(30.0, gt=0, description="predicted seconds of accepted work beyond which 503")
-    max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
-    tenant_share: float = Field(
-        0.5, gt=0, le=1, description="part of both that one tenant may fill where there are several; beyond it 429"
+
+    # ---- addresses and clients
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port of its own for metrics and probes; of api and worker. An `api` has them on `port`, too; "
+        "a `worker` without one takes a free one and prints it.",
     )
-    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="largest request body")
-    max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of request headers")
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys that `python -m server keys new` writes. "
+        "See [security](security.md#api-keys).",
+    )
+    allow_anonymous: bool = Field(False, description="listen beyond loopback without API keys")
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="addresses or networks whose X-Forwarded-For and -Proto are believed"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may call this API, or `*`"
+    )
+    max_body_bytes: int = Field(
+        1024 * 1024,
+        ge=1024,
+        description="largest request body. 24 MiB where images come in JSON (jobs, `img2img`).",
+    )
+    max_header_bytes: int = Field(32 * 1024, ge=1024, description="largest sum of header names and values")
     header_timeout_s: float = Field(10.0, gt=0, description="time a client has to send its headers")
     body_timeout_s: float = Field(
         30.0, gt=0, description="time a client has to send its body, or to take in more of an answer"
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="addresses or networks whose X-Forwarded-For and -Proto are believed"
+
+    # ---- how much is let in
+    max_queue_s: float = Field(
+        30.0,
+        gt=0,
+        description="predicted seconds of accepted work beyond which 503. Of all workers together: raise it "
+        "with their number, as `python -m server plan` shows.",
     )
-    api_keys: Path | None = Field(None, description="file of API keys that `python -m server keys new` writes")
-    allow_anonymous: bool = Field(False, description="listen beyond loopback without API keys")
-    rate_limit: str | None = Field(None, description="requests of a key that generate, such as 60/minute")
-    quota: str | None = Field(None, description="images of a tenant, such as 1000/day")
-    secret: SecretStr = Field(
-        SecretStr(""),
-        description="shared by all processes: signs job ids, files and webhooks; empty draws one at the start",
+    max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
+    tenant_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="part of both that one tenant may fill where there are several; beyond it 429. Where keys know "
+        "one tenant or none, it has all.",
     )
-    webhook_allow: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="origins webhooks may go to, and networks they may have private addresses in"
+    rate_limit: str | None = Field(
+        None,
+        description="requests of a key that generate, such as 60/minute. Of each key without a rate of its own.",
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="origins whose pages may call this API, or *"
+    quota: str | None = Field(
+        None,
+        description="images of a tenant, such as 1000/day. Of each tenant whose key has no quota of its own.",
     )
-    drain_timeout_s: float = Field(25.0, ge=4, description="time to end after SIGTERM, 3 s of it to send answers")
+
+    # ---- jobs and their results
+    redis: str = Field(
+        "",
+        description="URL of the job store, as redis://host:6379/0; of api and worker. Also `rediss://` and "
+        "`unix://`. `serve` keeps jobs in memory.",
+    )
+    lease_s: float = Field(
+        30.0,
+        gt=3 * HEARTBEAT_S,
+        description="silence after which a worker's job is given to another. More than three heartbeats of 1 s.",
+    )
     result_ttl_s: float = Field(300.0, gt=0, description="how long a finished job nobody fetched is kept")
     result_store: str = Field(
-        "", description="where files go whose addresses are asked for: a folder, or s3://bucket/prefix"
+        "",
+        description="where files go whose addresses are asked for: a folder, or s3://bucket/prefix. See "
+        "[files at an address](serving.md#files-at-an-address). Without one, `response_format` `url` is refused.",
+    )
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="shared by all processes: signs job ids, files and webhooks; empty draws one at the start. At "
+        "least 24 characters. Webhooks need it, and so does an `api` whose result store is a folder. A process "
+        "that drew its own takes jobs of other processes that are over for unknown ones.",
+    )
+    webhook_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="origins webhooks may go to, and networks they may have private addresses in. See "
+        "[webhooks](serving.md#webhooks).",
     )
     safety_check: str = Field(
         "",
         pattern=r"^([A-Za-z_][\w.]*:[A-Za-z_][\w.]*)?$",
-        description="module:function that is called with finished images and says which to withhold",
+        description="what sees finished images and says which to withhold, as module:function. Of `serve` and "
+        "`worker`; see [security](security.md#a-safety-check).",
     )
-    safety_timeout_s: float = Field(10.0, gt=0, description="time that function has for one request")
-    redis: str = Field("", description="URL of the job store, as redis://host:6379/0; of api and worker")
-    isolate_engine: bool = Field(False, description="run the engine in a process of its own; a worker always does")
-    hang_s: float = Field(30.0, gt=0, description="least time an engine call is given before its process is ended")
-    metrics_port: int | None = Field(
-        None, ge=0, le=65535, description="port of its own for metrics and probes; of api and worker"
+    safety_timeout_s: float = Field(
+        10.0, gt=0, description="time that function has for one request. Beyond it the request fails."
     )
-    lease_s: float = Field(
-        30.0, gt=3 * HEARTBEAT_S, description="silence after which a worker's job is given to another"
+
+    # ---- process
+    drain_timeout_s: float = Field(
+        25.0,
+        ge=4,
+        description="time to end after SIGTERM, 3 s of it to send answers. See [shutdown](serving.md#shutdown).",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level logged. Logs are JSON lines on stderr."
     )
     traces_endpoint: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="where traces go by OTLP, as http://host:4318/v1/traces"
+        None,
+        pattern=r"^https?://\S+$",
+        description="where traces go by OTLP, as http://host:4318/v1/traces. Nothing is sent without it; see "
+        "[traces](serving.md#traces).",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
 
     @field_validator("cache_dir", mode="before")
     @classmethod

@@ -31,25 +31,49 @@ from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
 from server.settings import Settings
+from server.settings_page import settings_page
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
-from tests.unit.docs.pages import ROOT, click_commands, options, page, table_rows
+from tests.unit.docs.pages import APPS, ROOT, click_commands, options, page, table_rows
 
 UNIONS = (Union, UnionType)
 
 # ---- serving
 
 
-def test_every_setting_is_in_the_table() -> None:
-    rows = {row[0]: row for row in table_rows(page("serving.md")) if len(row) == 6}
+def test_the_configuration_reference_is_that_of_the_settings() -> None:
+    assert page("configuration.md") == settings_page(APPS["server"]), "make docs"
+
+
+def test_the_configuration_reference_has_every_setting_once_with_its_flag() -> None:
+    rows = {row[0]: row for row in table_rows(page("configuration.md")) if row[0] not in ("setting", "---")}
+    assert list(rows) == list(Settings.model_fields)
     flags = {flag for command in click_commands("server").values() for flag in options(command)}
-    for name, field in Settings.model_fields.items():
-        _, variable, flag, default, _, meaning = rows.pop(name)
-        expected = "server/bundles/default" if name == "bundles" else str(field.default).lower()
-        assert (variable, default) == (f"HALFSTEP_{name.upper()}", expected)
+    for name, (_, variable, flag, value, default, meaning) in rows.items():
         own = "--bundle" if name == "bundles" else f"--{name.replace('_', '-')}"
-        assert flag == (own if own in flags else ""), name
+        assert variable == f"HALFSTEP_{name.upper()}"
+        assert flag.partition("`")[0] == (own if own in flags else ""), name
+        assert value
+        assert default
         assert meaning
-    assert set(rows) == {"setting", "---"}
+
+
+def test_the_reference_says_what_a_value_may_be_and_is() -> None:
+    rows = {row[0]: row for row in table_rows(page("configuration.md"))}
+    expected = {
+        "port": ("`--port` of serve, api", "integer, ≥ 0, ≤ 65535", "8000"),
+        "lease_s": ("", "seconds, > 3", "30.0"),
+        "allow_anonymous": ("", "`true`, `false`", "false"),
+        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", "server/bundles/default"),
+        "secret": ("", "text", "empty"),
+        "metrics_port": ("`--metrics-port` of api, worker", "integer, ≥ 0, ≤ 65535", "none"),
+    }
+    for name, (flag, value, default) in expected.items():
+        assert [cell.strip("`") for cell in (flag, value, default)] == rows[name][2:5]
+
+
+def test_only_first_sentences_are_the_help_of_flags() -> None:
+    (flag,) = [each for each in click_commands("server")["serve"].params if each.name == "bundle"]
+    assert flag.help == "folders of the models to serve (env HALFSTEP_BUNDLES)"
 
 
 @pytest.mark.parametrize("schema", [GenerationBody, ImagesResponse, JobBody, JobStateBody, ModelBody])

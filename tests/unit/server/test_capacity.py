@@ -1,4 +1,4 @@
-"""A planned fleet: times that can be added up by hand, queues that theory knows, and the real engine's own turns."""
+"""A planned fleet: times added up by hand, queues that theory knows, and the engine's own turns."""
 
 from __future__ import annotations
 

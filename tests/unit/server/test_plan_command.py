@@ -36,7 +36,7 @@ def test_it_answers_in_a_table_a_sentence_and_a_line_of_json(toy_bundle: Path, c
     assert f"{made['workers']} workers keep a p99 of 0.2 s." in ended.stdout
     assert "Left out: the network" in ended.stdout
     assert made["models"]["toy-digits"]["engine"] == "fake 1 float32"
-    assert [each["workers"] for each in made["forecasts"] if each["kept"]][0] == made["workers"]
+    assert next(each["workers"] for each in made["forecasts"] if each["kept"]) == made["workers"]
     assert (made["rate"], made["images_per_s"], made["p99_s"], made["requests"]) == (100, 100, 0.2, 1000)
 
 
