@@ -11,9 +11,9 @@ from server.request import DenoiseRequest
 
 
 class Admission:
-    """max_queue_s, max_queued_rows: accepted, unfinished work beyond which requests are refused.
+    """Accepted, unfinished work beyond which requests are refused.
 
-    tenant_share: of both, what one tenant may fill.
+    max_queue_s: for each worker; max_queued_rows: of all; tenant_share: of both, what one tenant may fill.
     """
 
     def __init__(
@@ -35,30 +35,31 @@ class Admission:
 
         Raises: OverloadedError, with the time until there is room again, as predicted from measured costs.
         """
-        late_s = backlog.seconds / max(workers, 1) + self.cost_s(request) - (deadline_ms or math.inf) / 1000
+        workers = max(workers, 1)
+        late_s = backlog.seconds / workers + self.cost_s(request) - (deadline_ms or math.inf) / 1000
         if late_s > 0 and backlog.jobs:
             message = "The deadline cannot be met: more work is waiting than fits before it."
             raise OverloadedError("deadline_unmeetable", message, retry_after_s=late_s)
-        excess_s = self._excess_s(backlog, request, 1.0)
+        excess_s = self._excess_s(backlog, request, 1.0, workers)
         if excess_s > 0:
             message = "The server has as much work as it accepts; the Retry-After header says when to try again."
             raise OverloadedError("queue_full", message, retry_after_s=excess_s)
 
-    def check_share(self, own: Backlog, request: DenoiseRequest) -> None:
-        """own: the accepted, unfinished work of the tenant that asks.
+    def check_share(self, own: Backlog, request: DenoiseRequest, workers: int = 1) -> None:
+        """own: the accepted, unfinished work of the tenant that asks; workers: that share the work.
 
         Raises: RateError, with the time until it has room again when its work alone is done.
         """
-        excess_s = self._excess_s(own, request, self._tenant_share)
+        excess_s = self._excess_s(own, request, self._tenant_share, max(workers, 1))
         if excess_s > 0:
             message = "This tenant's share of the queue is full; the Retry-After header says when to try again."
             raise RateError("tenant_queue_full", message, retry_after_s=excess_s)
 
-    def _excess_s(self, backlog: Backlog, request: DenoiseRequest, share: float) -> float:
+    def _excess_s(self, backlog: Backlog, request: DenoiseRequest, share: float, workers: int) -> float:
         """Predicted seconds until there is room; 0 when there is, as there always is beside nothing."""
-        max_s, max_rows = share * self._max_queue_s, share * self._max_queued_rows
+        max_s, max_rows = share * workers * self._max_queue_s, share * self._max_queued_rows
         waiting_s, rows = backlog.seconds + self.cost_s(request), backlog.rows + request.n
         if backlog.jobs == 0 or (waiting_s <= max_s and rows <= max_rows):
             return 0.0
         per_row_s = backlog.seconds / max(backlog.rows, 1)
-        return max(waiting_s - max_s, (rows - max_rows) * per_row_s, 0.001)
+        return max((waiting_s - max_s) / workers, (rows - max_rows) * per_row_s / workers, 0.001)

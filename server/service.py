@@ -216,7 +216,7 @@ class Service:
         if self.draining.is_set():
             raise _refusal(DRAINING)
         if self.keyring is not None and len(self.keyring.tenants) > 1:
-            self.admission.check_share(await self.store.backlog(caller.tenant), request)
+            self.admission.check_share(await self.store.backlog(caller.tenant), request, self.costs.workers)
         self.admission.check(await self.store.backlog(), request, options.deadline_ms, self.costs.workers)
         await self._spend_quota(caller, request.n)
         job = Job(

@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     max_queue_s: float = Field(
         30.0,
         gt=0,
-        description="predicted seconds of accepted work beyond which 503. Of all workers together: raise it "
-        "with their number, as `python -m server plan` shows.",
+        description="predicted seconds of accepted work for each worker beyond which 503. It bounds the wait; "
+        "`python -m server plan` shows what is refused.",
     )
     max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
     tenant_share: float = Field(

@@ -76,7 +76,7 @@ def _answer(plan: Plan) -> str:
         return f"{plan.workers} {word} a p99 of {plan.p99_s:g} s."
     answer = f"None of these keeps a p99 of {plan.p99_s:g} s."
     if any(made.refused > 0 and made.workers >= plan.least_workers for made in plan.forecasts):
-        answer += f" Requests are refused beyond max_queue_s ({plan.max_queue_s:g} s for all workers together)."
+        answer += f" Requests are refused beyond max_queue_s ({plan.max_queue_s:g} s of work for each worker)."
     return answer
 
 

@@ -39,6 +39,18 @@ def test_too_many_seconds_say_when_they_will_be_gone(toy_bundle: Path) -> None:
     assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(1000 * (3.0 + 4 * ROW_STEP_S), abs=1)
 
 
+def test_every_worker_adds_to_what_is_let_in(toy_bundle: Path) -> None:
+    admission = offline_service(toy_bundle, Settings(max_queue_s=2.0, max_queued_rows=100)).admission
+    held = Backlog(jobs=5, rows=50, seconds=6.0 - 4 * ROW_STEP_S)
+    admission.check(held, request(), workers=3)
+    admission.check_share(held.model_copy(update={"rows": 49, "seconds": held.seconds / 2}), request(), workers=3)
+    with pytest.raises(OverloadedError) as refused:
+        admission.check(Backlog(jobs=5, rows=50, seconds=9.0), request(), workers=3)
+    assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(1000 + 4 * ROW_STEP_S / 3 * 1000, abs=1)
+    with pytest.raises(OverloadedError):
+        admission.check(held, request(), workers=0)
+
+
 def test_too_many_images_say_when_they_will_be_gone(toy_bundle: Path) -> None:
     with pytest.raises(OverloadedError) as refused:
         check(toy_bundle, Backlog(jobs=10, rows=100, seconds=1.0), n=10)
