@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -65,6 +66,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.process = self._gauge("halfstep_process_info", "What this process is (always 1)", ["role"])
         self._make_request_metrics()
         self._make_work_metrics()
         self._make_engine_metrics()
@@ -113,9 +115,12 @@ class Metrics:
         memory = "Memory of the engine: of its device, or of its process on a CPU"
         self.memory = gauge("halfstep_device_memory_bytes", memory, ["device"])
 
-    def serves(self, manifest: BundleManifest, engine: str) -> None:
-        """Note a model on offer and the engine that runs it."""
-        self.engine.labels(manifest.name, engine).set(1)
+    def is_a(self, role: Literal["serve", "api", "worker"]) -> None:
+        """Note what this process is."""
+        self.process.labels(role).set(1)
+
+    def offers(self, manifest: BundleManifest) -> None:
+        """Note a model that requests may ask for."""
         for graph, spec in manifest.graphs.items():
             self.parity.labels(manifest.name, graph).set(spec.parity.max_abs_error)
 

@@ -32,8 +32,10 @@ def serve(settings: Settings) -> str | None:
     service = build_service(settings, store, metrics, files)
     service.costs.update({own_name(): engine.offers})
     metrics.watch_memory(lambda: engine.pid)
+    metrics.is_a("serve")
     for model in service.catalogue:
-        metrics.serves(model.manifest, engine.offers[model.name].engine)
+        metrics.offers(model.manifest)
+        metrics.engine.labels(model.name, engine.offers[model.name].engine).set(1)
     worker = _worker(settings, engine, store, metrics, files, safety)
     prompt = service.catalogue.default.tokenizer.known()[0]
     return Process(service, worker, sock, lambda url: _announce(url, _names(engine), prompt)).run_until_told()
@@ -50,6 +52,9 @@ def api(settings: Settings) -> str | None:
         metrics_sock = bind(settings.host, settings.metrics_port, "--metrics-port")
     metrics = Metrics()
     service = build_service(settings, build_store(settings), metrics, open_files(settings, metrics))
+    metrics.is_a("api")
+    for model in service.catalogue:
+        metrics.offers(model.manifest)
     names = ", ".join(model.name for model in service.catalogue)
     prompt = service.catalogue.default.tokenizer.known()[0]
 
@@ -68,6 +73,7 @@ def worker(settings: Settings) -> str | None:
     store, metrics = build_store(settings, patient=True), Metrics()
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, isolated=True)
+    metrics.is_a("worker")
     metrics.watch_memory(lambda: engine.pid)
     for name, offer in engine.offers.items():
         metrics.engine.labels(name, offer.engine).set(1)

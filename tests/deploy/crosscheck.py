@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import typer
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 import distill_jobs.cli
@@ -16,12 +18,13 @@ import engines.cli
 import server.cli
 from distill_jobs.recipe_file import shipped_recipes
 from server.api.operations import operations_routes
+from server.app import routers
 from server.errors import StartError
 from server.process import check_exposure
 from server.settings import Settings
 from server.storage import is_folder
 from tests.deploy.containers import Container, Image, containers, images
-from tests.deploy.sources import Deployment
+from tests.deploy.sources import Deployment, Object, name_of
 
 APPS = {"engines": engines.cli.app, "distill_jobs": distill_jobs.cli.app, "server": server.cli.app}
 PREFIX = "HALFSTEP_"
@@ -39,6 +42,9 @@ def findings(deployment: Deployment) -> Iterator[str]:
             *_paths(container),
         ):
             yield f"{container.where}: {finding}"
+    for where, document in deployment.objects():
+        if document["kind"] == "HTTPRoute":
+            yield from (f"{where} {name_of(document)}: {finding}" for finding in _route(document))
 
 
 def _image(container: Container, known: Mapping[str, Image]) -> Iterator[str]:
@@ -143,6 +149,37 @@ def _paths(container: Container) -> Iterator[str]:
     for path in (part for value in named for part in str(value).split(":")):
         if not any(Path(path).is_relative_to(mount) for mount in inside):
             yield f"nothing is mounted at {path}"
+
+
+# ---- routes
+
+
+def _route(document: Object) -> Iterator[str]:
+    """What waits for images, sends them, or streams events has no limit but the server's own."""
+    limits = {
+        match["path"]["value"]: rule.get("timeouts", {}).get("request", "0s")
+        for rule in document["spec"]["rules"]
+        for match in rule["matches"]
+    }
+    for path in sorted(slow_paths()):
+        prefixes = [prefix for prefix in limits if f"{path}/".startswith(f"{prefix.rstrip('/')}/")]
+        if not prefixes:
+            yield f"{path} is not routed"
+        elif limits[max(prefixes, key=len)] != "0s":
+            yield f"{path} may take longer than {limits[max(prefixes, key=len)]}"
+
+
+@cache
+def slow_paths() -> frozenset[str]:
+    """Of every POST, stream of events and file."""
+    service: Any = SimpleNamespace(metrics=None, store=None, readiness=None)
+    routes = (route for part in routers(service) for route in part.routes if isinstance(route, APIRoute))
+    slow = ("/events", "/files", "/images")
+    return frozenset(
+        route.path
+        for route in routes
+        if "POST" in (route.methods or ()) or any(part in route.path for part in slow)
+    )
 
 
 @cache

@@ -55,6 +55,15 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         "k8s/overlays/distil/job.yaml": [
             ("            - digits\n", "            - digit\n", "no recipe digit"),
         ],
+        "k8s/components/gateway/route.yaml": [
+            (
+                "        - path: {type: PathPrefix, value: /sdapi}\n",
+                "",
+                "/sdapi/v1/txt2img may take longer than 10s",
+            ),
+            ("request: 0s", "request: 60s", "may take longer than 60s"),
+            ("value: /", "value: /x/", "/v1/images/generations is not routed"),
+        ],
         "docker/Dockerfile": [
             ('"--host", "0.0.0.0", "--port"', '"--hosts", "0.0.0.0", "--port"', "has no --hosts"),
         ],

@@ -116,3 +116,6 @@ def test_the_metrics_tell_of_all_processes(processes: tuple[Command, Command]) -
             for name in ("halfstep_jobs_accepted_total", "halfstep_jobs_total")
         }
         assert counts["halfstep_jobs_accepted_total"] == counts["halfstep_jobs_total"] > 0
+        role = "api" if process is api else "worker"
+        assert f'halfstep_process_info{{role="{role}"}} 1.0' in text
+        assert ("halfstep_parity_error{" in text) == (role == "api")
