@@ -14,11 +14,12 @@ from rich.console import Console
 
 from tests.load.fairness import fairness
 from tests.load.overload import overload
+from tests.load.planned import planned
 from tests.load.rolling import Restarts, rolling
 from tests.load.scale import scale
 from tests.support.toy_bundle import make_toy_bundle
 
-OVERLOAD_S, FAIRNESS_S, SCALE_S = 600.0, 60.0, 20.0
+OVERLOAD_S, FAIRNESS_S, SCALE_S, PLANNED_S = 600.0, 60.0, 20.0, 60.0
 ROLLING = Restarts(apis=2, workers=3, jobs=1200, seconds=60.0, rounds=2)
 
 Measure = Callable[[Path, Path], bool]
@@ -67,13 +68,21 @@ def scale_command(
     _run([partial(scale, seconds)])
 
 
+@app.command("planned")
+def planned_command(
+    seconds: Annotated[float, typer.Option(min=5, help="Of each of two loads.")] = PLANNED_S,
+) -> None:
+    """Two workers, next to what the capacity planner says of them."""
+    _run([partial(planned, seconds)])
+
+
 @app.command("all")
 def everything() -> None:
-    """All of the above, on both stores where there are two: some 25 minutes."""
+    """All of the above, on both stores where there are two: some 27 minutes."""
     measures: list[Measure] = []
     for store in Store:
         measures += [partial(overload, store, OVERLOAD_S), partial(fairness, store, FAIRNESS_S)]
-    _run([*measures, partial(rolling, ROLLING), partial(scale, SCALE_S)])
+    _run([*measures, partial(rolling, ROLLING), partial(scale, SCALE_S), partial(planned, PLANNED_S)])
 
 
 def _run(measures: Sequence[Measure]) -> None:
