@@ -79,11 +79,11 @@ class Fleet:
 
     def _count(self, call: Call, jobs: int) -> None:
         """Take a call into the backlog, or with -1 out of it."""
-        request, held = call.kind.request, self._backlog
+        held = self._backlog
         self._backlog = Backlog(
             jobs=held.jobs + jobs,
-            rows=held.rows + jobs * request.n,
-            seconds=held.seconds + jobs * self._admission.cost_s(request),
+            rows=held.rows + jobs * call.kind.request.n,
+            seconds=held.seconds + jobs * self._admission.cost_s(call.kind.request),
         )
 
     def _claim(self, worker: SimulatedWorker) -> None:

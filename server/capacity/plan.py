@@ -22,6 +22,9 @@ OBJECTIVE = 0.99
 
 MAX_WORKERS = 1000
 
+FIRST_LOOK, LEAST_REQUESTS = 10, 1000
+"""A search first tries the load's first tenth, but no fewer requests."""
+
 
 class Forecast(Frozen):
     """What a number of workers makes of the load.
@@ -69,8 +72,11 @@ class Planner:
         self._admission = admission
 
     def forecast(self, workers: int) -> Forecast:
+        return self._forecast(workers, self._load.requests)
+
+    def _forecast(self, workers: int, requests: int) -> Forecast:
         load = self._load
-        calls = poisson(load.kinds, load.rate, load.requests, load.new_prompts, load.seed)
+        calls = poisson(load.kinds, load.rate, requests, load.new_prompts, load.seed)
         outcome = self._run(workers, calls)
         latencies = sorted(outcome.latencies)
         p99_s = quantile(latencies, OBJECTIVE)
@@ -90,6 +96,7 @@ class Planner:
         told: of each forecast as it is made. Raises: PlanError when no number can.
         """
         self._check_possible()
+        least = self._load.least_workers
         made: dict[int, Forecast] = {}
 
         def kept(workers: int) -> bool:
@@ -97,15 +104,9 @@ class Planner:
             told(made[workers])
             return made[workers].kept
 
-        enough, stride = self._load.least_workers, 1
-        while enough <= MAX_WORKERS and not kept(enough):
-            enough, stride = enough + stride, 2 * stride
-        if enough > MAX_WORKERS:
-            raise PlanError(f"More than {MAX_WORKERS} workers would be needed; plan for a part of the load.")
-        short = max((workers for workers in made if workers < enough), default=enough - 1)
-        while enough - short > 1:
-            middle = (short + enough) // 2
-            short, enough = (short, middle) if kept(middle) else (middle, enough)
+        few = min(max(self._load.requests // FIRST_LOOK, LEAST_REQUESTS), self._load.requests)
+        guess = find_least(lambda workers: self._forecast(workers, few).kept, least, least)
+        find_least(kept, least, guess)
         return [made[workers] for workers in sorted(made)]
 
     def alone_s(self, kind: Kind) -> float:
@@ -124,6 +125,30 @@ class Planner:
 
     def _run(self, workers: int, calls: Iterable[Call]) -> Outcome:
         return Fleet(workers, self._limits, self._admission, self._load.seed).run(calls)
+
+
+def find_least(kept: Callable[[int], bool], least: int, guess: int) -> int:
+    """The least number from ``least`` on that is kept, where all from it on are; looks around a guess ≥ least.
+
+    Raises: PlanError beyond MAX_WORKERS.
+    """
+    short, enough = least - 1, MAX_WORKERS + 1
+    at, stride, missed = guess, 1, False
+    while enough - short > 1:
+        if kept(at):
+            enough = at
+        else:
+            short, missed = at, True
+        if enough > MAX_WORKERS:
+            at = min(short + stride, MAX_WORKERS)
+        elif missed:
+            at = (short + enough) // 2
+        else:
+            at = max(enough - stride, least)
+        stride *= 2
+    if enough > MAX_WORKERS:
+        raise PlanError(f"More than {MAX_WORKERS} workers would be needed; plan for a part of the load.")
+    return enough
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engines.bundle import verify_bundle
 from engines.cost import CostTable
 from engines.pipeline import RUNGS
-from server.capacity.plan import Load, Planner, admission_of, quantile
+from server.capacity.plan import Load, Planner, admission_of, find_least, quantile
 from server.capacity.prices import Prices
 from server.capacity.question import Mix, PlanError
 from server.capacity.traffic import Kind, kinds, poisson
@@ -227,6 +227,27 @@ def test_more_workers_are_never_worse_and_the_search_finds_the_least(toy_bundle:
     assert not asked.forecast(enough.workers - 1).kept
     p99s = [each.p99_s or math.inf for each in map(asked.forecast, range(1, enough.workers + 3))]
     assert p99s == sorted(p99s, reverse=True)
+
+
+@pytest.mark.parametrize("least", [1, 3, 20])
+@pytest.mark.parametrize("guess", [20, 25, 40, 900])
+@pytest.mark.parametrize("answer", [20, 21, 27, 300, 1000])
+def test_the_search_finds_the_least_from_any_guess(least: int, guess: int, answer: int) -> None:
+    tried: list[int] = []
+
+    def kept(workers: int) -> bool:
+        tried.append(workers)
+        return workers >= answer
+
+    assert find_least(kept, least, guess) == answer
+    assert len(tried) == len(set(tried)) <= 24
+    assert answer == least or answer - 1 in tried
+    assert least <= min(tried) <= max(tried) <= 1000
+
+
+def test_a_search_without_end_is_given_up() -> None:
+    with pytest.raises(PlanError, match="More than 1000 workers"):
+        find_least(lambda _: False, 5, 7)
 
 
 def test_an_overloaded_fleet_refuses_and_does_not_keep_the_objective(toy_bundle: Path) -> None:
