@@ -22,6 +22,9 @@ OBJECTIVE = 0.99
 
 MAX_WORKERS = 1000
 
+FEWER, MORE = 2, 1
+"""Forecasts around the answer, to compare with."""
+
 FIRST_LOOK, LEAST_REQUESTS = 10, 1000
 """A search first tries the load's first tenth, but no fewer requests."""
 
@@ -91,7 +94,7 @@ class Planner:
         )
 
     def search(self, told: Callable[[Forecast], None]) -> list[Forecast]:
-        """Forecasts up to the least number of workers that keeps the objective, and around it; by workers.
+        """Forecasts around the least number of workers that keeps the objective, by workers.
 
         told: of each forecast as it is made. Raises: PlanError when no number can.
         """
@@ -106,7 +109,10 @@ class Planner:
 
         few = min(max(self._load.requests // FIRST_LOOK, LEAST_REQUESTS), self._load.requests)
         guess = find_least(lambda workers: self._forecast(workers, few).kept, least, least)
-        find_least(kept, least, guess)
+        enough = find_least(kept, least, guess)
+        for workers in range(max(1, enough - FEWER), enough + MORE + 1):
+            if workers not in made:
+                kept(workers)
         return [made[workers] for workers in sorted(made)]
 
     def alone_s(self, kind: Kind) -> float:

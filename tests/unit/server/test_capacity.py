@@ -219,14 +219,20 @@ def test_shares_and_rate_are_those_asked_for(toy_bundle: Path) -> None:
     assert sum(each.new_prompt for each in calls) == pytest.approx(5000, rel=0.05)
 
 
-def test_more_workers_are_never_worse_and_the_search_finds_the_least(toy_bundle: Path) -> None:
+def test_the_search_finds_the_least_and_shows_its_neighbours(toy_bundle: Path) -> None:
     asked = planner(toy_bundle, rate=150, p99_s=0.1)
     made = asked.search(lambda _: None)
-    enough = next(each for each in made if each.kept)
-    assert enough.workers > 1
-    assert not asked.forecast(enough.workers - 1).kept
-    p99s = [each.p99_s or math.inf for each in map(asked.forecast, range(1, enough.workers + 3))]
-    assert p99s == sorted(p99s, reverse=True)
+    enough = next(each.workers for each in made if each.kept)
+    assert [each.workers for each in made] == [enough - 2, enough - 1, enough, enough + 1]
+    assert [each.kept for each in made] == [False, False, True, True]
+
+
+def test_more_workers_are_better(toy_bundle: Path) -> None:
+    made = [planner(toy_bundle, rate=150, p99_s=0.1).forecast(workers) for workers in (2, 3, 4, 6, 9, 14, 21)]
+    for figures in ([each.p50_s or math.inf for each in made], [each.p99_s or math.inf for each in made]):
+        assert figures == sorted(figures, reverse=True)
+    assert [each.refused for each in made] == sorted((each.refused for each in made), reverse=True)
+    assert [each.rows for each in made] == sorted((each.rows for each in made), reverse=True)
 
 
 @pytest.mark.parametrize("least", [1, 3, 20])
@@ -259,10 +265,13 @@ def test_an_overloaded_fleet_refuses_and_does_not_keep_the_objective(toy_bundle:
 
 
 def test_the_least_number_of_workers_is_never_too_many(toy_bundle: Path) -> None:
-    asked = planner(toy_bundle, rate=400, p99_s=10, requests=20_000)
-    least = asked.search(lambda _: None)[0].workers
-    assert least > 1
-    assert not asked.forecast(least - 1).kept
+    """With hours to wait, what is needed is what the work itself takes, and one worker fewer cannot keep up."""
+    bundle = verify_bundle(toy_bundle)
+    load = Load(kinds([(bundle.manifest, costs_of(bundle))], Mix()), 400, 20_000, 0.0, seed=3)
+    assert load.least_workers == math.ceil(400 * (4 * 4 + 2) / 1000)
+    overloaded = planner(toy_bundle, rate=400, p99_s=10, requests=20_000).forecast(load.least_workers - 1)
+    assert not overloaded.kept
+    assert overloaded.refused > 0
 
 
 def test_an_objective_below_a_lone_request_is_impossible(toy_bundle: Path) -> None:
