@@ -97,7 +97,7 @@ def plan(
         )
         mix = Mix(
             tasks=_shares("--task", task, _task),
-            steps=_shares("--steps", steps, _count) if steps else {None: 1.0},
+            steps=_shares("--steps", steps, _count) if steps else None,
             images=_shares("-n", n, _images),
             strength=None if strength is None else _within("--strength", strength, 1.0),
             new_prompts=new_prompts,

@@ -42,7 +42,7 @@ def answer(
         requests=question.requests,
         seed=question.seed,
         tasks={str(task): share for task, share in mix.tasks.items()},
-        steps={"default" if steps is None else str(steps): share for steps, share in mix.steps.items()},
+        steps=None if mix.steps is None else {str(steps): share for steps, share in mix.steps.items()},
         images={str(n): share for n, share in mix.images.items()},
         strength=mix.strength,
         new_prompts=mix.new_prompts,

@@ -25,7 +25,7 @@ class PlannedModel(Frozen):
 class Plan(Frozen):
     """A question and its answer. workers: the least number that keeps p99_s, None where none that was tried does.
 
-    tasks, steps, images: shares as asked for; file_ms: of one image on one of encode_threads threads.
+    tasks, steps, images: shares as asked for, None for the models' default; file_ms: of one image on one of encode_threads threads.
     """
 
     command: str
@@ -36,7 +36,7 @@ class Plan(Frozen):
     requests: int
     seed: int
     tasks: dict[str, float]
-    steps: dict[str, float]
+    steps: dict[str, float] | None
     images: dict[str, float]
     strength: float | None
     new_prompts: float

@@ -60,12 +60,13 @@ def kinds(models: Sequence[tuple[BundleManifest, CostTable]], mix: Mix) -> list[
 
     Raises: PlanError, RequestError where a model lacks one of them.
     """
-    whole = len(models) * sum(mix.tasks.values()) * sum(mix.steps.values()) * sum(mix.images.values())
+    steps: list[tuple[int | None, float]] = [*mix.steps.items()] if mix.steps else [(None, 1.0)]
+    whole = len(models) * sum(mix.tasks.values()) * sum(share for _, share in steps) * sum(mix.images.values())
     found = []
     for manifest, costs in models:
         prices = Prices(costs)
-        for (task, a), (steps, b), (n, c) in product(mix.tasks.items(), mix.steps.items(), mix.images.items()):
-            found.append(_kind(manifest, prices, task, steps, n, mix.strength, a * b * c / whole))
+        for (task, a), (count, b), (n, c) in product(mix.tasks.items(), steps, mix.images.items()):
+            found.append(_kind(manifest, prices, task, count, n, mix.strength, a * b * c / whole))
     return found
 
 
