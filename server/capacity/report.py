@@ -25,7 +25,8 @@ class PlannedModel(Frozen):
 class Plan(Frozen):
     """A question and its answer. workers: the least number that keeps p99_s, None where none that was tried does.
 
-    tasks, steps, images: shares as asked for, None for the models' default; file_ms: of one image on one of encode_threads threads.
+    tasks, steps, images: shares as asked for, None for the models' default; file_ms: of an image, on one of
+    encode_threads threads.
     """
 
     command: str
