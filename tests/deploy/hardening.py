@@ -13,6 +13,9 @@ OUTSIDE_SECRETS = {
 }
 """Secrets that are made by hand, by name and key; docs/deploying.md says how."""
 
+OUTSIDE_CONFIG_MAPS = {"halfstep-bundle-key"}
+"""As are these."""
+
 
 def findings(deployment: Deployment) -> Iterator[str]:
     """Every promise that is not held, one sentence each."""
@@ -112,6 +115,9 @@ def _references(document: Object, documents: list[Object]) -> Iterator[str]:
         claim = volume.get("persistentVolumeClaim", {}).get("claimName")
         if claim and ("PersistentVolumeClaim", claim) not in names:
             yield f"there is no claim {claim}"
+        config = volume.get("configMap", {}).get("name")
+        if config and config not in OUTSIDE_CONFIG_MAPS and ("ConfigMap", config) not in names:
+            yield f"no ConfigMap {config} is documented"
     for container in pod["spec"]["containers"]:
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
         yield from (f"there is no volume {name}" for name in mounts - set(volumes) - own)

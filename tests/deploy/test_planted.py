@@ -118,6 +118,9 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         "k8s/overlays/gpu/build-engines.yaml": [
             ("claimName: halfstep-engines", "claimName: engines", "no claim engines"),
         ],
+        "k8s/components/bundle-key/api.yaml": [
+            ("name: halfstep-bundle-key", "name: bundle-keys", "no ConfigMap bundle-keys is documented"),
+        ],
         "k8s/overlays/cpu/api-autoscaler.yaml": [
             ("kind: Deployment, name: halfstep-api", "kind: Deployment, name: api", "scales"),
         ],
@@ -159,7 +162,10 @@ def copied(tmp_path: Path, file: str = "") -> Deployment:
     for folder in ("docker", "k8s"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     _, folder, name, *_ = (*Path(file).parts, "", "", "")
-    overlay = {"overlays": name, "components": {"gateway": "production"}.get(name, name)}.get(folder, "cpu")
+    overlay = {
+        "overlays": name,
+        "components": {"gateway": "production", "bundle-key": "production"}.get(name, name),
+    }.get(folder, "cpu")
     return Deployment(tmp_path, (overlay,))
 
 
