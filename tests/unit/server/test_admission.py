@@ -43,7 +43,7 @@ def test_every_worker_adds_to_what_is_let_in(toy_bundle: Path) -> None:
     admission = offline_service(toy_bundle, Settings(max_queue_s=2.0, max_queued_rows=100)).admission
     held = Backlog(jobs=5, rows=50, seconds=6.0 - 4 * ROW_STEP_S)
     admission.check(held, request(), workers=3)
-    admission.check_share(held.model_copy(update={"rows": 49, "seconds": held.seconds / 2}), request(), workers=3)
+    admission.check_share(Backlog(jobs=5, rows=49, seconds=3.0 - 4 * ROW_STEP_S), request(), workers=3)
     with pytest.raises(OverloadedError) as refused:
         admission.check(Backlog(jobs=5, rows=50, seconds=9.0), request(), workers=3)
     assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(1000 + 4 * ROW_STEP_S / 3 * 1000, abs=1)
