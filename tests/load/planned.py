@@ -1,9 +1,14 @@
-"""Two workers under open-loop load, next to what the capacity planner says of them."""
+"""Two workers under open-loop load, next to what the capacity planner says of them with the step times they had."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import httpx
 
 from engines.bundle import verify_bundle
 from engines.cost import CostTable
@@ -13,38 +18,48 @@ from server.capacity.sources import file_ms
 from server.capacity.traffic import kinds
 from server.capacity.worker import WorkerLimits
 from server.settings import Settings
-from tests.chaos.engine import STEP_S
+from tests.chaos.fleet import Fleet
 from tests.chaos.node import ROWS
-from tests.load.overload import BODY, PATH, serving
+from tests.load.overload import BODY, CLIENTS, PATH, capacity
 from tests.load.verdict import Finding, quantile, report
 from tests.support.fake_engines import RUNGS
 from tests.support.open_loop import Departure, arrivals, post, send
 
 WORKERS = 2
 LOADS = (0.5, 0.8)
-"""Of what two workers make in their best batches."""
+"""Of what the workers make under full load."""
 
+CAPACITY_S = 10.0
 QUICK_MS = 0.2
 """What the engines take for all but steps, through which they sleep."""
 
 MOST_APART = 0.25
 
+_STEPS = re.compile(r'halfstep_step_seconds_(sum|count)\{.*rung="(\d+)".*\} (\S+)')
+
 
 def planned(seconds: float, bundle: Path, log: Path) -> bool:
     """Measure and print; whether plan and measurement are near. seconds: of each load."""
-    with serving("redis", bundle, log, workers=WORKERS, HALFSTEP_MAX_QUEUE_S="30") as server:
-        findings = [each for load in LOADS for each in _findings(load, seconds, bundle, server.host)]
+    with Fleet(bundle, 1, WORKERS, "", log, {"HALFSTEP_MAX_QUEUE_S": "30"}) as fleet:
+        fleet.wait_ready()
+        host, workers = fleet.apis[0].url.removeprefix("http://"), [node.url for node in fleet.workers]
+        wire = post(host, PATH, "application/json", BODY)
+        most = asyncio.run(capacity(host, wire, CAPACITY_S, clients=CLIENTS * WORKERS))
+        findings = []
+        for load in LOADS:
+            before, rate = _step_times(workers), load * most
+            departures = [Departure(at_s, wire) for at_s in arrivals(rate, seconds, seed=1)]
+            answers = asyncio.run(send(host, departures))
+            made = [answer.latency_s for answer in answers if answer.status == 200]
+            forecast = _forecast(rate, bundle, _step_ms(before, _step_times(workers)))
+            missing = len(answers) - len(made)
+            findings.append(Finding(f"{rate:.1f} requests/s: not made", "0", str(missing), missing == 0))
+            findings += _compared(made, forecast)
     return report(f"{WORKERS} workers, {seconds:.0f} s each, engines that sleep; latency over the plan's", findings)
 
 
-def _findings(load: float, seconds: float, bundle: Path, host: str) -> list[Finding]:
-    rate, forecast = _forecast(load, bundle)
-    wire = post(host, PATH, "application/json", BODY)
-    answers = asyncio.run(send(host, [Departure(at_s, wire) for at_s in arrivals(rate, seconds, seed=1)]))
-    made = [answer.latency_s for answer in answers if answer.status == 200]
-    found = [
-        Finding(f"{rate:.1f} requests/s: not made", "0", str(len(answers) - len(made)), len(answers) == len(made))
-    ]
+def _compared(made: Sequence[float], forecast: Forecast) -> list[Finding]:
+    found = []
     for name, expected_s, q in (("p50", forecast.p50_s, 0.5), ("p99", forecast.p99_s, 0.99)):
         ratio = quantile(made, q) / (expected_s or 1e-9)
         measured = f"{ratio:.2f} × {1000 * (expected_s or 0):.0f} ms"
@@ -52,17 +67,28 @@ def _findings(load: float, seconds: float, bundle: Path, host: str) -> list[Find
     return found
 
 
-def _forecast(load: float, bundle: Path) -> tuple[float, Forecast]:
-    """Requests a second, and what the plan says of them."""
+def _step_times(workers: Sequence[str]) -> Counter[tuple[str, int]]:
+    """Seconds and steps of all workers by rung, as (``sum`` or ``count``, rung)."""
+    times: Counter[tuple[str, int]] = Counter()
+    for url in workers:
+        for kind, rung, value in _STEPS.findall(httpx.get(f"{url}/metrics", timeout=10).text):
+            times[kind, int(rung)] += float(value)  # type: ignore[assignment]
+    return times
+
+
+def _step_ms(before: Counter[tuple[str, int]], after: Counter[tuple[str, int]]) -> Mapping[int, float]:
+    """Mean of a step at each rung; of a rung that was not run, that of the nearest that was."""
+    run = {rung: after["count", rung] - before["count", rung] for rung in RUNGS}
+    means = {r: 1000 * (after["sum", r] - before["sum", r]) / steps for r, steps in run.items() if steps}
+    return {rung: means[min(means, key=lambda known: abs(known - rung))] for rung in RUNGS}
+
+
+def _forecast(rate: float, bundle: Path, step_ms: Mapping[int, float]) -> Forecast:
     verified = verify_bundle(bundle)
-    table = CostTable(
-        {
-            graph: dict.fromkeys(RUNGS, 1000 * STEP_S if graph.startswith("step") else QUICK_MS)
-            for graph in verified.manifest.graphs
-        }
-    )
-    (kind,) = asked = kinds([(verified.manifest, table)], Mix(steps={8: 1}, images={4: 1}))
-    rate = load * WORKERS / kind.least_s
+    quick = dict.fromkeys(RUNGS, QUICK_MS)
+    graphs = verified.manifest.graphs
+    table = CostTable({graph: step_ms if graph.startswith("step") else quick for graph in graphs})
+    asked = kinds([(verified.manifest, table)], Mix(steps={8: 1}, images={4: 1}))
     limits = WorkerLimits(ROWS, Settings.model_fields["encode_threads"].default, file_ms(asked) / 1000)
     admission = admission_of([(verified, table)], asked, 30.0, 2048)
-    return rate, Planner(Load(asked, rate, 20_000, 0.0, seed=0), 1.0, limits, admission).forecast(WORKERS)
+    return Planner(Load(asked, rate, 20_000, 0.0, seed=0), 1.0, limits, admission).forecast(WORKERS)
