@@ -74,6 +74,10 @@ class Planner:
         self._limits = limits
         self._admission = admission
 
+    @property
+    def kinds(self) -> Sequence[Kind]:
+        return self._load.kinds
+
     def forecast(self, workers: int) -> Forecast:
         return self._forecast(workers, self._load.requests)
 
