@@ -17,10 +17,9 @@ from distill_jobs.data.digits import Digits
 from distill_jobs.features import feature_space
 from distill_jobs.gates import gates
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import Report, Timing, machine, versions, write_report
-from distill_jobs.run_folder import RunFolder, training_seconds
+from distill_jobs.report import Report, Timing
 from distill_jobs.sheets import write_sheets
-from distill_jobs.tasks import measure_tasks, task_gates, task_weights
+from distill_jobs.tasks import measure_tasks, task_gates, weights_of
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 CELLS = "evaluation"
@@ -42,43 +41,44 @@ def evaluate_run(
     lenders: other run folders; their results for equal networks, counts and seeds are taken instead of measured.
     An interrupted evaluation goes on where it stopped. Raises: JobError when a network is missing.
     """
-    everyone = contenders(run_dir, recipe)
-    digits, settings = Digits.load(), recipe.evaluation
+    everyone, digits, settings = contenders(run_dir, recipe), Digits.load(), recipe.evaluation
+    judge = _judge(run_dir, recipe, everyone[0], digits, lenders)
+    started, display = time.monotonic(), progress or Progress(disable=True)
+    results = _measure_all(judge, everyone, display, compiled)
+    tasks = measure_tasks(run_dir, recipe, judge.classifier, digits, display)
+    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
+    metric, finest = judge.space.metric, settings.teacher_steps
+    report = Report.made(
+        run_dir,
+        recipe,
+        command=command,
+        weights=weights_of(run_dir, recipe, everyone),
+        seconds=time.monotonic() - started,
+        classifier_accuracy=accuracy(judge.classifier, split_digits(digits)[1]),
+        timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
+        evaluation=Evaluation(metric=metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
+        tasks=tasks,
+        gates=(*gates(rows, finest), *task_gates(tasks)),
+        choices=choices(rows, finest),
+    )
+    write_curves(run_dir, rows, finest)
+    write_sheets(run_dir / "sheets", recipe, everyone)
+    report.write(run_dir)
+    return report
+
+
+def _judge(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
     classifier = classifier_of(run_dir, digits, lenders)
-    space = feature_space(settings, classifier)
-    judge = Judge(
+    space = feature_space(recipe.evaluation, classifier)
+    return Judge(
         folder=run_dir / CELLS,
         recipe=recipe,
         classifier=classifier,
         space=space,
         real=space.of(digits.images),
-        reference=everyone[0],
+        reference=reference,
         lenders=tuple(lender / CELLS for lender in lenders),
     )
-    started, display = time.monotonic(), progress or Progress(disable=True)
-    results = _measure_all(judge, everyone, display, compiled)
-    tasks = measure_tasks(run_dir, recipe, classifier, digits, display)
-    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
-    report = Report(
-        recipe=recipe.name,
-        recipe_sha256=recipe.sha256(),
-        command=command,
-        machine=machine(),
-        versions=versions(),
-        weights={c.key: c.weights_sha256() for c in everyone} | task_weights(run_dir, recipe),
-        classifier_accuracy=accuracy(classifier, split_digits(digits)[1]),
-        seconds=time.monotonic() - started,
-        timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
-        training_seconds=training_seconds(RunFolder(run_dir)),
-        evaluation=Evaluation(metric=space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
-        tasks=tasks,
-        gates=(*gates(rows, settings.teacher_steps), *task_gates(tasks)),
-        choices=choices(rows, settings.teacher_steps),
-    )
-    write_curves(run_dir, rows, settings.teacher_steps)
-    write_sheets(run_dir / "sheets", recipe, everyone)
-    write_report(run_dir, report)
-    return report
 
 
 def _measure_all(

@@ -28,11 +28,11 @@ from distill_jobs.parity import (
 from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.pipelines.surroundings import latent_surroundings
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import JSON_NAME, Report
+from distill_jobs.report import JSON_NAME, Report, RunReport
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.student import load_stock
 from distill_jobs.surroundings import TOKENIZER_FILE, Surroundings, digits_surroundings
-from distill_jobs.tasks import task_weights
+from distill_jobs.tasks import weights_of
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.manifest import (
     CONDITION_GRAPH,
@@ -100,14 +100,13 @@ def _surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
     return digits_surroundings(recipe)
 
 
-def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> Report | LatentReport:
+def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> RunReport:
     """The evaluation of exactly these weights."""
     if not (run_dir / JSON_NAME).is_file():
         raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
-    latent = isinstance(recipe.teacher, FolderTeacher)
-    report = LatentReport.read(run_dir) if latent else Report.read(run_dir)
-    weights = {contender.key: contender.weights_sha256() for contender in everyone} | task_weights(run_dir, recipe)
-    if report.weights != weights or report.recipe_sha256 != recipe.sha256():
+    kind = LatentReport if isinstance(recipe.teacher, FolderTeacher) else Report
+    report: RunReport = kind.read(run_dir)
+    if report.weights != weights_of(run_dir, recipe, everyone) or report.recipe_sha256 != recipe.sha256():
         raise ExportError(
             f"the evaluation in {run_dir} is of other weights; run again: python -m distill_jobs evaluate {run_dir}"
         )
@@ -193,7 +192,7 @@ def _encoder(encoder: Encoder, recipe: Recipe) -> StudentSpec:
 def _manifest(
     staging: Path,
     recipe: Recipe,
-    report: Report | LatentReport,
+    report: RunReport,
     students: list[Contender],
     inverters: Sequence[Encoder],
     around: Surroundings,

@@ -19,7 +19,7 @@ from distill_jobs.classifier import DigitClassifier
 from distill_jobs.columns import column_sheet
 from distill_jobs.contenders import STUDENT, Contender, contenders
 from distill_jobs.data.digits import CLASSES, Digits, class_condition
-from distill_jobs.data.masks import seen_channels
+from distill_jobs.data.masks import half_masks, seen_channels
 from distill_jobs.data.source import Condition
 from distill_jobs.metrics import class_agreement
 from distill_jobs.recipe import Recipe
@@ -150,14 +150,6 @@ def write_inpainting_sheet(file: Path, run_dir: Path, recipe: Recipe, digits: Di
                 columns[f"{how} {k + 1}"] = drawn
     file.parent.mkdir(parents=True, exist_ok=True)
     column_sheet(columns).save(file)
-
-
-def half_masks(rows: int, height: int, width: int) -> Tensor:
-    """(rows, 1, h, w) float32: the upper, lower, left and right half hidden in turn."""
-    halves = torch.zeros(4, 1, height, width)
-    halves[0, :, : height // 2] = halves[1, :, height // 2 :] = 1
-    halves[2, :, :, : width // 2] = halves[3, :, :, width // 2 :] = 1
-    return halves[torch.arange(rows) % 4]
 
 
 def _painted(painter: Painter, recipe: Recipe, digits: Digits, masks: Tensor, first_seed: int) -> Tensor:

@@ -6,6 +6,7 @@ of them hear, so that they go on or end together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -102,3 +103,8 @@ class Processes:
     def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)
         return prepared
+
+
+def launched_rank() -> int:
+    """This process's number as torchrun tells it, before the processes know of each other; 0 for one alone."""
+    return int(os.environ.get("RANK", "0"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -20,12 +19,12 @@ from rich.progress import (
 LINE_EVERY_S = 10.0
 
 
-def job_progress(console: Console | None = None) -> Progress:
+def job_progress(console: Console | None = None, *, quiet: bool = False) -> Progress:
     """The display for this terminal, or lines where standard error is none. Tasks have a field ``loss``: text.
 
-    Of the processes that torchrun starts only the first shows anything.
+    quiet: show nothing.
     """
-    console = console or Console(stderr=True, log_path=False, quiet=int(os.environ.get("RANK", "0")) > 0)
+    console = console or Console(stderr=True, log_path=False, quiet=quiet)
     if not console.is_terminal:
         return LineProgress(console)
     return Progress(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from abc import abstractmethod
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from distill_jobs.choices import Choice
 from distill_jobs.curves import picture_links
 from distill_jobs.gates import Gate
+from distill_jobs.recipe import Recipe
+from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.tables import choice_table, gate_table, legend, quality_table
 from distill_jobs.task_tables import task_lines
 from engines.manifest import Evaluation, EvaluationRow
@@ -37,13 +41,11 @@ class Machine(_Frozen):
     memory_gib: float
 
 
-class Report(_Frozen):
-    """Everything an evaluation found, and how it was made.
+class RunReport(_Frozen):
+    """What an evaluation found, and how it was made: what the reports of all kinds of runs share.
 
-    seconds: of this call, with results kept from earlier ones costing nothing; timings: of each cell when it
-    was measured. training_seconds: by phase, wall clock. classifier_accuracy: on held-out real digits.
-    weights: sha256 of every network's weights. tasks: a table for each task besides drawing from text. choices:
-    which student is best for each step count.
+    seconds: of this call, with results kept from earlier ones costing nothing; training_seconds: by phase, wall
+    clock. weights: sha256 of every network's weights. tasks: a table for each task besides drawing from text.
     """
 
     recipe: str
@@ -52,18 +54,81 @@ class Report(_Frozen):
     machine: Machine
     versions: dict[str, str]
     weights: dict[str, str]
-    classifier_accuracy: float
     seconds: float
-    timings: tuple[Timing, ...]
     training_seconds: dict[str, float]
     evaluation: Evaluation
     tasks: dict[str, tuple[EvaluationRow, ...]] = {}
     gates: tuple[Gate, ...]
-    choices: tuple[Choice, ...] = ()
 
     @classmethod
-    def read(cls, run_dir: Path) -> Report:
+    def made(
+        cls, run_dir: Path, recipe: Recipe, *, command: str, weights: dict[str, str], seconds: float, **found: Any
+    ) -> Self:
+        """A report of this run, made here and now. found: the other fields, what was measured."""
+        return cls(
+            recipe=recipe.name,
+            recipe_sha256=recipe.sha256(),
+            command=command,
+            machine=machine(),
+            versions=versions(),
+            weights=weights,
+            seconds=seconds,
+            training_seconds=training_seconds(RunFolder(run_dir)),
+            **found,
+        )
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
         return cls.model_validate_json((run_dir / JSON_NAME).read_bytes())
+
+    def write(self, run_dir: Path) -> None:
+        """Write report.json and report.md."""
+        (run_dir / JSON_NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (run_dir / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
+
+    @abstractmethod
+    def markdown(self) -> str:
+        """The report for people."""
+
+
+class Report(RunReport):
+    """Of a run on digits.
+
+    timings: of each cell when it was measured. classifier_accuracy: on held-out real digits. choices: which student
+    is best for each step count.
+    """
+
+    classifier_accuracy: float
+    timings: tuple[Timing, ...]
+    choices: tuple[Choice, ...] = ()
+
+    def markdown(self) -> str:
+        """What was measured, the gates, the tables."""
+        evaluation, told = self.evaluation, self.machine
+        seeds = ", ".join(str(seed) for seed in evaluation.seeds)
+        lines = [
+            f"# Evaluation of {self.recipe}",
+            "",
+            f"{evaluation.samples} samples a row and seed (seeds {seeds}), classes balanced; initial noise and "
+            "classes are the same for all models of a seed. Figures are means over seeds ± spread (largest - "
+            "smallest).",
+            "",
+            *legend(evaluation.metric, self.classifier_accuracy),
+            "",
+            f"Machine: {told.processor}, {told.cores} cores, {told.memory_gib:g} GiB; "
+            f"{told.system}. {', '.join(f'{n} {v}' for n, v in self.versions.items())}. "
+            f"Trained in {sum(self.training_seconds.values()):.0f} s, "
+            f"measured in {sum(timing.seconds for timing in self.timings):.0f} s.",
+        ]
+        if self.command:
+            lines += ["", f"Command: `{self.command}`"]
+        tables = (
+            gate_table(self.gates),
+            choice_table(self.choices),
+            quality_table(evaluation.rows),
+            task_lines(self.tasks),
+        )
+        return "\n".join([*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])
 
 
 def machine() -> Machine:
@@ -79,40 +144,6 @@ def machine() -> Machine:
 def versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
     return {name: version(name) for name in ("torch", "diffusers", "numpy", "scikit-learn")}
-
-
-def write_report(run_dir: Path, report: Report) -> None:
-    """Write report.json and report.md."""
-    (run_dir / JSON_NAME).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (run_dir / MARKDOWN_NAME).write_text(markdown(report), encoding="utf-8")
-
-
-def markdown(report: Report) -> str:
-    """The report for people: what was measured, the gates, the table."""
-    evaluation = report.evaluation
-    seeds = ", ".join(str(seed) for seed in evaluation.seeds)
-    lines = [
-        f"# Evaluation of {report.recipe}",
-        "",
-        f"{evaluation.samples} samples a row and seed (seeds {seeds}), classes balanced; initial noise and classes "
-        "are the same for all models of a seed. Figures are means over seeds ± spread (largest - smallest).",
-        "",
-        *legend(evaluation.metric, report.classifier_accuracy),
-        "",
-        f"Machine: {report.machine.processor}, {report.machine.cores} cores, {report.machine.memory_gib:g} GiB; "
-        f"{report.machine.system}. {', '.join(f'{n} {v}' for n, v in report.versions.items())}. "
-        f"Trained in {sum(report.training_seconds.values()):.0f} s, "
-        f"measured in {sum(timing.seconds for timing in report.timings):.0f} s.",
-    ]
-    if report.command:
-        lines += ["", f"Command: `{report.command}`"]
-    tables = (
-        gate_table(report.gates),
-        choice_table(report.choices),
-        quality_table(evaluation.rows),
-        task_lines(report.tasks),
-    )
-    return "\n".join([*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])
 
 
 def _processor() -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
 
 from distill_jobs.classifier import DigitClassifier
-from distill_jobs.contenders import STUDENT, TEACHER
+from distill_jobs.contenders import STUDENT, TEACHER, Contender
 from distill_jobs.data.digits import Digits
-from distill_jobs.encoders import encoders
+from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.gates import Gate
 from distill_jobs.inpainting import AGREEMENT as IN_MASK
 from distill_jobs.inpainting import INPAINTING, measure_inpainting, write_inpainting_sheet
@@ -43,9 +43,10 @@ def measure_tasks(
     return tables
 
 
-def task_weights(run_dir: Path, recipe: Recipe) -> dict[str, str]:
-    """Hashes of the networks that only tasks use, by name."""
-    return {encoder.key: encoder.weights_sha256() for encoder in encoders(run_dir, recipe)}
+def weights_of(run_dir: Path, recipe: Recipe, everyone: Sequence[Contender]) -> dict[str, str]:
+    """Hashes of all networks that an evaluation is of, by name: the contenders', and those that only tasks use."""
+    networks: list[Contender | Encoder] = [*everyone, *encoders(run_dir, recipe)]
+    return {network.key: network.weights_sha256() for network in networks}
 
 
 def task_gates(tables: TaskRows) -> tuple[Gate, ...]:

@@ -42,10 +42,14 @@ class MaskedLatentSource:
     def batch(self, draws: Draws, update: int, size: int) -> Batch:
         _, height, width = self.shape
         masks = random_masks(draws.uniforms(update, (size, NUMBERS), Draw.MASK), self.kinds, height, width)
+        seen = self.seen(self.pixels(draws, update, size), masks)
+        return replace(self.source.batch(draws, update, size), extra=seen)
+
+    def pixels(self, draws: Draws, update: int, size: int) -> Tensor:
+        """(B, 3, H, W) the images of an update's rows, in -1 … 1."""
         picked = draws.indices(update, size, len(self.source.cache))
         images = [self.entries[index].read() for index in self.source.cache.images(picked)]
-        pixels = torch.stack([frame(image, self.side_px).pixels for image in images])
-        return replace(self.source.batch(draws, update, size), extra=self.seen(pixels, masks))
+        return torch.stack([frame(image, self.side_px).pixels for image in images])
 
     def null(self, size: int) -> Condition:
         return self.source.null(size)

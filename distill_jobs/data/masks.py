@@ -61,6 +61,14 @@ def random_masks(numbers: Tensor, kinds: InpaintingSection, height: int, width: 
     return chosen[:, None].to(torch.float32)
 
 
+def half_masks(rows: int, height: int, width: int) -> Tensor:
+    """(rows, 1, h, w) float32: the upper, lower, left and right half hidden in turn."""
+    halves = torch.zeros(4, 1, height, width)
+    halves[0, :, : height // 2] = halves[1, :, height // 2 :] = 1
+    halves[2, :, :, : width // 2] = halves[3, :, :, width // 2 :] = 1
+    return halves[torch.arange(rows) % 4]
+
+
 def _boxes(u: Tensor, height: int, width: int) -> Tensor:
     """(B, h, w) bool: rectangles of 1 × 1 to h × w cells, wherever they fit. u: (B, at least 4)."""
 

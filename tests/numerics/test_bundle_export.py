@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import Digits, class_condition
+from distill_jobs.data.masks import half_masks
 from distill_jobs.export import export_run
-from distill_jobs.inpainting import half_masks, painters
+from distill_jobs.inpainting import painters
 from distill_jobs.onnx_export import ExportError
-from distill_jobs.report import write_report
 from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
 from engines.bundle import Bundle, verify_bundle
@@ -173,7 +173,7 @@ def test_a_student_that_gives_nan_is_never_exported(
     shutil.copytree(bundle.path, out)
     spoil(run / "students" / "d2" / "unet")
     weights = {c.key: c.weights_sha256() for c in contenders(run, RECIPE)}
-    write_report(run, evaluated.report.model_copy(update={"weights": weights}))
+    evaluated.report.model_copy(update={"weights": weights}).write(run)
     with pytest.raises(ExportError, match="step_2: the model gives NaN"):
         export_run(run, out, RECIPE, despite_gates=True)
     assert [folder.name for folder in out.parent.iterdir()] == ["bundle"]  # no remains

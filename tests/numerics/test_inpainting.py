@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from distill_jobs.data.digits import Digits, class_condition
+from distill_jobs.data.masks import half_masks
 from distill_jobs.evaluate import evaluate_run
-from distill_jobs.inpainting import BLENDED, SEEING, Painter, half_masks, painters
+from distill_jobs.inpainting import BLENDED, SEEING, Painter, painters
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import MARKDOWN_NAME, Report
 from distill_jobs.sampling import sample

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill_jobs.cells import METRICS
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import Machine, Report, write_report
+from distill_jobs.report import Machine, Report
 from engines.manifest import Evaluation, EvaluationRow, Measured
 from engines.sampler import Sampler
 
@@ -51,5 +51,5 @@ def write_evaluated(folder: Path, recipe: Recipe, rows: tuple[EvaluationRow, ...
         evaluation=Evaluation(metric="distance", samples=settings.samples, seeds=settings.seeds, rows=rows),
         gates=(),
     )
-    write_report(folder, report)
+    report.write(folder)
     return folder

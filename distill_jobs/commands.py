@@ -1,0 +1,139 @@
+"""What the commands do once their arguments are read. Apart from ``cli``, so that --help needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
+from distill_jobs.errors import RecipeError
+from distill_jobs.evaluate import evaluate_run
+from distill_jobs.export import export_run
+from distill_jobs.job import run_job
+from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.pipelines.evaluate import evaluate_latent_run
+from distill_jobs.pipelines.importing import import_student
+from distill_jobs.pipelines.published import GUIDANCE_INPUT
+from distill_jobs.plan import measure, plan_of
+from distill_jobs.plan_page import print_plan
+from distill_jobs.processes import launched_rank
+from distill_jobs.progress import job_progress
+from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
+from distill_jobs.report import RunReport
+from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.taken import takeable
+from engines.bundle import Bundle
+from engines.manifest import GuidanceRange
+
+
+def run(
+    name: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    *,
+    resume: bool,
+    taken_from: Path | None,
+    dry_run: bool,
+) -> None:
+    """Train a recipe, or print its plan. Raises: JobError."""
+    with _display() as progress:
+        recipe = read_recipe(name, list(overrides))
+        chosen = out or Path("runs") / recipe.name
+        if dry_run:
+            _print_plan(recipe, chosen, taken_from)
+            return
+        folder = run_job(recipe, chosen, resume=resume, progress=progress, taken_from=taken_from)
+        progress.console.print(f"Trained. Next: python -m distill_jobs evaluate {folder.path}")
+
+
+def evaluate(run_dir: Path, compiled: bool | None, lenders: Sequence[Path]) -> None:
+    """Measure a trained run. compiled: None where a C++ compiler decides. Raises: JobError."""
+    with _display() as progress:
+        recipe = stored_recipe(RunFolder(run_dir))
+        for lender in lenders:
+            stored_recipe(RunFolder(lender))  # says so where it is no run folder
+        told = "".join(f" --from {lender}" for lender in lenders)
+        command = f"python -m distill_jobs evaluate {run_dir}{told}"
+        latent = isinstance(recipe.teacher, FolderTeacher)
+        if latent and (lenders or compiled):
+            raise RecipeError("--from and --compile are for digits; a latent run measures all of its rows")
+        use = shutil.which("c++") is not None if compiled is None else compiled
+        report: RunReport
+        with RunFolder(run_dir).locked():
+            if latent:
+                report = evaluate_latent_run(run_dir, recipe, progress=progress, command=command)
+            else:
+                report = evaluate_run(
+                    run_dir, recipe, progress=progress, command=command, compiled=use, lenders=lenders
+                )
+        progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+
+
+def compare(runs: Sequence[str], out: Path) -> None:
+    """Put evaluated runs into one table. Raises: JobError."""
+    command = f"python -m distill_jobs compare {' '.join(runs)} --out {out}"
+    compare_runs([EvaluatedRun.read(run) for run in runs], out, command=command)
+    Console(stderr=True).print(f"Wrote {out / COMPARISON_MARKDOWN}")
+
+
+def export(run_dir: Path, bundle: Path, *, despite_gates: bool) -> None:
+    """Turn an evaluated run into a bundle. Raises: JobError."""
+    with _display() as progress:
+        recipe = stored_recipe(RunFolder(run_dir))
+        written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
+        _say_written(progress, written)
+
+
+def import_(
+    folder: Path,
+    bundle: Path,
+    *,
+    name: str,
+    steps: Sequence[int] | None,
+    scales: tuple[float | None, float | None, float | None],
+    licence: str,
+) -> None:
+    """Turn a published student into a bundle. scales: least, largest and default, or None. Raises: JobError."""
+    with _display() as progress:
+        guidance = _range(*scales)
+        written = import_student(
+            folder, bundle, name=name, steps=steps, guidance=guidance, licence=licence, progress=progress
+        )
+        _say_written(progress, written)
+
+
+def _range(low: float | None, high: float | None, default: float | None) -> GuidanceRange | None:
+    """What the user asked for, the rest as usual; None where nothing was asked for."""
+    if low is None and high is None and default is None:
+        return None
+    usual = GUIDANCE_INPUT
+    chosen = (usual.min if low is None else low, usual.max if high is None else high)
+    wanted = usual.default if default is None else default
+    if not 1 <= chosen[0] <= wanted <= chosen[1]:
+        raise RecipeError("guidance needs 1 <= --guidance-min <= --guidance-default <= --guidance-max")
+    return GuidanceRange(min=chosen[0], max=chosen[1], default=wanted)
+
+
+def _print_plan(recipe: Recipe, out: Path, taken_from: Path | None) -> None:
+    plan = plan_of(recipe)
+    if taken_from is not None:
+        plan = replace(plan, taken=takeable(recipe, RunFolder(taken_from)).names)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    measured = measure(recipe) if plan.measurable(device) else None
+    print_plan(plan, measured, out, Console())
+
+
+def _say_written(progress: Progress, bundle: Bundle) -> None:
+    progress.console.print(f"Wrote {bundle.path}. Serve it: python -m server serve --bundle {bundle.path}")
+
+
+def _display() -> Progress:
+    """Of the processes that work on one job only the first shows anything."""
+    return job_progress(quiet=launched_rank() > 0)
