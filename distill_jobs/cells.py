@@ -27,9 +27,8 @@ from distill_jobs.errors import JobError
 from distill_jobs.features import FeatureSpace
 from distill_jobs.metrics import class_agreement, coverage, frechet_distance, paired_distance, precision_recall
 from distill_jobs.recipe import Recipe
-from distill_jobs.sampling import Network
+from distill_jobs.sampling import SEED_STRIDE, Network
 
-SEED_STRIDE = 1_000_000
 METRICS = ("frechet_distance", "class_agreement", "precision", "recall", "coverage", "paired_distance")
 RESULT, IMAGES = "result.json", "images.safetensors"
 

@@ -117,5 +117,5 @@ def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell,
         evaluations=contender.evaluations,
         sampler=contender.sampler,
         guidance_scale=scale,
-        metrics={n: Measured(mean=sum(v) / len(v), spread=max(v) - min(v)) for n, v in values.items()},
+        metrics={name: Measured.of(found) for name, found in values.items()},
     )

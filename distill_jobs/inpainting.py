@@ -14,7 +14,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from distill_jobs.cells import SEED_STRIDE
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.columns import column_sheet
 from distill_jobs.contenders import STUDENT, Contender, contenders
@@ -23,7 +22,7 @@ from distill_jobs.data.masks import half_masks, seen_channels
 from distill_jobs.data.source import Condition
 from distill_jobs.metrics import class_agreement
 from distill_jobs.recipe import Recipe
-from distill_jobs.sampling import Network, request_noise, sample
+from distill_jobs.sampling import SEED_STRIDE, Network, request_noise, sample
 from distill_jobs.student import sees_masks
 from engines.manifest import EvaluationRow, Measured
 from engines.noise import Purpose
@@ -121,7 +120,7 @@ def measure_inpainting(
                 drawn = _painted(painter, recipe, digits, shown, seed * SEED_STRIDE)
                 found[name].append(_agreement(classifier, drawn, digits.labels))
                 advance(len(digits) * painter.student.evaluations)
-        metrics = {name: Measured(mean=sum(v) / len(v), spread=max(v) - min(v)) for name, v in found.items()}
+        metrics = {name: Measured.of(values) for name, values in found.items()}
         rows.append(
             EvaluationRow(
                 model=painter.name,

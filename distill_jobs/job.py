@@ -6,6 +6,7 @@ A finished phase is a finished folder; a resumed job skips those and goes on fro
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -47,36 +48,52 @@ def run_job(
             stop_with_launcher()
         if not processes.is_first:
             progress = Progress(console=Console(quiet=True), disable=True)
-
-        def take_up() -> Machine:
-            held.enter_context(folder.locked())
-            folder.take_up(recipe, resume)
-            started = folder.started_on(here)
-            if taken_from is not None:
-                for line in take_phases(recipe, RunFolder(taken_from), folder):
-                    progress.console.log(line)
-            return started
-
         held.callback(processes.accelerator.end_training)
-        here = Machine.here(processes.count, processes.device)
-        started = processes.first(take_up)
-        torch.set_num_threads(started.threads)
-        if changed := replace(started, threads=here.threads).differences(here):
-            progress.console.log(f"the last bits may differ from an uninterrupted run's: {'; '.join(changed)}")
-        processes.accelerator.init_trackers("tensorboard")
+
+        def take_up(here: Machine) -> Machine:
+            held.enter_context(folder.locked())
+            return _take_up(recipe, folder, here, resume, taken_from, progress)
+
+        _set_up(processes, take_up, progress)
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, out / "checkpoints", every, log_every, stop, progress)
         teacher = open_teacher(recipe)
         source = open_source(recipe, teacher, processes, progress)
-        phases = Phases(recipe, folder, trainer, source, teacher)
-        train_teacher(phases)
-        if recipe.stage_two.guidance != "at_sampling":  # else nothing is made of it
-            train_stage_one(phases)
-        train_stage_two(phases)
-        train_consistency(phases)
-        train_encoders(phases)
+        _train(Phases(recipe, folder, trainer, source, teacher))
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))
     return folder
+
+
+def _take_up(
+    recipe: Recipe, folder: RunFolder, here: Machine, resume: bool, taken_from: Path | None, progress: Progress
+) -> Machine:
+    """Start the run or go on with it, in the first process alone: the machine it was started on."""
+    folder.take_up(recipe, resume)
+    started = folder.started_on(here)
+    if taken_from is not None:
+        for line in take_phases(recipe, RunFolder(taken_from), folder):
+            progress.console.log(line)
+    return started
+
+
+def _set_up(processes: Processes, take_up: Callable[[Machine], Machine], progress: Progress) -> None:
+    """As on the machine the run was started on, so that a resume ends in the same bytes."""
+    here = Machine.here(processes.count, processes.device)
+    started = processes.first(lambda: take_up(here))
+    torch.set_num_threads(started.threads)
+    if changed := replace(started, threads=here.threads).differences(here):
+        progress.console.log(f"the last bits may differ from an uninterrupted run's: {'; '.join(changed)}")
+    processes.accelerator.init_trackers("tensorboard")
+
+
+def _train(phases: Phases) -> None:
+    """All phases that the recipe asks for, those already finished skipped."""
+    train_teacher(phases)
+    if phases.recipe.stage_two.guidance != "at_sampling":  # else nothing is made of it
+        train_stage_one(phases)
+    train_stage_two(phases)
+    train_consistency(phases)
+    train_encoders(phases)
 
 
 def _check_source(taken_from: Path, folder: RunFolder) -> None:

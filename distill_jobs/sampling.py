@@ -15,6 +15,9 @@ from engines.guidance import combine
 from engines.noise import Purpose, row_noise
 from engines.sampler import SamplerPlan
 
+SEED_STRIDE = 1_000_000
+"""Sample i of an evaluation's seed s is what a request with seed s·SEED_STRIDE + i draws."""
+
 Network = Callable[[Tensor, int, Condition], Tensor]
 """(x_t (B, C, h, w), timestep, condition) to the v-prediction, shaped as x_t."""
 

@@ -30,6 +30,14 @@ TABLES = {
             "hidden_agreement": "before",
         },
     ),
+    "latent_inpainting": TaskTable(
+        "Inpainting",
+        "Images of the data of which one half (upper, lower, left and right in turn) is hidden and drawn anew "
+        "under their own caption. Root mean square differences of the final latents, before known pixels are put "
+        "back over the image: within the mask to those of the teacher's finest, outside it to the image's own. "
+        "Blended: what is known is noised and put back after every step, and the network sees none of it.",
+        {"masked_distance": "distance to the teacher within the mask", "known_distance": "to the image outside it"},
+    ),
     "inversion": TaskTable(
         "Inversion",
         "Real digits, encoded to its noise under its own class with guidance off, in as many steps as it is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Final, Literal
@@ -97,10 +98,13 @@ class GuidanceRange(Frozen):
 
 
 class Latent(Frozen):
-    """Shape of what the steps denoise; scaling_factor is the VAE's (1 in pixel space)."""
+    """What the steps denoise; scaling_factor is the VAE's (1 in pixel space)."""
 
     channels: int = Field(ge=1)
     scaling_factor: float = 1.0
+    initial_std: float = Field(
+        1.0, gt=0, description="standard deviation of the noise that drawing from text starts at"
+    )
 
 
 class Size(Frozen):
@@ -129,6 +133,11 @@ class Measured(Frozen):
 
     mean: float
     spread: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        """Of one value a seed."""
+        return cls(mean=sum(values) / len(values), spread=max(values) - min(values))
 
 
 class EvaluationRow(Frozen):

@@ -110,7 +110,7 @@ class Drawing:
         """Text to image: all steps of the student, from pure noise."""
         at = size or self.manifest.sizes[0]
         noise = self._noise(seed, (self.manifest.latent.channels, at.latent_height, at.latent_width))
-        return self._row((self._leg(),), seed, noise, noise)
+        return self._row((self._leg(),), seed, noise * np.float32(self.manifest.latent.initial_std), noise)
 
     def from_image(self, seed: int, known: Floats, strength: float, mask: Floats | None = None) -> Row:
         """Editing by noising (SDEdit), and inpainting where there is a mask.

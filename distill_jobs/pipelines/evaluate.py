@@ -6,88 +6,86 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs.contenders import Contender, contenders
+from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
-from distill_jobs.errors import JobError
 from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.drawing import LatentSampler
+from distill_jobs.pipelines.inpainting import (
+    INSIDE,
+    LATENT_INPAINTING,
+    Scene,
+    latent_painters,
+    measure_latent_inpainting,
+)
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import machine, versions
-from distill_jobs.run_folder import RunFolder, training_seconds
-from distill_jobs.sampling import Network
+from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import ComputeSection
-from distill_jobs.tasks import task_weights
+from distill_jobs.tasks import weights_of
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 METRIC = "none: latents are compared with the teacher's, at equal noise"
-SEED_STRIDE = 1_000_000
 
 
 def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, command: str = "") -> LatentReport:
     """Measure a finished run, write report.json and report.md into it.
 
-    Prompts are captions of the data; a device other than the CPU is used where there is one.
+    Prompts are captions of the data; a device other than the CPU is used where there is one. Networks that see
+    masks draw whole images for the table of quality, and have a table of inpainting.
     Raises: JobError when a network is missing or gives no numbers; DataError.
     """
-    if recipe.inpainting is not None:
-        raise JobError("networks for inpainting are evaluated on digits only; their folders draw in diffusers")
     started, everyone = time.monotonic(), contenders(run_dir, recipe)
-    rows = _Measuring(run_dir, recipe, progress).rows(everyone)
+    processes, teacher = Processes(ComputeSection(), run_dir), open_folder(RunFolder(run_dir).teacher)
+    source = open_source(recipe, teacher, processes, progress)
+    sampler = LatentSampler(
+        recipe,
+        processes.device,
+        prompts=_prompts(source, recipe, teacher.size_px),
+        null=source.null(1),
+        blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
+    )
+    rows = _quality(sampler, everyone, progress)
+    tasks = _tasks(sampler, source, everyone, progress)
     settings = recipe.evaluation
-    report = LatentReport(
-        recipe=recipe.name,
-        recipe_sha256=recipe.sha256(),
+    report = LatentReport.made(
+        run_dir,
+        recipe,
         command=command,
-        machine=machine(),
-        versions=versions(),
-        weights={c.key: c.weights_sha256() for c in everyone} | task_weights(run_dir, recipe),
+        weights=weights_of(run_dir, recipe, everyone),
         seconds=time.monotonic() - started,
-        training_seconds=training_seconds(RunFolder(run_dir)),
         evaluation=Evaluation(metric=METRIC, samples=settings.samples, seeds=settings.seeds, rows=rows),
-        gates=tuple(distance_gates(rows)),
+        tasks=tasks,
+        gates=(*distance_gates(rows), *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE)),
     )
     report.write(run_dir)
     return report
 
 
-class _Measuring:
-    """The prompts and the empty condition, on the device, and what the reference drew with them."""
-
-    def __init__(self, run_dir: Path, recipe: Recipe, progress: Progress) -> None:
-        processes, teacher = Processes(ComputeSection(), run_dir), open_folder(RunFolder(run_dir).teacher)
-        source = open_source(recipe, teacher, processes, progress)
-        self._recipe, self._device, self._progress = recipe, processes.device, progress
-        self._null = source.null(1).to(self._device)
-        self._prompts = _prompts(source, recipe, teacher.size_px)
-        self._drawn: dict[tuple[float, int], Tensor] = {}
-
-    def rows(self, everyone: Sequence[Contender]) -> tuple[EvaluationRow, ...]:
-        """A row for each contender and guidance scale; the first contender is the reference."""
-        settings = self._recipe.evaluation
-        task = self._progress.add_task(
-            "evaluate", total=len(everyone) * len(settings.guidance_scales) * len(settings.seeds), loss=""
-        )
-        return tuple(row for contender in everyone for row in self._of(contender, task))
-
-    def _of(self, contender: Contender, task: TaskID) -> list[EvaluationRow]:
-        unet, settings, rows = contender.load().to(self._device), self._recipe.evaluation, []
+def _quality(
+    sampler: LatentSampler, everyone: Sequence[Contender], progress: Progress
+) -> tuple[EvaluationRow, ...]:
+    """A row for each contender and guidance scale; the first contender is the reference."""
+    settings = sampler.recipe.evaluation
+    reference: dict[tuple[float, int], Tensor] = {}
+    rows, each = [], len(settings.guidance_scales) * len(settings.seeds)
+    task = progress.add_task("evaluate", total=len(everyone) * each, loss="")
+    for contender in everyone:
+        unet = contender.load().to(sampler.device)
         for scale in contender.scales_of(settings):
-            network, distances = contender.network(unet, scale, null=self._null), []
+            distances = []
             for seed in settings.seeds:
-                drawn = self._draw(contender, network, seed)
-                reference = self._drawn.setdefault((scale, seed), drawn)
-                distances.append(float((drawn - reference).square().mean().sqrt()))
-                self._progress.advance(task)
-            spread = max(distances) - min(distances)
-            found = {DISTANCE: Measured(mean=sum(distances) / len(distances), spread=spread)}
+                drawn = sampler.draw(contender, unet, scale, seed)
+                wanted = reference.setdefault((scale, seed), drawn)
+                distances.append(float((drawn - wanted).square().mean().sqrt()))
+                progress.advance(task)
             rows.append(
                 EvaluationRow(
                     model=contender.title,
@@ -95,34 +93,36 @@ class _Measuring:
                     evaluations=contender.evaluations,
                     sampler=contender.sampler,
                     guidance_scale=scale,
-                    metrics=found,
+                    metrics={DISTANCE: Measured.of(distances)},
                 )
             )
-        return rows
+    return tuple(rows)
 
-    def _draw(self, contender: Contender, network: Network, seed: int) -> Tensor:
-        """(samples, C, h, w) latents."""
 
-        def on_device(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
-            return network(x_t.to(self._device), timestep, condition.to(self._device)).cpu()
-
-        batches, size = [], self._recipe.evaluation.batch_size
-        for first in range(0, len(self._prompts), size):
-            condition = self._prompts[first : first + size]
-            begin = seed * SEED_STRIDE + first
-            batches.append(contender.draw(on_device, self._recipe, condition, range(begin, begin + len(condition))))
-        drawn = torch.cat(batches)
-        if not torch.isfinite(drawn).all():
-            raise JobError(f"{contender.key}: the network gives NaN or infinity; train it again")
-        return drawn
+def _tasks(
+    sampler: LatentSampler, source: Source, everyone: Sequence[Contender], progress: Progress
+) -> dict[str, tuple[EvaluationRow, ...]]:
+    """The tables of what networks do besides drawing from text."""
+    if not isinstance(source, MaskedLatentSource):
+        return {}
+    settings, painters = sampler.recipe.evaluation, latent_painters(everyone)
+    scene = Scene.of(source, _draws(sampler.recipe), settings.samples, settings.batch_size)
+    task = progress.add_task("inpainting", total=len(painters) * len(settings.seeds), loss="")
+    rows = measure_latent_inpainting(sampler, painters, scene, lambda: progress.advance(task))
+    return {LATENT_INPAINTING: rows}
 
 
 def _prompts(source: Source, recipe: Recipe, side_px: int) -> Condition:
     """Conditions of captions, framed as whole images."""
     samples, size = recipe.evaluation.samples, recipe.evaluation.batch_size
-    draws = Draws(recipe.seed, "evaluation")
-    batches = [source.batch(draws, update, size).condition for update in range(-(-samples // size))]
+    unmasked = source.source if isinstance(source, MaskedLatentSource) else source
+    batches = [unmasked.batch(_draws(recipe), update, size).condition for update in range(-(-samples // size))]
     told = Condition.cat(batches)[:samples]
     if told.time_ids is None:
         return told
     return Condition(told.tokens, told.pooled, whole_image(side_px).expand(samples, 6))
+
+
+def _draws(recipe: Recipe) -> Draws:
+    """Which rows of the data, so that an image has its own caption."""
+    return Draws(recipe.seed, "evaluation")
