@@ -57,7 +57,9 @@ def evaluate(
     run_dir: RunDir,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Use torch.compile.  [default: where a C++ compiler is found]"),
+        typer.Option(
+            "--compile/--no-compile", help="Use torch.compile.", show_default="where a C++ compiler is found"
+        ),
     ] = None,
     lenders: Annotated[
         list[Path] | None,
@@ -113,8 +115,8 @@ def import_(
     steps: Annotated[
         list[int] | None,
         typer.Option(
-            help="A step count that it was trained for; the first is the default.  "
-            "[default: 5, 10, 2, 1 for latent consistency, else required]"
+            help="A step count that it was trained for; the first is the default. Required but for latent consistency.",
+            show_default="5, 10, 2, 1",
         ),
     ] = None,
     guidance_min: Annotated[

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Task
 from engines.noise import MAX_SEED
-from engines.sampler import Sampler
+from server.fields import EncoderSteps, GuidanceAlias, GuidanceScale, SamplerName, SourcePrompt, Steps, StepsAlias
 from server.jobs import MAX_PRIORITY, EventType
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 from server.schemas import ErrorDetail, TimingBody, is_none
@@ -51,10 +51,8 @@ class JobBody(BaseModel):
     mode: EditMode | None = Field(
         None, description='"noise" (when left out) noises the image, "invert" encodes it; invert is for edits.'
     )
-    source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
-    encoder_steps: int | None = Field(
-        None, description="Of mode invert: steps of the encoder, one of the model's; as steps when left out."
-    )
+    source_prompt: SourcePrompt = None
+    encoder_steps: EncoderSteps = None
     model: str | None = Field(None, description="A model id from GET /v1/models; the first one when left out.")
     n: int | None = Field(None, ge=1, le=MAX_IMAGES, description="Number of images, 1 when left out.")
     size: str | None = Field(None, description='"auto" or one of the model\'s sizes, written as "WxH" in pixels.')
@@ -63,12 +61,12 @@ class JobBody(BaseModel):
     partial_images: int | None = Field(
         None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image among the job's events."
     )
-    guidance_scale: float | None = Field(None, description="Strength of the prompt; 1 is guidance off.")
-    guidance: float | None = Field(None, description="Another name of guidance_scale.")
-    steps: int | None = Field(None, description="Denoising steps, one of those the model was distilled for.")
-    num_inference_steps: int | None = Field(None, description="Another name of steps.")
+    guidance_scale: GuidanceScale = None
+    guidance: GuidanceAlias = None
+    steps: Steps = None
+    num_inference_steps: StepsAlias = None
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the first image; random when left out.")
-    sampler: Sampler | None = Field(None, description="The student's own if left out.")
+    sampler: SamplerName = None
     negative_prompt: str | None = Field(None, description="Not supported: only the empty text.")
     response_format: Literal["url"] | None = Field(
         None, description='"url" for addresses that need no API key, where the server has a result store.'

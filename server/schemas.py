@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Task
 from engines.noise import MAX_SEED
-from engines.sampler import Sampler
+from server.fields import EncoderSteps, GuidanceAlias, GuidanceScale, SamplerName, SourcePrompt, Steps, StepsAlias
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
 
 MAX_PROMPT_CHARS = 4000
@@ -59,14 +59,14 @@ class GenerationBody(BaseModel):
         None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image on the way; needs stream."
     )
     user: str | None = Field(None, max_length=512, description="Your own label; neither stored nor logged.")
-    guidance_scale: float | None = Field(None, description="Strength of the prompt; 1 is guidance off.")
-    guidance: float | None = Field(None, description="Another name of guidance_scale.")
-    steps: int | None = Field(None, description="Denoising steps, one of those the model was distilled for.")
-    num_inference_steps: int | None = Field(None, description="Another name of steps.")
+    guidance_scale: GuidanceScale = None
+    guidance: GuidanceAlias = None
+    steps: Steps = None
+    num_inference_steps: StepsAlias = None
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Image k of the response is made with seed + k; random when left out."
     )
-    sampler: Sampler | None = Field(None, description="The student's own if left out.")
+    sampler: SamplerName = None
     negative_prompt: str | None = Field(
         None, description="Not supported: guidance was distilled against the empty prompt."
     )
@@ -87,10 +87,8 @@ class EditBody(GenerationBody):
     mode: EditMode | None = Field(
         None, description='"noise" (when left out) noises the image, "invert" encodes it; not both with a mask.'
     )
-    source_prompt: str | None = Field(None, description="What the image shows; needed by mode invert.")
-    encoder_steps: int | None = Field(
-        None, description="Of mode invert: steps of the encoder, one of the model's; as steps when left out."
-    )
+    source_prompt: SourcePrompt = None
+    encoder_steps: EncoderSteps = None
 
 
 class TimingBody(BaseModel):
