@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.data.source import Condition
-from distill_jobs.student import predict, sees_masks, takes_grid
+from distill_jobs.student import predict, sees_masks, takes_grid, takes_guidance
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
@@ -51,7 +51,7 @@ class StepGraph(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
-        guidance: Tensor,
+        guidance: Tensor | None,
         condition: Tensor,
         coefficients: Tensor,
         noise: Tensor,
@@ -61,10 +61,10 @@ class StepGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(next latent, clean estimate), both (B, C, h, w).
 
-        latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
-        condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated; grid: (B,)
-        step counts N, for a student with one set of weights for all of them. known of a student that sees it: the
-        latent of the image without what is generated.
+        latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1, None for a
+        network that is not told; condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image
+        is generated; grid: (B,) step counts N, for a student with one set of weights for all of them. known of a
+        student that sees it: the latent of the image without what is generated.
         """
         extra = torch.cat([mask, known], dim=1) if sees_masks(self.unet) else None
         out = predict(self.unet, latent, timestep, self.unpack(condition), guidance, extra, grid)
@@ -90,12 +90,36 @@ class StepGraph(nn.Module):
         }
         if takes_grid(self.unet):
             shapes[GRID] = (-1,)
+        if not takes_guidance(self.unet):
+            del shapes[GUIDANCE]
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
         """Specs of what ``forward`` returns."""
         shape = (-1, self.unet.config.out_channels, height, width)
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name in (NEXT_LATENT, CLEAN_ESTIMATE))
+
+
+class UnguidedStepGraph(nn.Module):
+    """The step of a network that is not told the guidance weight, without that input."""
+
+    def __init__(self, step: StepGraph) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        condition: Tensor,
+        coefficients: Tensor,
+        noise: Tensor,
+        known: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``StepGraph.forward``."""
+        out: tuple[Tensor, Tensor] = self.step(latent, timestep, None, condition, coefficients, noise, known, mask)
+        return out
 
 
 class ConditionGraph(nn.Module):

@@ -102,6 +102,11 @@ def takes_grid(unet: UNet2DConditionModel) -> bool:
     return bool(unet.config.time_cond_proj_dim == 2 * GUIDANCE_WIDTH)
 
 
+def takes_guidance(unet: UNet2DConditionModel) -> bool:
+    """Whether a network is told the guidance weight."""
+    return unet.config.time_cond_proj_dim is not None
+
+
 def sees_masks(unet: UNet2DConditionModel) -> bool:
     """Whether a network takes a mask and the image behind it beside the latent."""
     return bool(unet.config.in_channels > unet.config.out_channels)

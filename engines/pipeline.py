@@ -171,6 +171,8 @@ class Pipeline:
             MASK: np.stack([row.mask for row in rows]),
         }
         declared = {spec.name for spec in self.manifest.graphs[graph].inputs}
+        if GUIDANCE not in declared:
+            del inputs[GUIDANCE]
         if GRID in declared:
             inputs[GRID] = np.array([leg.student.grid for leg in legs], np.float32)
         if MASKED in declared:

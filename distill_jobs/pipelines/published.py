@@ -1,0 +1,186 @@
+"""Published few-step students: which of our samplers their scheduler is, and what says that it is none of them.
+
+| scheduler | whose | our sampler |
+|---|---|---|
+| LCMScheduler | latent consistency models | consistency |
+| EulerDiscreteScheduler | SD Turbo, SDXL-Lightning | deterministic |
+| EulerAncestralDiscreteScheduler | SDXL Turbo | deterministic, of one step: more would add noise |
+| DDIMScheduler | Hyper-SD and others | deterministic |
+
+Euler's steps on x/alpha are DDIM's on x, on trailing timesteps at our own points. Whether a UNet takes the guidance
+weight (``time_cond_proj_dim``) is a question of its own.
+Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedulers of these names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.student import GUIDANCE_WIDTH
+from engines.manifest import GuidanceRange
+from engines.sampler import Prediction, Sampler, SamplerPlan, sampler_plan
+from engines.schedule import NoiseSchedule
+
+GUIDANCE_INPUT = GuidanceRange(min=1, max=15, default=8.5)
+"""Of a model that takes guidance as an input, unless told otherwise."""
+
+NO_GUIDANCE = GuidanceRange(min=1, max=1, default=1)
+LCM_STEPS = (5, 10, 2, 1)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A scheduler of diffusers as one of our samplers.
+
+    settings: what its config must say for that; predictions: those it can run; most_steps: beyond which it is
+    another sampler; full_start: drawing starts at noise of variance 1, else at that of the last table index.
+    """
+
+    sampler: Sampler
+    settings: dict[str, Any] = field(default_factory=dict)
+    predictions: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
+    most_steps: int | None = None
+    full_start: bool = True
+
+
+SCHEDULERS = {
+    "LCMScheduler": Scheduler(
+        "consistency",
+        {"clip_sample": False, "timestep_scaling": 10.0},
+        predictions=("epsilon", "v_prediction"),
+    ),
+    "EulerDiscreteScheduler": Scheduler(
+        "deterministic",
+        {
+            "timestep_spacing": "trailing",
+            "interpolation_type": "linear",
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "timestep_type": "discrete",
+            "final_sigmas_type": "zero",
+            "rescale_betas_zero_snr": False,
+        },
+        full_start=False,
+    ),
+    "EulerAncestralDiscreteScheduler": Scheduler(
+        "deterministic",
+        {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False},
+        predictions=("epsilon", "v_prediction"),
+        most_steps=1,
+        full_start=False,
+    ),
+    "DDIMScheduler": Scheduler(
+        "deterministic", {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published student that we can run. guided: its UNet takes the guidance weight."""
+
+    folder: PipelineFolder
+    scheduler: Scheduler
+    guided: bool
+
+    @property
+    def initial_std(self) -> float:
+        """Standard deviation of the noise that drawing starts at."""
+        schedule = NoiseSchedule(self.folder.schedule)
+        return 1.0 if self.scheduler.full_start else schedule.at(schedule.timesteps - 1)[1]
+
+    def guidance(self, wanted: GuidanceRange | None) -> GuidanceRange:
+        """The guidance range to serve. Raises: TeacherError when one is wanted of a model that has none."""
+        if self.guided:
+            return wanted or GUIDANCE_INPUT
+        if wanted is not None:
+            raise self.folder.wrong(
+                "its unet takes no guidance weight (time_cond_proj_dim); leave --guidance-… out"
+            )
+        return NO_GUIDANCE
+
+    def plans(self, steps: Sequence[int] | None) -> dict[int, SamplerPlan]:
+        """By step count. Raises: TeacherError naming a step count that the model cannot be run at."""
+        if not steps and self.scheduler.sampler != "consistency":
+            raise self.folder.wrong(
+                "nothing in it says which step counts it was trained for; give them with --steps"
+            )
+        return {n: self._plan(n) for n in steps or LCM_STEPS}
+
+    def _plan(self, n: int) -> SamplerPlan:
+        folder, schedule, most = self.folder, NoiseSchedule(self.folder.schedule), self.scheduler.most_steps
+        kind = folder.class_of("scheduler")
+        if most is not None and n > most:
+            raise folder.wrong(
+                f"{kind} adds noise at every step but the last, in a way no sampler here does; "
+                f"only --steps {most} can be imported, not {n}"
+            )
+        try:
+            plan = sampler_plan(schedule, n, self.scheduler.sampler, folder.prediction)
+        except ValueError as error:
+            raise folder.wrong(f"{n} steps: {error}") from None
+        if kind == "LCMScheduler":
+            self._check_trained(plan)
+        if kind == "DDIMScheduler":
+            self._check_strides(plan)
+        return plan
+
+    def _check_trained(self, plan: SamplerPlan) -> None:
+        """Consistency models were trained at some points only."""
+        points = int(self.folder.config("scheduler").get("original_inference_steps", 50))
+        timesteps = self.folder.schedule.timesteps
+        off = [k for k in plan.timesteps if (k + 1) % (timesteps // points)]
+        if off:
+            raise self.folder.wrong(
+                f"{len(plan)} steps would use timestep {off[-1]}, which the model was not trained at; "
+                f"choose step counts that divide {points}"
+            )
+
+    def _check_strides(self, plan: SamplerPlan) -> None:
+        """This scheduler's steps are all equally long, where ours end at the next point."""
+        stride = self.folder.schedule.timesteps // len(plan)
+        if any(step.timestep - step.target != stride for step in plan):
+            raise self.folder.wrong(
+                f"DDIMScheduler would not end {len(plan)} steps at the points where it asks the network; "
+                f"choose step counts that divide {self.folder.schedule.timesteps}"
+            )
+
+
+def open_published(path: Path) -> Published:
+    """The student in a pipeline folder. Raises: TeacherError naming why it cannot be run exactly."""
+    folder = open_folder(path)
+    width = folder.config("unet").get("time_cond_proj_dim")
+    if width not in (None, GUIDANCE_WIDTH):
+        raise folder.wrong(
+            f"unet: time_cond_proj_dim is {width}; only {GUIDANCE_WIDTH} values, or none, can be imported"
+        )
+    if folder.extra_channels:
+        raise folder.wrong("its unet sees a mask; such models cannot be imported")
+    return Published(folder, _scheduler(folder), guided=width is not None)
+
+
+def _scheduler(folder: PipelineFolder) -> Scheduler:
+    kind, config = folder.class_of("scheduler"), folder.config("scheduler")
+    known = SCHEDULERS.get(kind)
+    if known is None:
+        raise folder.wrong(f"its scheduler is {kind}; of published students only those of {', '.join(SCHEDULERS)}")
+    defaults = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    for name, needed in known.settings.items():
+        value = config.get(name, defaults[name].default)
+        if (value or False) != needed:  # some configs say null for false
+            raise folder.wrong(f"scheduler: {name} is {value!r}; {kind} can be imported with {needed!r} only")
+    if folder.prediction not in known.predictions:
+        raise folder.wrong(
+            f"scheduler: prediction_type is {folder.prediction}; {kind} can be imported with "
+            f"{' or '.join(known.predictions)} only"
+        )
+    return known
