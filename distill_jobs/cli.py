@@ -115,7 +115,8 @@ def import_(
     steps: Annotated[
         list[int] | None,
         typer.Option(
-            help="A step count that it was trained for; the first is the default. Needed but for latent consistency.",
+            help="A step count that it was trained for; the first is the default. "
+            "Needed, but for latent consistency.",
             show_default="5, 10, 2, 1",
         ),
     ] = None,

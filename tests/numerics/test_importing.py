@@ -38,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         work / "parts",
         scheduler=scheduler,
         time_cond_proj_dim=256,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        **tiny.ONE_LEVEL,
     )
     parts = {name: getattr(stock, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
     pipeline = LatentConsistencyModelPipeline(
@@ -73,6 +71,7 @@ def test_the_consistency_sampler_is_the_schedulers(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None:
     written = import_student(
         folder,
@@ -97,12 +96,13 @@ def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("file", "changes", "steps", "message"),
     [
-        ("unet/config.json", {"time_cond_proj_dim": None}, (1,), "takes no guidance weight"),
-        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, (1,), "only LCMScheduler"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, (1,), "it predicts the image"),
+        ("unet/config.json", {"time_cond_proj_dim": 128}, (1,), "only 256 values, or none"),
+        ("model_index.json", {"scheduler": ["diffusers", "PNDMScheduler"]}, (1,), "its scheduler is PNDMScheduler"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, (1,), "prediction_type is sample"),
+        ("scheduler/scheduler_config.json", {"clip_sample": True}, (1,), "clip_sample is True"),
         ("model_index.json", {}, (4,), "4 steps would use timestep 249, which the model was not trained at"),
     ],
-    ids=["no weight", "scheduler", "prediction", "steps"],
+    ids=["weight", "scheduler", "prediction", "clip", "steps"],
 )
 def test_what_cannot_be_run_is_refused_with_the_reason(
     file: str, changes: dict[str, object], steps: tuple[int, ...], message: str, folder: Path, tmp_path: Path

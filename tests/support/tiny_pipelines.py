@@ -24,6 +24,14 @@ TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = (("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"))
 
+SD21_UNET: dict[str, Any] = {"use_linear_projection": True, "upcast_attention": True}
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""For tests that export: tracing takes its time by layers."""
+
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -51,7 +59,8 @@ def tokenizer(folder: Path, pad: str = END) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=pad)
 
 
-def text_config(hidden: int, projection: int = 24) -> CLIPTextConfig:
+def text_config(hidden: int, projection: int = 24, activation: str = "quick_gelu") -> CLIPTextConfig:
+    """Of OpenAI's CLIP; OpenCLIP's have the plain gelu."""
     words = vocabulary()
     return CLIPTextConfig(
         vocab_size=len(words),
@@ -59,6 +68,7 @@ def text_config(hidden: int, projection: int = 24) -> CLIPTextConfig:
         intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
+        hidden_act=activation,
         max_position_embeddings=TOKENS,
         bos_token_id=words[START],
         eos_token_id=words[END],
@@ -98,14 +108,20 @@ def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
 def sd(
     work: Path, *, prediction: str = "epsilon", scheduler: Any = None, **changes: Any
 ) -> StableDiffusionPipeline:
-    """SD 1.x; with prediction v_prediction, SD 2.1. changes: of the UNet's config. work: a scratch folder."""
+    """SD 1.x; with prediction v_prediction, SD 2.1 (OpenCLIP's encoder and padding, linear projections).
+
+    changes: of the UNet's config. work: a scratch folder.
+    """
     torch.manual_seed(0)
+    second = prediction == "v_prediction"
+    activation, pad = ("gelu", "!") if second else ("quick_gelu", END)
+    config = {**(SD21_UNET if second else {}), **changes}
     kind = StableDiffusionInpaintPipeline if changes.get("in_channels") == 9 else StableDiffusionPipeline
     pipeline = kind(
         vae=vae(),
-        text_encoder=CLIPTextModel(text_config(32)).eval(),
-        tokenizer=tokenizer(work / "tokenizer", "!" if prediction == "v_prediction" else END),
-        unet=unet(32, **changes).eval(),
+        text_encoder=CLIPTextModel(text_config(32, activation=activation)).eval(),
+        tokenizer=tokenizer(work / "tokenizer", pad),
+        unet=unet(32, **config).eval(),
         scheduler=scheduler or DDIMScheduler(**SCHEDULER, prediction_type=prediction),
         safety_checker=None,
         feature_extractor=None,
@@ -128,7 +144,7 @@ def sdxl(
     pipeline = StableDiffusionXLPipeline(
         vae=vae(0.13025),
         text_encoder=CLIPTextModel(text_config(32)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(16)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16, activation="gelu")).eval(),
         tokenizer=tokenizer(work / "tokenizer"),
         tokenizer_2=tokenizer(work / "tokenizer_2", "!"),
         unet=unet(48, **{**added, **changes}).eval(),

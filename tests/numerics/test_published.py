@@ -1,0 +1,156 @@
+"""Published students without guidance as an input (Turbo, Lightning): diffusers' images, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from rich.progress import Progress
+from torch import Tensor
+
+from distill_jobs.errors import TeacherError
+from distill_jobs.pipelines.importing import import_student
+from distill_jobs.pipelines.packing import whole_image
+from distill_jobs.pipelines.published import NO_GUIDANCE, open_published
+from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.student import load_stock, predict
+from engines.manifest import GUIDANCE, GuidanceRange
+from engines.noise import Purpose, row_noise
+from engines.open import open_pipeline
+from tests.support import tiny_pipelines as tiny
+
+SEED = 3
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TRAILING = {**SD, "timestep_spacing": "trailing"}
+EULER = EulerDiscreteScheduler(**TRAILING)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each layout."""
+    work = tmp_path_factory.mktemp("published")
+    tiny.sd(work / "sd", scheduler=EULER, **tiny.ONE_LEVEL).save_pretrained(work / "turbo")
+    tiny.sdxl(work / "sdxl", scheduler=EULER, **tiny.ONE_LEVEL).save_pretrained(work / "lightning")
+    return {"sd": work / "turbo", "sdxl": work / "lightning"}
+
+
+def with_scheduler(folder: Path, copy: Path, scheduler: SchedulerMixin) -> Path:
+    """The folder with another scheduler."""
+    shutil.copytree(folder, copy)
+    scheduler.save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    return copy
+
+
+def noise() -> Tensor:
+    return torch.from_numpy(row_noise(SEED, (4, 8, 8), Purpose.INITIAL))[None]
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheduler", "steps"),
+    [
+        ("sd", EULER, 1),
+        ("sd", EULER, 4),
+        ("sd", EulerDiscreteScheduler(**TRAILING, prediction_type="v_prediction"), 3),
+        ("sd", DDIMScheduler(**tiny.SCHEDULER), 4),
+        ("sdxl", EULER, 8),
+        ("sdxl", EulerDiscreteScheduler(**TRAILING, prediction_type="sample"), 1),
+        ("sdxl", EulerAncestralDiscreteScheduler(**TRAILING), 1),
+    ],
+    ids=["SD Turbo", "SD Turbo in 4", "v", "DDIM", "Lightning", "Lightning in 1", "SDXL Turbo"],
+)
+def test_the_sampler_is_the_schedulers(
+    layout: str, scheduler: SchedulerMixin, steps: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = with_scheduler(folders[layout], tmp_path / "model", scheduler)
+    stock = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    told = {"guidance_scale": 0.0, "latents": noise(), "output_type": "latent"}
+    expected = stock("a cat", num_inference_steps=steps, **told).images
+    published, unet = open_published(folder), load_stock(folder)
+    plan = published.plans([steps])[steps]
+    framing = whole_image(tiny.IMAGE_PX) if layout == "sdxl" else None
+    condition = PromptEncoder.load(published.folder).encode(["a cat"], framing)
+    x_t = published.initial_std * noise()
+    with torch.no_grad():
+        for step in plan:
+            x_t, _ = step.apply(x_t, predict(unet, x_t, torch.tensor([float(step.timestep)]), condition))
+    assert plan.timesteps == tuple(int(t) for t in stock.scheduler.timesteps)
+    torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_imported_bundle_draws_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    """With no input for guidance: a bundle says what its networks are told."""
+    written = import_student(
+        folders["sd"],
+        tmp_path / "bundle",
+        name="turbo",
+        steps=(1, 4),
+        guidance=None,
+        licence="theirs",
+        progress=Progress(disable=True),
+    )
+    manifest = written.manifest
+    assert manifest.guidance == NO_GUIDANCE
+    assert manifest.latent.initial_std == pytest.approx(0.99766, abs=1e-5)
+    assert [(s.steps, s.sampler) for s in manifest.students] == [(1, "deterministic"), (4, "deterministic")]
+    assert manifest.students[1].timesteps == (999, 749, 499, 249)
+    assert GUIDANCE not in {spec.name for spec in manifest.graphs["step"].inputs}
+    stock = DiffusionPipeline.from_pretrained(folders["sd"], use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    engine = open_pipeline(tmp_path / "bundle", "onnxruntime", rungs=(1, 2), warm=True)
+    told = {"guidance_scale": 0.0, "latents": noise(), "output_type": "np"}
+    for steps in (1, 4):
+        expected = stock("a cat", num_inference_steps=steps, **told).images[0] * 255
+        drawn = engine.generate(["a dog", "a cat"], 1.0, [4, SEED], steps)[1]
+        assert np.abs(drawn - expected).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        (EulerDiscreteScheduler(**SD, timestep_spacing="leading"), (1,), "timestep_spacing is 'leading'"),
+        (EulerDiscreteScheduler(**SD), (1,), "timestep_spacing is 'linspace'"),
+        (EulerDiscreteScheduler(**TRAILING, use_karras_sigmas=True), (1,), "use_karras_sigmas is True"),
+        (EulerDiscreteScheduler(**TRAILING, rescale_betas_zero_snr=True), (1,), "rescale_betas_zero_snr is True"),
+        (EULER, None, "give them with --steps"),
+        (EulerAncestralDiscreteScheduler(**TRAILING), (1, 2), "adds noise at every step but the last"),
+        (EulerAncestralDiscreteScheduler(**TRAILING, prediction_type="sample"), (1,), "prediction_type is sample"),
+        (DDIMScheduler(**{**tiny.SCHEDULER, "set_alpha_to_one": False}), (1,), "set_alpha_to_one is False"),
+        (DDIMScheduler(**tiny.SCHEDULER), (3,), "would not end 3 steps at the points"),
+        (DDIMScheduler(**tiny.SCHEDULER, rescale_betas_zero_snr=True), (1,), "undefined at zero SNR"),
+    ],
+    ids=[
+        *("leading", "linspace", "karras", "zero snr of Euler", "no steps", "ancestral", "ancestral x"),
+        *("last alpha", "strides", "zero snr"),
+    ],
+)
+def test_what_would_be_another_sampler_is_refused_by_name(
+    scheduler: SchedulerMixin,
+    steps: tuple[int, ...] | None,
+    message: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    folder = with_scheduler(folders["sd"], tmp_path / "model", scheduler)
+    with pytest.raises(TeacherError, match=message):
+        open_published(folder).plans(steps)
+
+
+def test_guidance_is_refused_where_it_is_no_input(folders: dict[str, Path]) -> None:
+    with pytest.raises(TeacherError, match="takes no guidance weight"):
+        open_published(folders["sd"]).guidance(GuidanceRange(min=1, max=7, default=2))
