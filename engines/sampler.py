@@ -8,8 +8,8 @@
 evaluation, the stage-two target (``compose``) and the exported graph. Rows without clipping use d (b = 0),
 clipped rows use b (d = 0). Coefficients are float64 here and enter graphs as float32.
 
-Source: Song et al. 2021 (DDIM); Salimans & Ho 2022, eq. 9; Meng et al. 2023, section 3.2 and Alg. 3;
-Song et al. 2023, Alg. 1 (consistency).
+Source: Ho et al. 2020, Alg. 2 (ancestral); Song et al. 2021 (DDIM); Salimans & Ho 2022, eq. 9; Meng et al. 2023,
+section 3.2 and Alg. 3; Song et al. 2023, Alg. 1 (consistency).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from engines.schedule import CLEAN, NoiseSchedule
 
 Prediction = Literal["v_prediction", "epsilon", "sample"]
-Sampler = Literal["deterministic", "stochastic", "consistency"]
+Sampler = Literal["deterministic", "stochastic", "consistency", "ancestral"]
 Array = Any  # numpy or torch: plain operators serve both
 
 NO_CLIP = 3e38
@@ -106,8 +106,7 @@ def deterministic_step(
 
     Raises: ValueError when epsilon meets zero SNR, or a clipped row would encode.
     """
-    a, d = _ddim(schedule, t, s, prediction)
-    return _step(schedule, t, s, prediction, clip, a=a, d=d, c=0.0)
+    return _step(schedule, t, _Level.of(schedule, s), s, prediction, clip)
 
 
 def stochastic_step(
@@ -119,11 +118,15 @@ def stochastic_step(
     clip: float | None = None,
 ) -> Step:
     """A deterministic step beyond the target t → k, then a noisy step back k → s (k < s < t)."""
-    (alpha_k, sigma_k), (alpha_s, sigma_s) = schedule.at(k), schedule.at(s)
-    g = alpha_s / alpha_k
-    a, d = _ddim(schedule, t, k, prediction)
-    c = math.sqrt(sigma_s**2 - (g * sigma_k) ** 2)
-    return _step(schedule, t, k, prediction, clip, a=g * a, d=g * d, c=c, target=s, gain=g)
+    return _step(schedule, t, _Level.of(schedule, k), s, prediction, clip)
+
+
+def ancestral_step(
+    schedule: NoiseSchedule, t: int, s: int, prediction: Prediction = "v_prediction", clip: float | None = None
+) -> Step:
+    """DDPM's step t → s: a deterministic one to tan(phi) = tan(phi_s)² / tan(phi_t), and the noise back to s."""
+    angle = math.atan(math.tan(schedule.angle(s)) ** 2 / math.tan(schedule.angle(t)))
+    return _step(schedule, t, _Level(math.cos(angle), math.sin(angle), angle), s, prediction, clip)
 
 
 def sampler_plan(
@@ -137,8 +140,9 @@ def sampler_plan(
     """The plan of n network evaluations on the n-step grid.
 
     The stochastic sampler walks twice its grid's step and back with fresh noise; the consistency sampler walks to
-    the clean end every time, and back from there. start: grid point to enter at, 1 … n (default n, pure noise); a
-    plan entered at i has i steps.
+    the clean end every time, and back from there; the ancestral sampler as far beyond each point as makes its noise
+    that of the forward process. start: grid point to enter at, 1 … n (default n, pure noise); a plan entered at i
+    has i steps.
     """
     grid = schedule.grid(n)
     first = n if start is None else start
@@ -146,11 +150,14 @@ def sampler_plan(
         raise ValueError(f"start must be a grid point 1 … {n}, not {first}")
     steps = []
     for i in range(first, 0, -1):
-        if sampler != "deterministic" and i >= 2:
-            end = grid[i - 2] if sampler == "stochastic" else CLEAN
-            steps.append(stochastic_step(schedule, grid[i], end, grid[i - 1], prediction, clip))
+        t, s = grid[i], grid[i - 1]
+        if sampler == "deterministic" or i == 1:
+            steps.append(deterministic_step(schedule, t, s, prediction, clip))
+        elif sampler == "ancestral":
+            steps.append(ancestral_step(schedule, t, s, prediction, clip))
         else:
-            steps.append(deterministic_step(schedule, grid[i], grid[i - 1], prediction, clip))
+            end = grid[i - 2] if sampler == "stochastic" else CLEAN
+            steps.append(stochastic_step(schedule, t, end, s, prediction, clip))
     return SamplerPlan(sampler, tuple(steps))
 
 
@@ -202,53 +209,61 @@ def compose(first: Step, second: Step, whole: Step) -> Composition:
     )
 
 
-def _ddim(schedule: NoiseSchedule, t: int, s: int, prediction: Prediction) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Level:
+    """A noise level: alpha = cos(angle), sigma = sin(angle)."""
+
+    alpha: float
+    sigma: float
+    angle: float
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, index: int) -> _Level:
+        return cls(*schedule.at(index), schedule.angle(index))
+
+
+def _ddim(t: _Level, s: _Level, prediction: Prediction) -> tuple[float, float]:
     """(a, d) of the unclipped DDIM update x_s = a·x_t + d·out."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
     if prediction == "v_prediction":
-        delta = schedule.angle(t) - schedule.angle(s)
+        delta = t.angle - s.angle
         return math.cos(delta), -math.sin(delta)
     if prediction == "epsilon":
-        if alpha_t == 0:
+        if t.alpha == 0:
             raise ValueError("epsilon-prediction is undefined at zero SNR; fine-tune the model to v-prediction")
-        return alpha_s / alpha_t, sigma_s - alpha_s * sigma_t / alpha_t
-    return sigma_s / sigma_t, alpha_s - alpha_t * sigma_s / sigma_t
+        return s.alpha / t.alpha, s.sigma - s.alpha * t.sigma / t.alpha
+    return s.sigma / t.sigma, s.alpha - t.alpha * s.sigma / t.sigma
 
 
-def _clean_estimate(schedule: NoiseSchedule, t: int, prediction: Prediction) -> tuple[float, float]:
+def _clean_estimate(t: _Level, prediction: Prediction) -> tuple[float, float]:
     """(p, q) with x̂ = p·x_t + q·out."""
-    alpha_t, sigma_t = schedule.at(t)
     if prediction == "v_prediction":
-        return alpha_t, -sigma_t
+        return t.alpha, -t.sigma
     if prediction == "epsilon":
-        return 1 / alpha_t, -sigma_t / alpha_t
+        return 1 / t.alpha, -t.sigma / t.alpha
     return 0.0, 1.0
 
 
 def _step(
     schedule: NoiseSchedule,
     t: int,
-    k: int,
+    beyond: _Level,
+    target: int,
     prediction: Prediction,
     clip: float | None,
-    *,
-    a: float,
-    d: float,
-    c: float,
-    target: int | None = None,
-    gain: float = 1.0,
 ) -> Step:
-    """Assemble a row from the unclipped (a, d, c); with clip, rewrite it in the x̂ form.
+    """The row of DDIM from t to ``beyond`` and, where that is not the target yet, a noisy step back to it.
 
-    gain: factor applied after the deterministic part t → k (the stochastic sampler's alpha_s/alpha_k).
+    With clip the row has the x̂ form.
     """
-    end = k if target is None else target
-    p, q = _clean_estimate(schedule, t, prediction)
-    (alpha_t, sigma_t), (alpha_k, sigma_k) = schedule.at(t), schedule.at(k)
-    b, r = 0.0, NO_CLIP
+    here, end = _Level.of(schedule, t), _Level.of(schedule, target)
+    a, d = _ddim(here, beyond, prediction)
+    p, q = _clean_estimate(here, prediction)
+    gain = end.alpha / beyond.alpha if end != beyond else 1.0
+    c = math.sqrt(end.sigma**2 - (gain * beyond.sigma) ** 2) if end != beyond else 0.0
+    a, b, d, r = gain * a, 0.0, gain * d, NO_CLIP
     if clip is not None:
-        if k > t:
+        if beyond.angle > here.angle:
             raise ValueError("an encoding step must not clip: its x̂ form loses precision near the clean end")
-        a, b, d, r = gain * sigma_k / sigma_t, gain * (alpha_k - alpha_t * sigma_k / sigma_t), 0.0, clip
-    e, f = schedule.at(end)
-    return Step(t, end, Coefficients(p=p, q=q, r=r, a=a, b=b, d=d, c=c, e=e, f=f))
+        a, d, r = gain * beyond.sigma / here.sigma, 0.0, clip
+        b = gain * (beyond.alpha - here.alpha * beyond.sigma / here.sigma)
+    return Step(t, target, Coefficients(p=p, q=q, r=r, a=a, b=b, d=d, c=c, e=end.alpha, f=end.sigma))

@@ -4,10 +4,10 @@
 |---|---|---|
 | LCMScheduler | latent consistency models | consistency |
 | EulerDiscreteScheduler | SD Turbo, SDXL-Lightning | deterministic |
-| EulerAncestralDiscreteScheduler | SDXL Turbo | deterministic, of one step: more would add noise |
+| EulerAncestralDiscreteScheduler | SDXL Turbo | ancestral |
 | DDIMScheduler | Hyper-SD and others | deterministic |
 
-Euler's steps on x/alpha are DDIM's on x, on trailing timesteps at our own points. Whether a UNet takes the guidance
+Euler's steps of x_t/alpha are DDIM's of x_t, and trailing timesteps are our own points. Whether a UNet takes the guidance
 weight (``time_cond_proj_dim``) is a question of its own.
 Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedulers of these names.
 """
@@ -40,14 +40,13 @@ LCM_STEPS = (5, 10, 2, 1)
 class Scheduler:
     """A scheduler of diffusers as one of our samplers.
 
-    settings: what its config must say for that; predictions: those it can run; most_steps: beyond which it is
-    another sampler; full_start: drawing starts at noise of variance 1, else at that of the last table index.
+    settings: what its config must say for that; predictions: those it can run; full_start: drawing starts at noise
+    of variance 1, else at that of the last table index.
     """
 
     sampler: Sampler
     settings: dict[str, Any] = field(default_factory=dict)
     predictions: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
-    most_steps: int | None = None
     full_start: bool = True
 
 
@@ -72,10 +71,9 @@ SCHEDULERS = {
         full_start=False,
     ),
     "EulerAncestralDiscreteScheduler": Scheduler(
-        "deterministic",
+        "ancestral",
         {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False},
         predictions=("epsilon", "v_prediction"),
-        most_steps=1,
         full_start=False,
     ),
     "DDIMScheduler": Scheduler(
@@ -117,20 +115,14 @@ class Published:
         return {n: self._plan(n) for n in steps or LCM_STEPS}
 
     def _plan(self, n: int) -> SamplerPlan:
-        folder, schedule, most = self.folder, NoiseSchedule(self.folder.schedule), self.scheduler.most_steps
-        kind = folder.class_of("scheduler")
-        if most is not None and n > most:
-            raise folder.wrong(
-                f"{kind} adds noise at every step but the last, in a way no sampler here does; "
-                f"only --steps {most} can be imported, not {n}"
-            )
+        folder, schedule = self.folder, NoiseSchedule(self.folder.schedule)
         try:
             plan = sampler_plan(schedule, n, self.scheduler.sampler, folder.prediction)
         except ValueError as error:
             raise folder.wrong(f"{n} steps: {error}") from None
-        if kind == "LCMScheduler":
+        if folder.class_of("scheduler") == "LCMScheduler":
             self._check_trained(plan)
-        if kind == "DDIMScheduler":
+        if folder.class_of("scheduler") == "DDIMScheduler":
             self._check_strides(plan)
         return plan
 

@@ -56,8 +56,8 @@ def with_scheduler(folder: Path, copy: Path, scheduler: SchedulerMixin) -> Path:
     return copy
 
 
-def noise() -> Tensor:
-    return torch.from_numpy(row_noise(SEED, (4, 8, 8), Purpose.INITIAL))[None]
+def noise(purpose: Purpose = Purpose.INITIAL, step: int = 0) -> Tensor:
+    return torch.from_numpy(row_noise(SEED, (4, 8, 8), purpose, step))[None]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,20 @@ def noise() -> Tensor:
         ("sdxl", EULER, 8),
         ("sdxl", EulerDiscreteScheduler(**TRAILING, prediction_type="sample"), 1),
         ("sdxl", EulerAncestralDiscreteScheduler(**TRAILING), 1),
+        ("sdxl", EulerAncestralDiscreteScheduler(**TRAILING), 4),
     ],
-    ids=["SD Turbo", "SD Turbo in 4", "v", "DDIM", "Lightning", "Lightning in 1", "SDXL Turbo"],
+    ids=["SD Turbo", "SD Turbo in 4", "v", "DDIM", "Lightning", "Lightning in 1", "SDXL Turbo", "SDXL Turbo in 4"],
 )
 def test_the_sampler_is_the_schedulers(
-    layout: str, scheduler: SchedulerMixin, steps: int, folders: dict[str, Path], tmp_path: Path
+    layout: str,
+    scheduler: SchedulerMixin,
+    steps: int,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fresh = iter([noise(Purpose.STEP, step) for step in range(steps)])
+    monkeypatch.setattr(f"{EulerAncestralDiscreteScheduler.__module__}.randn_tensor", lambda *_, **__: next(fresh))
     folder = with_scheduler(folders[layout], tmp_path / "model", scheduler)
     stock = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     stock.set_progress_bar_config(disable=True)
@@ -87,8 +95,9 @@ def test_the_sampler_is_the_schedulers(
     condition = PromptEncoder.load(published.folder).encode(["a cat"], framing)
     x_t = published.initial_std * noise()
     with torch.no_grad():
-        for step in plan:
-            x_t, _ = step.apply(x_t, predict(unet, x_t, torch.tensor([float(step.timestep)]), condition))
+        for position, step in enumerate(plan):
+            out = predict(unet, x_t, torch.tensor([float(step.timestep)]), condition)
+            x_t, _ = step.apply(x_t, out, noise(Purpose.STEP, position))
     assert plan.timesteps == tuple(int(t) for t in stock.scheduler.timesteps)
     torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +137,7 @@ def test_an_imported_bundle_draws_the_same(folders: dict[str, Path], tmp_path: P
         (EulerDiscreteScheduler(**TRAILING, use_karras_sigmas=True), (1,), "use_karras_sigmas is True"),
         (EulerDiscreteScheduler(**TRAILING, rescale_betas_zero_snr=True), (1,), "rescale_betas_zero_snr is True"),
         (EULER, None, "give them with --steps"),
-        (EulerAncestralDiscreteScheduler(**TRAILING), (1, 2), "adds noise at every step but the last"),
+        (EulerAncestralDiscreteScheduler(**SD), (1,), "timestep_spacing is 'linspace'"),
         (EulerAncestralDiscreteScheduler(**TRAILING, prediction_type="sample"), (1,), "prediction_type is sample"),
         (DDIMScheduler(**{**tiny.SCHEDULER, "set_alpha_to_one": False}), (1,), "set_alpha_to_one is False"),
         (DDIMScheduler(**tiny.SCHEDULER), (3,), "would not end 3 steps at the points"),

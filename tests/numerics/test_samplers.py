@@ -11,6 +11,7 @@ from engines.sampler import (
     NO_CLIP,
     Prediction,
     Sampler,
+    ancestral_step,
     deterministic_step,
     entry_point,
     sampler_plan,
@@ -47,6 +48,29 @@ def test_a_perfect_network_moves_along_its_own_line_either_way(
     x_s, clean = deterministic_step(STABLE, t, s, prediction).apply(x_t, output(STABLE, t, x, eps, prediction))
     np.testing.assert_allclose(x_s, alpha_s * x + sigma_s * eps, atol=1e-10)
     np.testing.assert_allclose(clean, x, atol=1e-10)
+
+
+@given(two_falling, st.sampled_from(["v_prediction", "epsilon", "sample"]))
+def test_an_ancestral_step_draws_from_the_forward_process_posterior(
+    pair: tuple[int, int], prediction: Prediction
+) -> None:
+    """Ho et al. 2020, eq. 7, for a perfect network."""
+    t, s = pair
+    x, eps, fresh = np.random.default_rng(0).standard_normal((3, 16))
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = STABLE.at(t), STABLE.at(s)
+    x_t = alpha_t * x + sigma_t * eps
+    step = ancestral_step(STABLE, t, s, prediction)
+    x_s, _ = step.apply(x_t, output(STABLE, t, x, eps, prediction), fresh)
+    kept = alpha_t / alpha_s
+    beta = 1 - kept**2
+    mean = (alpha_s * beta * x + kept * sigma_s**2 * x_t) / sigma_t**2
+    np.testing.assert_allclose(x_s, mean + np.sqrt(beta) * sigma_s / sigma_t * fresh, atol=1e-9)
+
+
+def test_at_zero_snr_an_ancestral_step_is_the_consistency_samplers() -> None:
+    t, s = COSINE.grid(4)[4], COSINE.grid(4)[3]
+    mine, theirs = ancestral_step(COSINE, t, s).row, stochastic_step(COSINE, t, CLEAN, s).row
+    np.testing.assert_allclose(mine, theirs, atol=1e-7)
 
 
 @given(st.tuples(index, index).filter(lambda p: p[0] != p[1]))
