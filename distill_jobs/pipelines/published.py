@@ -7,8 +7,8 @@
 | EulerAncestralDiscreteScheduler | SDXL Turbo | ancestral |
 | DDIMScheduler | Hyper-SD and others | deterministic |
 
-Euler's steps of x_t/alpha are DDIM's of x_t, and trailing timesteps are our own points. Whether a UNet takes the guidance
-weight (``time_cond_proj_dim``) is a question of its own.
+Euler's steps of x_t/alpha are DDIM's of x_t, and trailing timesteps are our own points. Whether a UNet takes the
+guidance weight (``time_cond_proj_dim``) is a question of its own.
 Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedulers of these names.
 """
 
