@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from diffusers import UNet2DConditionModel
 from rich.progress import Progress
 
 from distill_jobs.export import write_surroundings
@@ -54,6 +55,7 @@ def import_student(
     check_replaceable(bundle_dir)
     published = open_published(path)
     folder, plans, served = published.folder, published.plans(steps), published.guidance(guidance)
+    network = load_network(folder).requires_grad_(False)
     around = surroundings_of(folder, Licences(teacher=licence, data="not stated"))
     staging = bundle_dir.with_name(f".{bundle_dir.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
@@ -63,7 +65,7 @@ def import_student(
         side = folder.size_px // folder.pixels_per_latent
         shape = (folder.channels, side, side)
         graphs = write_surroundings(staging, shape, around, lambda: progress.advance(task))
-        graphs[STEP_GRAPH] = _step_graph(staging, published, list(plans.values()), served, around)
+        graphs[STEP_GRAPH] = _step_graph(staging, published, network, list(plans.values()), served, around)
         progress.advance(task)
         manifest = _manifest(staging, published, name, plans, served, around, graphs)
         return write_bundle(staging, bundle_dir, manifest)
@@ -74,13 +76,14 @@ def import_student(
 def _step_graph(
     staging: Path,
     published: Published,
+    network: UNet2DConditionModel,
     plans: Sequence[SamplerPlan],
     guidance: GuidanceRange,
     around: Surroundings,
 ) -> GraphSpec:
     folder = published.folder
     side = folder.size_px // folder.pixels_per_latent
-    step = StepGraph(load_network(folder).requires_grad_(False), Packing.of(folder).unpack)
+    step = StepGraph(network, Packing.of(folder).unpack)
     latent, timestep, w, *others, _ = shared_parity_rows(
         plans, guidance, (folder.channels, side, side), around.conditions
     )

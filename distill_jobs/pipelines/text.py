@@ -109,6 +109,8 @@ def load_part(folder: PipelineFolder, part: str, kind: type[nn.Module]) -> nn.Mo
     wrong = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))]
     if wrong:
         raise TeacherError(f"{where}: the weights lack {sorted(wrong)[0]} and {len(wrong) - 1} more")
+    if part == "unet" and info["unexpected_keys"]:  # text encoders are often saved with parts not used here
+        raise TeacherError(f"{where}: the weights hold {sorted(info['unexpected_keys'])[0]}, its config does not")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -96,13 +96,19 @@ def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("file", "changes", "steps", "message"),
     [
+        (
+            "unet/config.json",
+            {"time_cond_proj_dim": None},
+            (1,),
+            "hold time_embedding.cond_proj.weight, its config",
+        ),
         ("unet/config.json", {"time_cond_proj_dim": 128}, (1,), "only 256 values, or none"),
         ("model_index.json", {"scheduler": ["diffusers", "PNDMScheduler"]}, (1,), "its scheduler is PNDMScheduler"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, (1,), "prediction_type is sample"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, (1,), "clip_sample is True"),
         ("model_index.json", {}, (4,), "4 steps would use timestep 249, which the model was not trained at"),
     ],
-    ids=["weight", "scheduler", "prediction", "clip", "steps"],
+    ids=["no weight", "weight", "scheduler", "prediction", "clip", "steps"],
 )
 def test_what_cannot_be_run_is_refused_with_the_reason(
     file: str, changes: dict[str, object], steps: tuple[int, ...], message: str, folder: Path, tmp_path: Path
