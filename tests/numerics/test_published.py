@@ -18,12 +18,15 @@ from diffusers import (
     SchedulerMixin,
 )
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.errors import TeacherError
+from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.published import NO_GUIDANCE, open_published
+from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.student import load_stock, predict
 from engines.manifest import GUIDANCE, GuidanceRange
@@ -158,6 +161,15 @@ def test_what_would_be_another_sampler_is_refused_by_name(
     folder = with_scheduler(folders["sd"], tmp_path / "model", scheduler)
     with pytest.raises(TeacherError, match=message):
         open_published(folder).plans(steps)
+
+
+def test_weights_without_a_place_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Such as those of the guidance weight, under a config that says nothing of it."""
+    folder = shutil.copytree(folders["sd"], tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "time_embedding.cond_proj.weight": torch.zeros(8, 256)}, file)
+    with pytest.raises(TeacherError, match=r"the weights hold time_embedding\.cond_proj\.weight"):
+        load_network(open_folder(folder))
 
 
 def test_guidance_is_refused_where_it_is_no_input(folders: dict[str, Path]) -> None:
