@@ -46,12 +46,12 @@ class Route:
     def noise(self, recipe: Recipe, images: Tensor, labels: Tensor) -> Tensor:
         """(B, C, h, w) noise of images: (B, C, h, w) of classes (B,)."""
         plan = encoder_plan(NoiseSchedule(recipe.schedule), self.steps)
-        return _walk(self.encode, plan, class_condition(labels), images)
+        return walk(self.encode, plan, class_condition(labels), images)
 
     def draw(self, recipe: Recipe, noise: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
         """(B, C, h, w) images of classes (B,) from noise: (B, C, h, w)."""
         network = self.decoder.network(self.unet, guidance_scale)
-        return _walk(network, self.decoder.plan(recipe), class_condition(labels), noise).clamp(-1, 1)
+        return walk(network, self.decoder.plan(recipe), class_condition(labels), noise).clamp(-1, 1)
 
 
 def teacher_route(run_dir: Path, recipe: Recipe, steps: int) -> Route:
@@ -128,7 +128,7 @@ def edit_targets(labels: Tensor) -> Tensor:
     return (labels + 1 + torch.arange(len(labels)) % (CLASSES - 1)) % CLASSES
 
 
-def _walk(network: Network, plan: SamplerPlan, condition: Condition, x_t: Tensor) -> Tensor:
+def walk(network: Network, plan: SamplerPlan, condition: Condition, x_t: Tensor) -> Tensor:
     """Where a plan leads from x_t: (B, C, h, w)."""
     with torch.inference_mode():
         for step in plan:

@@ -38,6 +38,13 @@ TABLES = {
         "Blended: what is known is noised and put back after every step, and the network sees none of it.",
         {"masked_distance": "distance to the teacher within the mask", "known_distance": "to the image outside it"},
     ),
+    "latent_inversion": TaskTable(
+        "Inversion",
+        "Images of the data, encoded to their noise under their own caption with guidance off, and decoded the same "
+        "way in as many steps. Reconstruction error: root mean square difference of latents; evaluations are of both "
+        "ways.",
+        {"reconstruction_error": "reconstruction error"},
+    ),
     "inversion": TaskTable(
         "Inversion",
         "Real digits, encoded to its noise under its own class with guidance off, in as many steps as it is "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from distill_jobs.data.latent_cache import LatentCache
 from distill_jobs.data.source import Batch, Condition
 from distill_jobs.draws import Draw, Draws
@@ -20,6 +22,11 @@ class LatentSource:
         encoded, condition = self.cache.rows(draws.indices(update, size, len(self.cache)))
         noise = draws.normal(update, tuple(encoded.mean.shape), Draw.LATENT)
         return Batch(encoded.sample(noise), condition)
+
+    def means(self, draws: Draws, update: int, size: int) -> Tensor:
+        """(B, C, h, w) the latents of an update's rows without the autoencoder's noise."""
+        encoded, _ = self.cache.rows(draws.indices(update, size, len(self.cache)))
+        return encoded.mean
 
     def null(self, size: int) -> Condition:
         return self.cache.null.expand(size)

@@ -13,8 +13,11 @@ from distill_jobs.contenders import Contender
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError
 from distill_jobs.inpainting import blend
+from distill_jobs.inversion import SCALE_OFF, walk
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import SEED_STRIDE, Network
+from engines.sampler import encoder_plan
+from engines.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,23 @@ class LatentSampler:
             return blend(network, plan, self.recipe, self.prompts[rows], seeds, known[rows], masks[rows])
 
         return self._batched(contender, seed, drawn)
+
+    def there_and_back(
+        self, decoder: Contender, unet: UNet2DConditionModel, inverter: UNet2DConditionModel, known: Tensor
+    ) -> Tensor:
+        """(n, C, h, w) what known: (n, C, h, w) is after inversion and drawing, with guidance off both ways.
+
+        inverter: the encoder's network, of as many steps as the decoder's, or the teacher's own; on the device.
+        """
+        encode, decode = (self._network(decoder, network, SCALE_OFF, self.blank) for network in (inverter, unet))
+        there = encoder_plan(NoiseSchedule(self.recipe.schedule), decoder.steps)
+        back = decoder.plan(self.recipe)
+
+        def drawn(rows: slice, _: Sequence[int]) -> Tensor:
+            condition = self.prompts[rows]
+            return walk(decode, back, condition, walk(encode, there, condition, known[rows]))
+
+        return self._batched(decoder, 0, drawn)
 
     def _network(
         self, contender: Contender, unet: UNet2DConditionModel, scale: float, seen: Tensor | None

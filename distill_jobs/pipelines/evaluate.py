@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs.contenders import Contender, contenders
+from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition, Source
@@ -23,13 +25,14 @@ from distill_jobs.pipelines.inpainting import (
     latent_painters,
     measure_latent_inpainting,
 )
+from distill_jobs.pipelines.inversion import LATENT_INVERSION, measure_latent_inversion
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import ComputeSection
-from distill_jobs.tasks import weights_of
+from distill_jobs.tasks import inversion_gates, weights_of
 from engines.manifest import Evaluation, EvaluationRow, Measured
 
 METRIC = "none: latents are compared with the teacher's, at equal noise"
@@ -48,12 +51,12 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
     sampler = LatentSampler(
         recipe,
         processes.device,
-        prompts=_prompts(source, recipe, teacher.size_px),
+        prompts=_prompts(_unmasked(source), recipe, teacher.size_px),
         null=source.null(1),
         blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
     )
     rows = _quality(sampler, everyone, progress)
-    tasks = _tasks(sampler, source, everyone, progress)
+    tasks = _tasks(run_dir, sampler, source, everyone, progress)
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -63,7 +66,11 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
         seconds=time.monotonic() - started,
         evaluation=Evaluation(metric=METRIC, samples=settings.samples, seeds=settings.seeds, rows=rows),
         tasks=tasks,
-        gates=(*distance_gates(rows), *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE)),
+        gates=(
+            *distance_gates(rows),
+            *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
+            *inversion_gates(tasks.get(LATENT_INVERSION, ())),
+        ),
     )
     report.write(run_dir)
     return report
@@ -100,23 +107,44 @@ def _quality(
 
 
 def _tasks(
-    sampler: LatentSampler, source: Source, everyone: Sequence[Contender], progress: Progress
+    run_dir: Path, sampler: LatentSampler, source: Source, everyone: Sequence[Contender], progress: Progress
 ) -> dict[str, tuple[EvaluationRow, ...]]:
     """The tables of what networks do besides drawing from text."""
-    if not isinstance(source, MaskedLatentSource):
-        return {}
-    settings, painters = sampler.recipe.evaluation, latent_painters(everyone)
-    scene = Scene.of(source, _draws(sampler.recipe), settings.samples, settings.batch_size)
-    task = progress.add_task("inpainting", total=len(painters) * len(settings.seeds), loss="")
-    rows = measure_latent_inpainting(sampler, painters, scene, lambda: progress.advance(task))
-    return {LATENT_INPAINTING: rows}
+    recipe, tables = sampler.recipe, dict[str, tuple[EvaluationRow, ...]]()
+    settings, draws = recipe.evaluation, _draws(recipe)
+    if isinstance(source, MaskedLatentSource):
+        painters = latent_painters(everyone)
+        scene = Scene.of(source, draws, settings.samples, settings.batch_size)
+        painted = progress.add_task("inpainting", total=len(painters) * len(settings.seeds), loss="")
+        tables[LATENT_INPAINTING] = measure_latent_inpainting(
+            sampler, painters, scene, lambda: progress.advance(painted)
+        )
+    if recipe.encoder is not None:
+        known = _latents(_unmasked(source), recipe)
+        inverted = progress.add_task("inversion", total=2 * len(recipe.encoder.students), loss="")
+        tables[LATENT_INVERSION] = measure_latent_inversion(
+            run_dir, sampler, known, lambda: progress.advance(inverted)
+        )
+    return tables
 
 
-def _prompts(source: Source, recipe: Recipe, side_px: int) -> Condition:
+def _unmasked(source: Source) -> LatentSource:
+    found = source.source if isinstance(source, MaskedLatentSource) else source
+    assert isinstance(found, LatentSource)  # captioned images have no other
+    return found
+
+
+def _latents(source: LatentSource, recipe: Recipe) -> Tensor:
+    """(samples, C, h, w) of the images whose captions are the prompts."""
+    samples, size = recipe.evaluation.samples, recipe.evaluation.batch_size
+    means = [source.means(_draws(recipe), update, size) for update in range(-(-samples // size))]
+    return torch.cat(means)[:samples]
+
+
+def _prompts(source: LatentSource, recipe: Recipe, side_px: int) -> Condition:
     """Conditions of captions, framed as whole images."""
     samples, size = recipe.evaluation.samples, recipe.evaluation.batch_size
-    unmasked = source.source if isinstance(source, MaskedLatentSource) else source
-    batches = [unmasked.batch(_draws(recipe), update, size).condition for update in range(-(-samples // size))]
+    batches = [source.batch(_draws(recipe), update, size).condition for update in range(-(-samples // size))]
     told = Condition.cat(batches)[:samples]
     if told.time_ids is None:
         return told

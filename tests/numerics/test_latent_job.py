@@ -18,19 +18,28 @@ from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs import stage_one
+from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition
+from distill_jobs.draws import Draws
 from distill_jobs.errors import RecipeError
+from distill_jobs.inversion import RECONSTRUCTION
 from distill_jobs.job import run_job
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.encoders import encoders_sha256
+from distill_jobs.pipelines.evaluate import evaluate_latent_run
+from distill_jobs.pipelines.inversion import LATENT_INVERSION
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.writing import complete
+from distill_jobs.processes import Processes
+from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.sampling import sample
+from distill_jobs.sections import ComputeSection
 from distill_jobs.student import COND_PROJ, load_stock, predict
 from engines.noise import Purpose, row_noise
-from engines.sampler import sampler_plan
+from engines.sampler import encoder_plan, sampler_plan
 from engines.schedule import NoiseSchedule
 from tests.support import tiny_pipelines as tiny
 from tests.support.latent_run import latent_recipe
@@ -46,6 +55,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "in_channels": 9,
     },
 }
+ENCODER = {"batch_size": 4, "halvings": [{"steps": 4, "updates": 1}], "students": [4]}
 STOCK = {
     "sd15": StableDiffusionPipeline,
     "sd21": StableDiffusionPipeline,
@@ -59,7 +69,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     name, work = request.param, tmp_path_factory.mktemp(request.param)
     make = tiny.sdxl if name == "sdxl" else tiny.sd
     make(work / "parts", **TEACHERS[name]).save_pretrained(work / "teacher", safe_serialization=True)
-    changes = {"inpainting": {}} if name == "inpaint" else {}
+    changes: dict[str, Any] = {"inpaint": {"inpainting": {}}, "sd21": {"encoder": ENCODER}}.get(name, {})
     recipe = read_recipe(latent_recipe(work, work / "teacher", finetune=name in ("sd15", "sdxl"), **changes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_one, "GATE_ROWS", 8)
@@ -96,6 +106,46 @@ def test_students_draw_the_same_in_stock_pipelines(run: tuple[str, Path]) -> Non
 
         ours = sample(network, plan, condition, [7], (4, 8, 8))
         torch.testing.assert_close(ours, drawn, rtol=0, atol=1e-4)
+
+
+def test_inversion_is_measured_beside_the_teachers(run: tuple[str, Path]) -> None:
+    name, work = run
+    if name != "sd21":
+        pytest.skip("it trains no encoder")
+    recipe = read_recipe(work / "run" / "recipe.yaml")
+    report = evaluate_latent_run(work / "run", recipe, progress=Progress(disable=True))
+    teacher, student = report.tasks[LATENT_INVERSION]
+    assert [(row.model, row.steps, row.evaluations) for row in (teacher, student)] == [
+        ("teacher", 4, 8),
+        ("student", 4, 8),
+    ]
+    assert "encoder-4" in report.weights
+    errors = [row.metrics[RECONSTRUCTION].mean for row in (teacher, student)]
+    [gate] = [gate for gate in report.gates if "reconstruction" in gate.name]
+    assert gate.value == pytest.approx(errors[1] / errors[0])
+    assert errors[0] == pytest.approx(reconstructed_by_ddim(work / "run", recipe), rel=1e-4)
+    assert "## Inversion" in (work / "run" / "report.md").read_text()
+
+
+def reconstructed_by_ddim(run: Path, recipe: Recipe) -> float:
+    """The teacher's error by DDIM's formula, from the images' latents as they are cached."""
+    folder = open_folder(run / "teacher")
+    processes = Processes(ComputeSection(), run)
+    source = open_source(recipe, folder, processes, Progress(disable=True))
+    assert isinstance(source, LatentSource)
+    draws, samples = Draws(recipe.seed, "evaluation"), recipe.evaluation.samples
+    size = recipe.evaluation.batch_size
+    known = source.means(draws, 0, size)[:samples]
+    condition = source.batch(draws, 0, size).condition[slice(0, samples)]
+    unet, schedule = load_stock(run / "teacher"), NoiseSchedule(recipe.schedule)
+    x_t = known
+    with torch.no_grad():
+        for plan in (encoder_plan(schedule, 4), sampler_plan(schedule, 4)):
+            for step in plan:
+                (alpha, sigma), (alpha_s, sigma_s) = schedule.at(step.timestep), schedule.at(step.target)
+                v = predict(unet, x_t, torch.full((samples,), float(step.timestep)), condition)
+                x_t = alpha_s * (alpha * x_t - sigma * v) + sigma_s * (sigma * x_t + alpha * v)
+    return float((x_t - known).square().mean().sqrt())
 
 
 def test_every_phase_is_a_whole_pipeline(run: tuple[str, Path]) -> None:
