@@ -40,9 +40,9 @@ TABLES = {
     ),
     "latent_inversion": TaskTable(
         "Inversion",
-        "Images of the data, encoded to their noise under their own caption with guidance off, and decoded the same "
-        "way in as many steps. Reconstruction error: root mean square difference of latents; evaluations are of both "
-        "ways.",
+        "Images of the data, encoded to their noise under their own caption with guidance off, and decoded the "
+        "same way in as many steps. Reconstruction error: root mean square difference of latents; evaluations are "
+        "of both ways.",
         {"reconstruction_error": "reconstruction error"},
     ),
     "inversion": TaskTable(
