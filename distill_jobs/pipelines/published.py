@@ -7,8 +7,9 @@
 | EulerAncestralDiscreteScheduler | SDXL Turbo | ancestral |
 | DDIMScheduler | Hyper-SD and others | deterministic |
 
-Euler's steps of x_t/alpha are DDIM's of x_t, and trailing timesteps are our own points. Whether a UNet takes the
-guidance weight (``time_cond_proj_dim``) is a question of its own.
+LCMScheduler's boundary terms, at most 6e-8 of the latent, are left out. Euler's steps of x_t/alpha are DDIM's of
+x_t, and trailing timesteps are our own points. Whether a UNet takes the guidance weight (``time_cond_proj_dim``) is
+a question of its own.
 Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedulers of these names.
 """
 
