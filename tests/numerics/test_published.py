@@ -35,7 +35,7 @@ from engines.open import open_pipeline
 from tests.support import tiny_pipelines as tiny
 
 SEED = 3
-SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 TRAILING = {**SD, "timestep_spacing": "trailing"}
 EULER = EulerDiscreteScheduler(**TRAILING)
 
