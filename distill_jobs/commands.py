@@ -16,7 +16,7 @@ from distill_jobs.errors import RecipeError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
-from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.published import GUIDANCE_INPUT
@@ -61,7 +61,7 @@ def evaluate(run_dir: Path, compiled: bool | None, lenders: Sequence[Path]) -> N
             stored_recipe(RunFolder(lender))  # says so where it is no run folder
         told = "".join(f" --from {lender}" for lender in lenders)
         command = f"python -m distill_jobs evaluate {run_dir}{told}"
-        latent = isinstance(recipe.teacher, FolderTeacher)
+        latent = isinstance(recipe.teacher, LatentTeacher)
         if latent and (lenders or compiled):
             raise RecipeError("--from and --compile are for digits; a latent run measures all of its rows")
         use = shutil.which("c++") is not None if compiled is None else compiled

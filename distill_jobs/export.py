@@ -14,7 +14,7 @@ from torch import Tensor
 from distill_jobs.contenders import CONSISTENCY, Contender, contenders, latent_shape
 from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.graphs import StepGraph
-from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.parity import (
     PARITY_ROWS,
@@ -95,7 +95,7 @@ def export_run(
 
 
 def _surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
-    if isinstance(recipe.teacher, FolderTeacher):
+    if isinstance(recipe.teacher, LatentTeacher):
         return latent_surroundings(run_dir, recipe)
     return digits_surroundings(recipe)
 
@@ -104,7 +104,7 @@ def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> R
     """The evaluation of exactly these weights."""
     if not (run_dir / JSON_NAME).is_file():
         raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
-    kind = LatentReport if isinstance(recipe.teacher, FolderTeacher) else Report
+    kind = LatentReport if isinstance(recipe.teacher, LatentTeacher) else Report
     report: RunReport = kind.read(run_dir)
     if report.weights != weights_of(run_dir, recipe, everyone) or report.recipe_sha256 != recipe.sha256():
         raise ExportError(

@@ -19,6 +19,7 @@ from distill_jobs.data.open import open_source
 from distill_jobs.errors import RecipeError
 from distill_jobs.finish import train_consistency
 from distill_jobs.loop import Trainer
+from distill_jobs.making.pipeline import made_teacher
 from distill_jobs.phases import Phases
 from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.processes import Processes
@@ -57,7 +58,7 @@ def run_job(
         _set_up(processes, take_up, progress)
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, out / "checkpoints", every, log_every, stop, progress)
-        teacher = open_teacher(recipe)
+        teacher = made_teacher(recipe, folder, trainer) or open_teacher(recipe)
         source = open_source(recipe, teacher, processes, progress)
         _train(Phases(recipe, folder, trainer, source, teacher))
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))

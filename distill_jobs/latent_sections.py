@@ -1,4 +1,4 @@
-"""The sections of a recipe whose teacher is a stock pipeline folder: its data, and the folder."""
+"""The sections of a recipe whose teacher works on latents: its data, and the pipeline, given or made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from distill_jobs.sections import Section, TeacherSection
+from distill_jobs.sections import Section, TeacherSection, Training
 
 
 class CaptionedData(Section):
@@ -35,13 +35,35 @@ class WebdatasetData(CaptionedData):
     kind: Literal["webdataset"]
 
 
+class GlyphData(CaptionedData):
+    """Pictures drawn of the emoji of a font. path: the folder they are drawn into, once; runs may share it.
+
+    font: with colour bitmaps; names: Unicode's emoji-test.txt. pictures: how many, of side_px pixels; held_glyphs,
+    held_compositions: shares of the glyphs, and of the recolourings and pairs, that training never sees.
+    """
+
+    kind: Literal["glyphs"]
+    font: Path = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+    names: Path = Path("/usr/share/unicode/emoji/emoji-test.txt")
+    pictures: int = Field(24_000, ge=1)
+    side_px: int = Field(64, ge=16)
+    held_glyphs: float = Field(0.03, ge=0, lt=1)
+    held_compositions: float = Field(0.1, ge=0, lt=1)
+
+
 class FinetuneSection(TeacherSection):
     """Teaching a folder's network to give v. target: the data, or what the network itself said before."""
 
     target: Literal["data", "teacher"] = "data"
 
 
-class FolderTeacher(Section):
+class LatentTeacher(Section):
+    """A teacher whose network works on the latents of an autoencoder. licence: of its weights, for the bundle."""
+
+    licence: str = "not stated"
+
+
+class FolderTeacher(LatentTeacher):
     """A teacher that stands in a stock pipeline folder.
 
     v_finetune: training of it on the data, for a teacher that predicts the noise or the image, or whose schedule
@@ -50,7 +72,46 @@ class FolderTeacher(Section):
 
     folder: Path
     v_finetune: FinetuneSection | None = None
-    licence: str = Field("not stated", description="of the teacher's weights, for the bundle")
+
+
+class AutoencoderSection(Training):
+    """The autoencoder of a pipeline that is made: arguments of diffusers' AutoencoderKL, and its training.
+
+    gradient: weight of the differences between neighbouring pixels, at every scale of the loss; kl: of the mean
+    Kullback-Leibler divergence of a latent number from a standard normal one.
+    """
+
+    block_out_channels: tuple[int, ...] = (32, 64, 96)
+    layers_per_block: int = Field(1, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    norm_num_groups: int = Field(16, ge=1)
+    gradient: float = Field(1.0, ge=0)
+    kl: float = Field(1e-4, ge=0)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Width of the square of pixels that one latent position stands for."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class TextSection(Section):
+    """The text encoder of a pipeline that is made: a CLIP text model, trained with the network.
+
+    words: size of the vocabulary, learned from the captions; tokens: of a prompt, start and end included.
+    """
+
+    words: int = Field(1536, ge=600)
+    tokens: int = Field(24, ge=3)
+    width: int = Field(192, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class MadeTeacher(TeacherSection, LatentTeacher):
+    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together."""
+
+    autoencoder: AutoencoderSection
+    text: TextSection = TextSection()
 
 
 def _form_of_data(value: Any) -> str:
@@ -58,23 +119,30 @@ def _form_of_data(value: Any) -> str:
     return f"({kind})"
 
 
+FORMS = {"folder": "folder", "made": "autoencoder"}
+"""Forms of a latent teacher, and the field that each alone has."""
+
+
 def _form_of_teacher(value: Any) -> str:
-    folder = "folder" in value if isinstance(value, Mapping) else isinstance(value, FolderTeacher)
-    return "(folder)" if folder else "(trained)"
+    given = value if isinstance(value, Mapping) else getattr(value, "model_fields_set", ())
+    return next((f"({form})" for form, field in FORMS.items() if field in given), "(trained)")
 
 
 # Tags in brackets: they show up in the place of an error, where ``read_recipe`` leaves them out.
 Data = Annotated[
     Annotated[Literal["digits"], Tag("(digits)")]
     | Annotated[ImageFolderData, Tag("(image_folder)")]
-    | Annotated[WebdatasetData, Tag("(webdataset)")],
+    | Annotated[WebdatasetData, Tag("(webdataset)")]
+    | Annotated[GlyphData, Tag("(glyphs)")],
     Discriminator(
         _form_of_data,
         custom_error_type="data",
-        custom_error_message="give digits, or a section with kind: image_folder or webdataset",
+        custom_error_message="give digits, or a section with kind: image_folder, webdataset or glyphs",
     ),
 ]
 Teacher = Annotated[
-    Annotated[TeacherSection, Tag("(trained)")] | Annotated[FolderTeacher, Tag("(folder)")],
+    Annotated[TeacherSection, Tag("(trained)")]
+    | Annotated[FolderTeacher, Tag("(folder)")]
+    | Annotated[MadeTeacher, Tag("(made)")],
     Discriminator(_form_of_teacher),
 ]

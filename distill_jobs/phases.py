@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +19,7 @@ from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, Tables
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.writing import complete
+from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import Training
@@ -25,6 +27,32 @@ from distill_jobs.state import Loss, Phase
 from distill_jobs.student import load_stock, save_stock, with_weights
 from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
+
+Save = Callable[[Path, Any], UNet2DConditionModel]
+
+
+def stands(folder: Path, processes: Processes) -> bool:
+    """Whether the phase that makes ``folder`` is finished."""
+    return processes.first((folder / "phase.json").is_file)
+
+
+def train_into(
+    folder: Path, trainer: Trainer, phase: Phase, fill: Callable[[Path, dict[str, Tensor]], None]
+) -> None:
+    """Train a phase to its end; ``fill`` writes the finished weights, and its network has them too."""
+    weights, seconds = trainer.train(phase)
+
+    def whole(staging: Path) -> None:
+        fill(staging, weights)
+        record = {"name": phase.name, "updates": phase.training.updates, "seconds": round(seconds, 1)}
+        (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def keep() -> None:
+        write_folder(folder, whole)
+        shutil.rmtree(trainer.checkpoints / phase.name)
+
+    trainer.processes.first(keep)
+    trainer.progress.console.log(f"{phase.name}: {phase.training.updates} updates in {seconds:.0f} s")
 
 
 class Phases:
@@ -49,11 +77,11 @@ class Phases:
         self,
         name: str,
         training: Training,
-        start: Callable[[], UNet2DConditionModel],
+        start: Callable[[], nn.Module],
         loss: Loss,
         folder: Path,
         average: nn.Module | None = None,
-        save: Callable[[Path, UNet2DConditionModel], UNet2DConditionModel] | None = None,
+        save: Save | None = None,
     ) -> None:
         """Train the network that ``start`` makes into ``folder``, unless that stands already.
 
@@ -64,24 +92,15 @@ class Phases:
             return
         network = start()
         phase = Phase(name, training, network, Draws(self.recipe.seed, name), loss, average)
-        weights, seconds = self.trainer.train(phase)
 
-        def fill(staging: Path) -> None:
-            plain = with_weights(network, weights) if save is None else save(staging, network)
-            self._save(staging, plain)
-            record = {"name": name, "updates": training.updates, "seconds": round(seconds, 1)}
-            (staging / "phase.json").write_text(json.dumps(record), encoding="utf-8")
+        def fill(staging: Path, weights: dict[str, Tensor]) -> None:
+            self._save(staging, with_weights(network, weights) if save is None else save(staging, network))
 
-        def keep() -> None:
-            write_folder(folder, fill)
-            shutil.rmtree(self.trainer.checkpoints / name)
-
-        self.processes.first(keep)
-        self.say(f"{name}: {training.updates} updates in {seconds:.0f} s")
+        train_into(folder, self.trainer, phase, fill)
 
     def stands(self, folder: Path) -> bool:
         """Whether a phase is finished."""
-        return self.processes.first((folder / "phase.json").is_file)
+        return stands(folder, self.processes)
 
     def frozen(self, folder: Path) -> nn.Module:
         """The finished network in ``folder``, to be learned from."""

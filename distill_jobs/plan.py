@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from torch.utils.flop_counter import FlopCounterMode
 
-from distill_jobs.adapters import adapter_parameters
-from distill_jobs.errors import RecipeError
+from distill_jobs.costs import NetworkCost, autoencoder_cost, network_cost
 from distill_jobs.job import run_job
-from distill_jobs.latent_sections import FolderTeacher
+from distill_jobs.latent_sections import FolderTeacher, LatentTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.sections import Training
 from distill_jobs.student import GUIDANCE_WIDTH
@@ -26,21 +23,12 @@ from distill_jobs.student import GUIDANCE_WIDTH
 FLOAT = 4
 KEPT_CHECKPOINTS = 3  # two, and the one being written
 TRAINED_PASSES, RECOMPUTED_PASSES = 3, 1
-TEXT_TOKENS = 77
 MEASURED_UPDATES = 6
 # An update's FLOPs up to which a few real ones are run: seconds on the device.
 MEASURABLE_FLOPS = {"cpu": 5e10, "cuda": 1e14}
 # Dense bf16 TFLOP/s of the makers' data sheets, of which training UNets reaches about the share below.
 DEVICES = {"NVIDIA H100 SXM": 989.0, "NVIDIA A100": 312.0, "NVIDIA L40S": 362.0, "NVIDIA RTX 4090": 165.0}
 UTILISATION = 0.3
-
-
-@dataclass(frozen=True)
-class NetworkCost:
-    """parameters: of one network; flops: of its forward pass on one row."""
-
-    parameters: int
-    flops: float
 
 
 @dataclass(frozen=True)
@@ -101,8 +89,8 @@ class Plan:
         return finished + KEPT_CHECKPOINTS * max((phase.checkpoint_bytes for phase in self.ahead), default=0)
 
     def measurable(self, device: torch.device) -> bool:
-        """Whether a few real updates take seconds on this device. A folder's teacher is not loaded for a plan."""
-        if isinstance(self.recipe.teacher, FolderTeacher):
+        """Whether a few real updates take seconds on this device. A pipeline is not loaded or made for a plan."""
+        if isinstance(self.recipe.teacher, LatentTeacher):
             return False
         largest = max(phase.flops(self.recipe.compute.gradient_checkpointing) for phase in self.phases)
         return largest <= MEASURABLE_FLOPS.get(device.type, 0.0)
@@ -128,6 +116,13 @@ def plan_of(recipe: Recipe) -> Plan:
 
 def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ...]:
     """How the teacher is made; nothing where a folder's is taken as it is."""
+    if isinstance(recipe.teacher, MadeTeacher):
+        section = recipe.teacher
+        side = int(recipe.unet["sample_size"]) * section.autoencoder.pixels_per_latent
+        return (
+            PhasePlan("autoencoder", section.autoencoder, autoencoder_cost(section.autoencoder, side), None, 0),
+            PhasePlan("teacher", section, network, None, 0),
+        )
     if not isinstance(recipe.teacher, FolderTeacher):
         return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
     training = recipe.teacher.v_finetune
@@ -162,34 +157,6 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     ]
 
 
-def network_cost(config: dict[str, Any], rank: int | None = None) -> NetworkCost:
-    """Parameters and FLOPs of a UNet2DConditionModel, built and run on the meta device: no weights, no memory.
-
-    rank: count the parameters of adapters of this rank instead of its own.
-    Raises: RecipeError when diffusers refuses the arguments.
-    """
-    with torch.device("meta"), torch.no_grad():
-        try:
-            network = UNet2DConditionModel(**config)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"recipe: unet: diffusers refuses these arguments: {error}") from None
-        made = network.config
-        size = made.sample_size
-        width = made.time_cond_proj_dim
-        pooled = (made.projection_class_embeddings_input_dim or 0) - 6 * (made.addition_time_embed_dim or 0)
-        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)} if pooled > 0 else None
-        with FlopCounterMode(display=False) as counter:
-            network(
-                torch.empty(1, made.in_channels, size, size),
-                torch.zeros(1),
-                encoder_hidden_states=torch.empty(1, TEXT_TOKENS, made.cross_attention_dim),
-                timestep_cond=None if width is None else torch.empty(1, width),
-                added_cond_kwargs=added,
-            )
-    own = sum(p.numel() for p in network.parameters())
-    return NetworkCost(own if rank is None else adapter_parameters(network, rank), float(counter.get_total_flops()))
-
-
 @dataclass(frozen=True)
 class Measured:
     """seconds: of an update, by phase."""
@@ -205,7 +172,7 @@ class Measured:
 
 def measure(recipe: Recipe) -> Measured:
     """Run a few real updates of teacher, stage one, the first halving and consistency in a temporary folder."""
-    if isinstance(recipe.teacher, FolderTeacher):
+    if isinstance(recipe.teacher, LatentTeacher):
         raise ValueError("a plan is measured on recipes that train their teacher")
     first = [halving.model_copy(update={"updates": MEASURED_UPDATES}) for halving in recipe.stage_two.halvings[:1]]
     few = {"updates": MEASURED_UPDATES}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from distill_jobs.errors import JobError, RecipeError
@@ -85,10 +85,10 @@ class Processes:
         whole: Tensor = self.accelerator.gather(rows) if self.count > 1 else rows
         return whole
 
-    def trained(self, network: UNet2DConditionModel) -> nn.Module:
+    def trained(self, network: nn.Module) -> nn.Module:
         """The network on its device, its gradients averaged over the processes, or itself sharded over them."""
         if self.compute.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+            cast(ModelMixin, network).enable_gradient_checkpointing()
         if not self.compute.shard:
             return self._prepared(network)
         return self._prepared(shard(network, self.device), evaluation_mode=True)

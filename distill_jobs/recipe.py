@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from distill_jobs.latent_sections import Data, FolderTeacher, Teacher
+from distill_jobs.latent_sections import Data, GlyphData, LatentTeacher, MadeTeacher, Teacher
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
@@ -122,9 +122,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_its_data(self) -> Recipe:
         """Only what the data needs is fixed; diffusers checks the rest when the network is built."""
-        latent = isinstance(self.teacher, FolderTeacher)
+        latent = isinstance(self.teacher, LatentTeacher)
         if latent == (self.data == "digits"):
-            raise ValueError("data: digits needs a teacher that is trained; captioned images need teacher.folder")
+            raise ValueError(
+                "data: digits needs a teacher that is trained; captioned images need teacher.folder, "
+                "or teacher.autoencoder to make one"
+            )
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
         channels = self.unet.get("out_channels", 4)
@@ -138,6 +141,35 @@ class Recipe(Section):
         for name, value in ({} if latent else fixed).items():
             if self.unet.get(name) != value:
                 raise ValueError(f"unet.{name} must be {value} for data: digits")
+        return self
+
+    @model_validator(mode="after")
+    def _makes_what_fits(self) -> Recipe:
+        """A pipeline that is made: its parts fit each other."""
+        teacher = self.teacher
+        if not isinstance(teacher, MadeTeacher):
+            return self
+        if self.inpainting is not None or self.compute.shard:
+            raise ValueError("a teacher that is made goes without inpainting and compute.shard")
+        latents, told = teacher.autoencoder.latent_channels, teacher.text.width
+        fixed = {"in_channels": latents, "out_channels": latents, "cross_attention_dim": told}
+        for name, value in fixed.items():
+            if self.unet.get(name) != value:
+                raise ValueError(f"unet.{name} must be {value}, as teacher.autoencoder and teacher.text have it")
+        side = self.unet.get("sample_size")
+        if not isinstance(side, int):
+            raise ValueError("unet.sample_size must be the side of the latents that the teacher is made for")
+        if isinstance(self.data, GlyphData) and self.data.side_px != side * teacher.autoencoder.pixels_per_latent:
+            raise ValueError(
+                f"data.side_px is {self.data.side_px}; unet.sample_size and teacher.autoencoder make pictures of "
+                f"{side * teacher.autoencoder.pixels_per_latent}"
+            )
+        if self.schedule.kind == "cosine":
+            raise ValueError(
+                "schedule.kind cosine is none of stock pipelines'; squaredcos_cap_v2 is the same curve"
+            )
+        if teacher.text.width % teacher.text.heads:
+            raise ValueError("teacher.text.width must be a multiple of teacher.text.heads")
         return self
 
     @field_validator("unet")

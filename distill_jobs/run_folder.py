@@ -59,6 +59,16 @@ class RunFolder:
         return self.path / "teacher"
 
     @property
+    def autoencoder(self) -> Path:
+        """That of a pipeline which the run makes."""
+        return self.path / "autoencoder"
+
+    @property
+    def glyph_encoder(self) -> Path:
+        """The image encoder of the glyph table."""
+        return self.path / "glyph_encoder"
+
+    @property
     def stage_one(self) -> Path:
         return self.path / "stage_one"
 

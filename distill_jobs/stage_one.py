@@ -7,15 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
-from distill_jobs.latent_sections import FinetuneSection, FolderTeacher
+from distill_jobs.latent_sections import FinetuneSection, FolderTeacher, MadeTeacher
 from distill_jobs.objectives import guided_v, stage_one_loss, teacher_loss
-from distill_jobs.phases import Phases
+from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.teacher import load_network, needs_finetune
@@ -30,12 +29,15 @@ GATE_SCALES = 5
 
 
 def train_teacher(phases: Phases) -> None:
-    """A guidable teacher that gives v: trained from nothing, or a pipeline folder's. Raises: TeacherError."""
+    """A guidable teacher that gives v: trained from nothing, or a pipeline folder's. Raises: TeacherError.
+
+    A pipeline that was made stands in the run's own teacher folder already.
+    """
     recipe, section, folder = phases.recipe, phases.recipe.teacher, phases.folder.teacher
     if isinstance(section, FolderTeacher):
         _teacher_from_folder(phases, section)
-    else:
-        _learn(phases, "teacher", section, lambda: new_teacher(recipe.unet, recipe.seed), folder)
+    elif not isinstance(section, MadeTeacher):
+        learn(phases, "teacher", section, lambda: new_teacher(recipe.unet, recipe.seed), folder)
 
 
 def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
@@ -46,7 +48,7 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
         if section.v_finetune.target == "teacher":
             _imitate(phases, section.v_finetune, teacher)
         else:
-            _learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
+            learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
     elif needs_finetune(phases.recipe, teacher):
         raise teacher.wrong(
             f"this teacher predicts {teacher.prediction} and its schedule is {teacher.schedule.kind}, rescaled "
@@ -72,17 +74,22 @@ def _imitate(phases: Phases, section: FinetuneSection, teacher: PipelineFolder) 
     phases.train("v_finetune", section, lambda: load_network(teacher), loss, phases.folder.teacher)
 
 
-def _learn(
-    phases: Phases, name: str, section: TeacherSection, start: Callable[[], UNet2DConditionModel], folder: Path
+def learn(
+    phases: Phases,
+    name: str,
+    section: TeacherSection,
+    start: Callable[[], nn.Module],
+    folder: Path,
+    save: Save | None = None,
 ) -> None:
-    """Train v-prediction on the data; the condition is dropped on a share of the rows."""
+    """Train v-prediction on the data; the condition is dropped on a share of the rows. save: see Phases.train."""
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         rows = phases.noisy(draws, update, batch)
         dropped = draws.uniform(update, batch, Draw.DROPOUT) < section.condition_dropout
         return RowLoss(teacher_loss(network, phases.tables, rows, dropped.to(phases.device)))
 
-    phases.train(name, section, start, loss, folder)
+    phases.train(name, section, start, loss, folder, save=save)
 
 
 def train_stage_one(phases: Phases) -> None:

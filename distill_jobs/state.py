@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -43,7 +42,7 @@ class Phase:
 
     name: str
     training: Training
-    network: UNet2DConditionModel
+    network: nn.Module
     draws: Draws
     loss: Loss
     average: nn.Module | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jobs.checkpoint import write_folder, write_text
+from distill_jobs.latent_sections import MadeTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import differences
 from distill_jobs.run_folder import RunFolder, stored_recipe
@@ -86,7 +87,8 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     fields = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     fields["guidance"].pop("default")
     own = {name: fields.pop(name) for name in LATER}
-    found = [Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))]
+    found = [_autoencoder(fields)] if isinstance(recipe.teacher, MadeTeacher) else []
+    found.append(Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields)))
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
     chain = {**fields, "stage_two": own["stage_two"]}
@@ -104,6 +106,14 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
         own["encoder"].pop("students")
         found += _chain("e", recipe.encoder, "encoders/e", {**fields, "encoder": own["encoder"]}, "encoder")
     return tuple(found)
+
+
+def _autoencoder(fields: dict[str, Any]) -> Past:
+    """It sees the pictures, at their size, and nothing else."""
+    seen = {name: fields[name] for name in ("seed", "data", "compute")}
+    size, own = fields["unet"]["sample_size"], fields["teacher"]["autoencoder"]
+    past = {**seen, "unet": {"sample_size": size}, "teacher": {"autoencoder": own}}
+    return Past("autoencoder", ("autoencoder",), "autoencoder/phase.json", past)
 
 
 def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], key: str) -> Iterator[Past]:

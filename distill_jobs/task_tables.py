@@ -18,6 +18,22 @@ class TaskTable:
 
 
 TABLES = {
+    "glyphs": TaskTable(
+        "Glyphs",
+        "Pictures drawn for the names of glyphs, each twice; the nearest glyph is looked for in the features of an "
+        "image encoder that the recipe trains on the glyphs. Top 1, top 5: share of pictures to which the prompted "
+        "glyph is the nearest, or among the nearest five. Fréchet distance, in those features, to real pictures of "
+        "the same glyphs. Diversity: RMS distance of the two pictures of a name. Recoloured: held-out glyphs in a "
+        "colour, share of the right one in the right colour; pairs: held-out, share of right glyphs in their half.",
+        {
+            "glyph_top_1": "top 1",
+            "glyph_top_5": "top 5",
+            "frechet_distance": "Fréchet distance",
+            "glyph_diversity": "diversity",
+            "recoloured_agreement": "recoloured",
+            "pair_agreement": "pairs",
+        },
+    ),
     "inpainting": TaskTable(
         "Inpainting",
         "Real digits of which one half (upper, lower, left and right in turn) is hidden and drawn anew as their "

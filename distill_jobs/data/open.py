@@ -8,12 +8,14 @@ from rich.progress import Progress
 
 from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
+from distill_jobs.data.drawing import drawn
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
 from distill_jobs.data.source import Source
-from distill_jobs.latent_sections import CaptionedData, ImageFolderData
+from distill_jobs.errors import DataError
+from distill_jobs.latent_sections import CaptionedData, GlyphData, ImageFolderData
 from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.processes import Processes
@@ -28,7 +30,9 @@ def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Proce
     if recipe.data == "digits" or teacher is None:
         digits = DigitsSource(Digits.load())
         return digits if recipe.inpainting is None else MaskedSource(digits, recipe.inpainting)
-    entries = _entries(recipe.data)
+    entries = entries_of(recipe.data, recipe.seed, processes, progress)
+    if isinstance(recipe.data, GlyphData) and recipe.data.side_px != teacher.size_px:
+        raise DataError(f"data.side_px is {recipe.data.side_px}; the teacher draws pictures of {teacher.size_px}")
     latents = _latents(recipe.data, entries, teacher, processes, progress)
     if recipe.inpainting is None:
         return latents
@@ -64,7 +68,13 @@ def _latents(
     return LatentSource(cache, (teacher.channels, side, side))
 
 
-def _entries(data: CaptionedData) -> tuple[Captioned, ...]:
+def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: Progress) -> tuple[Captioned, ...]:
+    """The captioned images of a section; those of glyphs are drawn now if they are not yet, by the first process.
+
+    Raises: DataError; StorageError.
+    """
     if isinstance(data, ImageFolderData):
         return index_folder(Path(data.path))
+    if isinstance(data, GlyphData):
+        return index_shards(str(processes.first(lambda: drawn(data, seed, progress))))
     return index_shards(data.path)

@@ -16,8 +16,11 @@ from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
+from distill_jobs.latent_sections import GlyphData
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.drawing import LatentSampler
+from distill_jobs.pipelines.glyph_table import glyph_table
+from distill_jobs.pipelines.glyphs import GLYPHS, glyph_gates
 from distill_jobs.pipelines.inpainting import (
     INSIDE,
     LATENT_INPAINTING,
@@ -57,6 +60,8 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
     )
     rows = _quality(sampler, everyone, progress)
     tasks = _tasks(run_dir, sampler, source, everyone, progress)
+    if isinstance(recipe.data, GlyphData):
+        tasks[GLYPHS] = glyph_table(run_dir, recipe, processes, sampler, everyone, progress)
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -70,6 +75,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
             *distance_gates(rows),
             *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
             *inversion_gates(tasks.get(LATENT_INVERSION, ())),
+            *glyph_gates(tasks.get(GLYPHS, ()), recipe.served.default, settings.teacher_steps),
         ),
     )
     report.write(run_dir)

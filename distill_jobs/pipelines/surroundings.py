@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distill_jobs.errors import RecipeError
-from distill_jobs.latent_sections import CaptionedData, FolderTeacher
+from distill_jobs.latent_sections import CaptionedData, LatentTeacher
 from distill_jobs.parity import PARITY_ROWS
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
@@ -26,8 +26,8 @@ WORDS = ["a", "photograph", "of", "a", "red", "fox", "in", "the", "snow,", "seen
 def latent_surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
     """The text encoders and the autoencoder of the run's teacher. Raises: TeacherError; RecipeError."""
     teacher, data = recipe.teacher, recipe.data
-    if not isinstance(teacher, FolderTeacher) or not isinstance(data, CaptionedData):
-        raise RecipeError("only a run whose teacher is a pipeline folder has text encoders and an autoencoder")
+    if not isinstance(teacher, LatentTeacher) or not isinstance(data, CaptionedData):
+        raise RecipeError("only a run whose teacher is a pipeline has text encoders and an autoencoder")
     licences = Licences(teacher=teacher.licence, data=data.licence)
     return surroundings_of(open_folder(RunFolder(run_dir).teacher), licences)
 

@@ -39,7 +39,7 @@ def filled_from_teacher(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_teacher(recipe: Recipe) -> PipelineFolder | None:
-    """The folder of a recipe's teacher, None where it is trained. Raises: TeacherError naming what differs."""
+    """The folder that a recipe names, None where it names none. Raises: TeacherError naming what differs."""
     if not isinstance(recipe.teacher, FolderTeacher):
         return None
     folder = open_folder(recipe.teacher.folder)

@@ -200,7 +200,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         ({"schedule": {"beta_end": 0.5}}, "may change rescale_zero_terminal_snr"),
         ({"schedule": None}, "give teacher.v_finetune"),
         ({"data": "digits"}, "captioned images need teacher.folder"),
-        ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder or webdataset"),
+        ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder, webdataset or glyphs"),
         ({"clip": 1.0}, "latents have no bound"),
         ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
     ],

@@ -1,0 +1,1 @@
+"""A whole text-to-image pipeline from nothing but captioned pictures."""

@@ -1,0 +1,210 @@
+"""Whether pictures show what their prompts ask for: the nearest glyph in the features of the glyph encoder.
+
+Prompts are names of glyphs that training saw, each drawn twice; and compositions that it never saw: a glyph in
+another colour, and two glyphs side by side, each judged in its own half of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from distill_jobs.contenders import STUDENT, TEACHER, Contender
+from distill_jobs.data.colours import colour_of
+from distill_jobs.data.scenes import Scenes, colours_for
+from distill_jobs.gates import Gate
+from distill_jobs.glyph_encoder import GlyphEncoder, as_tensor
+from distill_jobs.metrics import frechet_distance
+from distill_jobs.pipelines.drawing import LatentSampler
+from distill_jobs.pipelines.sheet import levels
+from engines.manifest import EvaluationRow, Measured
+
+GLYPHS = "glyphs"
+TOP_1, TOP_5, FRECHET, DIVERSITY = "glyph_top_1", "glyph_top_5", "frechet_distance", "glyph_diversity"
+RECOLOURED, PAIRED = "recoloured_agreement", "pair_agreement"
+COMPOSITIONS = 100
+"""Held-out recolourings, and as many held-out pairs; fewer where there are not so many."""
+
+SHOWN_NAMES, SHOWN_COMPOSITIONS = 40, 12
+ENCODED_ROWS = 100
+LEAST_TOP_1, LEAST_TOP_5, LEAST_OF_TEACHERS, LEAST_COMPOSED = 0.8, 0.92, 0.95, 0.5
+DISTANCE_LIMITS = {4: 1.15, 1: 2.0}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the glyphs it asks for from left to right, and the colour, where it asks for one."""
+
+    prompt: str
+    names: tuple[str, ...]
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """All prompts: ``twins`` names, each twice in a row, then held-out recolourings, then held-out pairs."""
+
+    twins: tuple[Asked, ...]
+    recoloured: tuple[Asked, ...]
+    pairs: tuple[Asked, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [asked.prompt for asked in (*self.twins, *self.recoloured, *self.pairs)]
+
+    @property
+    def shown(self) -> list[int]:
+        """Which prompts to show people: SHOWN_NAMES names, once each, and SHOWN_COMPOSITIONS of either kind."""
+        twins, recoloured, pairs = map(len, (self.twins, self.recoloured, self.pairs))
+        first = [*range(0, twins, 2)][:SHOWN_NAMES]
+        second = [*range(twins, twins + recoloured)][:SHOWN_COMPOSITIONS]
+        return first + second + [*range(twins + recoloured, twins + recoloured + pairs)][:SHOWN_COMPOSITIONS]
+
+    @classmethod
+    def of(cls, scenes: Scenes, samples: int) -> Asking:
+        """samples: of the names, twice each."""
+        rng, seen, held = np.random.default_rng(scenes.held.seed), scenes.seen, scenes.held
+        order = rng.permutation(len(seen))
+        names = [seen[order[i % len(seen)]].name for i in range(max(1, samples // 2)) for _ in range(2)]
+        recolourings = [(c, g.name) for g in seen for c in colours_for(g) if held.composition(c, g.name)]
+        tries = ((seen[i].name, seen[j].name) for i, j in rng.integers(len(seen), size=(100 * COMPOSITIONS, 2)))
+        pairs = list(dict.fromkeys(pair for pair in tries if held.composition(*pair)))
+        chosen = [recolourings[i] for i in rng.permutation(len(recolourings))[:COMPOSITIONS]]
+        return cls(
+            tuple(Asked(name, (name,)) for name in names),
+            tuple(Asked(f"{colour} {name}", (name,), colour) for colour, name in chosen),
+            tuple(Asked(f"{left} and {right}", (left, right)) for left, right in pairs[:COMPOSITIONS]),
+        )
+
+
+class GlyphJudge:
+    """Measures pictures drawn for ``asking``. scenes: where the glyphs come from; encoder: trained on them."""
+
+    def __init__(self, asking: Asking, scenes: Scenes, encoder: GlyphEncoder) -> None:
+        self.asking, self._encoder = asking, encoder
+        self._places = {glyph.name: place for place, glyph in enumerate(scenes.seen)}
+        rng = np.random.default_rng(scenes.held.seed)
+        self._references = self._features(as_tensor([scenes.reference(glyph) for glyph in scenes.seen]))
+        real = [scenes.plain(scenes.seen[self._places[a.names[0]]], rng).picture for a in asking.twins]
+        self._real = self._features(as_tensor(real)).numpy()
+
+    def measure(self, pictures: Tensor) -> dict[str, float]:
+        """Every measure of (n, 3, S, S) pictures in -1 … 1, one for each prompt in order."""
+        asking, ends = self.asking, np.cumsum([len(self.asking.twins), len(self.asking.recoloured)])
+        twins, recoloured, pairs = (torch.as_tensor(part) for part in torch.tensor_split(pictures, ends.tolist()))
+        features = self._features(twins)
+        ranks = self._ranks(features, [asked.names[0] for asked in asking.twins])
+        found = {
+            TOP_1: float((ranks < 1).mean()),
+            TOP_5: float((ranks < 5).mean()),
+            FRECHET: frechet_distance(features.numpy(), self._real),
+            DIVERSITY: float((features[::2] - features[1::2]).square().sum(1).mean().sqrt()),
+        }
+        return {**found, RECOLOURED: self._recoloured(recoloured), PAIRED: self._paired(pairs)}
+
+    def _recoloured(self, pictures: Tensor) -> float:
+        """Share of right glyphs in the right colour."""
+        if not len(pictures):
+            return 0.0
+        asked = self.asking.recoloured
+        right = self._ranks(self._features(pictures), [each.names[0] for each in asked]) < 1
+        colours = [colour_of(Image.fromarray(level)) for level in levels(pictures)]
+        return float(np.mean([r and c == a.colour for r, c, a in zip(right, colours, asked, strict=True)]))
+
+    def _paired(self, pictures: Tensor) -> float:
+        """Share of glyphs that are nearest in their own half."""
+        if not len(pictures):
+            return 0.0
+        middle = pictures.shape[-1] // 2
+        right = [
+            self._ranks(self._features(_alone(half)), [asked.names[side] for asked in self.asking.pairs]) < 1
+            for side, half in enumerate((pictures[..., :middle], pictures[..., middle:]))
+        ]
+        return float(np.mean(right))
+
+    def _ranks(self, features: Tensor, names: Sequence[str]) -> NDArray[np.int64]:
+        """(n,) how many glyphs are nearer than the one asked for."""
+        cosines = features @ self._references.T
+        own = cosines[torch.arange(len(names)), torch.tensor([self._places[name] for name in names])]
+        return np.asarray((cosines > own[:, None]).sum(dim=1))
+
+    @torch.inference_mode()
+    def _features(self, pictures: Tensor) -> Tensor:
+        return torch.cat([self._encoder.features(part) for part in torch.split(pictures, ENCODED_ROWS)])
+
+
+def measure_glyphs(
+    sampler: LatentSampler,
+    everyone: Sequence[Contender],
+    judge: GlyphJudge,
+    decode: Callable[[Tensor], Tensor],
+    show: Callable[[Contender, Tensor], None],
+    advance: Callable[[], None],
+) -> tuple[EvaluationRow, ...]:
+    """A row for each contender and guidance scale. sampler: with the judge's prompts; decode: latents to pictures.
+
+    show: given the pictures of the first seed at the default guidance.
+    """
+    rows, settings = [], sampler.recipe.evaluation
+    for contender in everyone:
+        unet = contender.load().to(sampler.device)
+        for scale in contender.scales_of(settings):
+            found: list[Mapping[str, float]] = []
+            for seed in settings.seeds:
+                pictures = decode(sampler.draw(contender, unet, scale, seed))
+                if seed == settings.seeds[0] and scale == sampler.recipe.served.default:
+                    show(contender, pictures)
+                found.append(judge.measure(pictures))
+                advance()
+            rows.append(
+                EvaluationRow(
+                    model=contender.title,
+                    steps=contender.steps,
+                    evaluations=contender.evaluations,
+                    sampler=contender.sampler,
+                    guidance_scale=scale,
+                    metrics={name: Measured.of([each[name] for each in found]) for name in found[0]},
+                )
+            )
+    return tuple(rows)
+
+
+def glyph_gates(rows: Sequence[EvaluationRow], default: float, teacher_steps: int) -> Iterator[Gate]:
+    """Four steps obey at the default guidance as the teacher does at its best; distances at every guidance."""
+    by_key = {(row.model, row.steps, row.guidance_scale): row.metrics for row in rows}
+    best = max((m[TOP_1].mean for (model, _, _), m in by_key.items() if model == TEACHER), default=0.0)
+    four = by_key.get((STUDENT, 4, default))
+    if four is not None:
+        named = f"4 steps, guidance {default:g}: "
+        for what, metric, least in (
+            ("nearest glyph is the prompted one", TOP_1, LEAST_TOP_1),
+            ("prompted glyph among the nearest five", TOP_5, LEAST_TOP_5),
+            ("held-out recolourings", RECOLOURED, LEAST_COMPOSED),
+            ("held-out pairs", PAIRED, LEAST_COMPOSED),
+        ):
+            yield Gate(name=named + what, value=four[metric].mean, limit=least, at_least=True)
+        ratio = four[TOP_1].mean / max(best, 1e-12)
+        yield Gate(
+            name=named + "nearest glyph / teacher's best", value=ratio, limit=LEAST_OF_TEACHERS, at_least=True
+        )
+    for (model, steps, scale), metrics in by_key.items():
+        finest = by_key.get((TEACHER, teacher_steps, scale))
+        if model == STUDENT and steps in DISTANCE_LIMITS and finest is not None:
+            ratio = metrics[FRECHET].mean / max(finest[FRECHET].mean, 1e-12)
+            name = f"{steps}-step Fréchet distance / teacher's, guidance {scale:g}"
+            yield Gate(name=name, value=ratio, limit=DISTANCE_LIMITS[steps])
+
+
+def _alone(half: Tensor) -> Tensor:
+    """(n, 3, S, S): halves in the middle of a white picture. half: (n, 3, S, S / 2)."""
+    side = half.shape[-2]
+    whole = torch.ones(*half.shape[:-1], side)
+    first = (side - half.shape[-1]) // 2
+    whole[..., first : first + half.shape[-1]] = half
+    return whole

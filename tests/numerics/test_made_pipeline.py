@@ -1,0 +1,252 @@
+"""A pipeline made from captioned pictures: stock when done, resumed to the same bytes, then distilled as any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from distill_jobs import glyph_encoder, stage_one
+from distill_jobs.data import drawing
+from distill_jobs.data.captioned import index_folder
+from distill_jobs.data.source import Condition
+from distill_jobs.draws import Draws
+from distill_jobs.errors import RecipeError
+from distill_jobs.job import run_job
+from distill_jobs.latent_sections import AutoencoderSection
+from distill_jobs.making.autoencoder import (
+    AutoencoderTraining,
+    autoencoder_loss,
+    difference,
+    new_autoencoder,
+    pictures,
+)
+from distill_jobs.making.prompted import PromptedNetwork, token_ids
+from distill_jobs.making.tokenizer import learned_tokenizer
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.evaluate import evaluate_latent_run
+from distill_jobs.pipelines.glyphs import GLYPHS
+from distill_jobs.pipelines.teacher import load_network
+from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.pipelines.vae import Autoencoder
+from distill_jobs.plan import plan_of
+from distill_jobs.recipe_file import read_recipe
+from distill_jobs.run_folder import RunFolder
+from distill_jobs.state import TrainingState
+from distill_jobs.student import predict
+from distill_jobs.taken import takeable
+from tests.support.glyphs import glyphs
+from tests.support.latent_run import latent_recipe
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+AUTOENCODER = {"updates": 3, "batch_size": 4, "ema": 0.5, "block_out_channels": [8, 16], "norm_num_groups": 4}
+TEACHER: dict[str, Any] = {
+    "autoencoder": AUTOENCODER,
+    "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
+    "updates": 3,
+    "batch_size": 4,
+    "ema": 0.5,
+}
+SCHEDULE = {"kind": "squaredcos_cap_v2", "rescale_zero_terminal_snr": True}
+SHORT: dict[str, Any] = {
+    "stage_two": {"batch_size": 4, "halvings": [{"steps": 4, "updates": 1}]},
+    "evaluation": {"samples": 20, "seeds": [1], "guidance_scales": [5], "teacher_steps": 8},
+    "export": {"name": "made", "students": [4], "default_steps": 4},
+}
+QUIET = Progress(disable=True)
+
+
+def made_recipe(work: Path, **changes: Any) -> Path:
+    file = latent_recipe(work, work)
+    told = {"teacher": TEACHER, "unet": UNET, "schedule": SCHEDULE, "checkpoint_every": 1, **SHORT, **changes}
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **told}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_one, "GATE_ROWS", 8)
+        run_job(read_recipe(made_recipe(work)), work / "run", resume=False, progress=QUIET)
+    return work
+
+
+def test_what_is_made_is_a_stock_pipeline(work: Path) -> None:
+    folder = open_folder(work / "run" / "teacher")
+    assert folder.prediction == "v_prediction"
+    assert folder.schedule.rescale_zero_terminal_snr
+    for phase in ("teacher", "students/d4"):
+        pipeline = StableDiffusionPipeline.from_pretrained(work / "run" / phase, use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        [picture] = pipeline("a cat number 3", num_inference_steps=4, guidance_scale=3.0).images
+        assert picture.size == (16, 16)
+
+
+def test_latents_are_scaled_to_unit_deviation(work: Path) -> None:
+    autoencoder = Autoencoder.load(open_folder(work / "run" / "teacher"))
+    with torch.inference_mode():
+        encoded = autoencoder.encode(pictures(index_folder(work / "images"), 16))
+    assert float(encoded.sample(torch.randn_like(encoded.mean)).std()) == pytest.approx(1, abs=0.05)
+    assert (work / "run" / "autoencoder" / "reconstructions.png").stat().st_size > 0
+
+
+def test_a_resumed_making_ends_in_the_same_bytes(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, advance = read_recipe(work / "run" / "recipe.yaml"), TrainingState.advance
+    monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
+    for fatal in ("autoencoder", "teacher", "stage_one"):
+
+        def fail(state: TrainingState, fatal: str = fatal) -> Any:
+            if state._phase.name == fatal and state.update == 1:
+                raise RuntimeError("power cut")
+            return advance(state)
+
+        monkeypatch.setattr(TrainingState, "advance", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_job(recipe, tmp_path / "run", resume=fatal != "autoencoder", progress=QUIET)
+    for part in ("vae", "unet", "text_encoder", "tokenizer"):
+        for file in (work / "run" / "teacher" / part).iterdir():
+            assert (tmp_path / "run" / "teacher" / part / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_run_takes_the_pipeline(work: Path) -> None:
+    recipe = read_recipe(work / "run" / "recipe.yaml", ["stage_one.updates=9"])
+    assert {"autoencoder", "teacher"} <= takeable(recipe, _run(work)).names
+    other = read_recipe(work / "run" / "recipe.yaml", ["teacher.lr=0.5"])
+    assert takeable(other, _run(work)).names == {"autoencoder"}
+
+
+def test_its_phases_are_planned(work: Path) -> None:
+    first, second, *_ = plan_of(read_recipe(work / "run" / "recipe.yaml")).phases
+    assert (first.name, second.name) == ("autoencoder", "teacher")
+    made = new_autoencoder(AutoencoderSection(**AUTOENCODER), 16, 0)
+    assert first.trained.parameters == sum(p.numel() for p in made.parameters())
+
+
+def test_training_tells_the_network_what_a_bundle_will(work: Path) -> None:
+    """Token ids and conditions of the training code equal those of the pipeline's own encoder."""
+    folder = open_folder(work / "run" / "teacher")
+    prompts, unet = PromptEncoder.load(folder), load_network(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer")
+    captions = ["a cat number 3", "Ein Käse 🧀 <|endoftext|>", "a dog " * 20]
+    ids = token_ids(tokenizer, captions)
+    assert ids.shape == (3, 16)
+    torch.testing.assert_close(ids[[0, 2]], torch.stack([_cut(prompts, captions[i]) for i in (0, 2)]))
+    z_t, timestep = torch.randn(3, 4, 8, 8), torch.tensor([10.0, 500.0, 900.0])
+    together = PromptedNetwork(unet, prompts.encoders.encoders[0])
+    with torch.inference_mode():
+        ours = predict(together, z_t[:1], timestep[:1], Condition(ids[:1]))
+        stock = predict(unet, z_t[:1], timestep[:1], prompts.encode(captions[:1]))
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-6)
+
+
+def _cut(prompts: PromptEncoder, caption: str) -> Tensor:
+    return torch.from_numpy(prompts.tokenizer.cut(caption))
+
+
+def _run(work: Path) -> RunFolder:
+    return RunFolder(work / "run")
+
+
+def test_a_run_on_glyphs_has_a_table_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("font", "names"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(drawing, "read_names", lambda file: ())
+    monkeypatch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(8))
+    monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
+    short = glyph_encoder.TRAINING.model_copy(update={"updates": 3, "batch_size": 4, "warmup": 0})
+    monkeypatch.setattr(glyph_encoder, "TRAINING", short)
+    told = {name: str(tmp_path / name) for name in ("font", "names", "cache")}
+    data = {"kind": "glyphs", "path": str(tmp_path / "drawn"), "pictures": 30, "side_px": 16, **told}
+    recipe = read_recipe(made_recipe(tmp_path, data=data))
+    run_job(recipe, tmp_path / "run", resume=False, progress=QUIET)
+    report = evaluate_latent_run(tmp_path / "run", recipe, progress=QUIET)
+    models = {(row.model, row.steps) for row in report.tasks[GLYPHS]}
+    assert {("teacher", 8), ("stage one", 8), ("student", 4)} <= models
+    assert "## Glyphs" in report.markdown()
+    assert (tmp_path / "run" / "sheets" / "glyphs-student-4.png").is_file()
+    assert (tmp_path / "run" / "sheets" / "glyphs.txt").read_text().splitlines()
+    with pytest.raises(RecipeError, match=r"data\.side_px is 32; .* make pictures of 16"):
+        read_recipe(made_recipe(tmp_path, data={**data, "side_px": 32}))
+
+
+def test_a_vocabulary_is_learned_and_nothing_is_unknown() -> None:
+    captions = [f"a {colour} apple on the left" for colour in ("red", "green", "blue")] * 5
+    tokenizer = learned_tokenizer(captions, 600, 24)
+    assert tokenizer.tokenize("apple") == ["apple</w>"]
+    assert len(tokenizer.tokenize("zebra")) > 1
+    assert len(tokenizer) <= 600
+    assert tokenizer.unk_token_id not in tokenizer("zebra Ж 🧀", add_special_tokens=False)["input_ids"]
+    again = learned_tokenizer(captions, 600, 24)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_blurred_edge_costs_more_than_the_same_error_spread_evenly() -> None:
+    sharp = torch.full((1, 3, 16, 16), -1.0)
+    sharp[..., 8:] = 1
+    blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1, count_include_pad=False)
+    even = sharp + (blurred - sharp).abs().mean()
+    plain = [float(difference(given, sharp, 0.0)) for given in (blurred, even)]
+    sloped = [float(difference(given, sharp, 1.0)) for given in (blurred, even)]
+    assert sloped[0] > plain[0]
+    assert sloped[1] == pytest.approx(plain[1])
+
+
+def test_the_autoencoder_learns_to_give_pictures_back(tmp_path: Path) -> None:
+    rows = []
+    for index, colour in enumerate(("red", "gold", "green", "navy")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": colour}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    entries = index_folder(tmp_path)
+    section = AutoencoderSection(updates=30, block_out_channels=(8, 16), norm_num_groups=4)
+    network = AutoencoderTraining(new_autoencoder(section, 16, 0))
+    loss, draws = autoencoder_loss(section, entries, 16), Draws(0, "autoencoder")
+    optimizer, seen = torch.optim.AdamW(network.parameters(), lr=1e-2), []
+    for update in range(section.updates):
+        wrong = loss(network, draws, update, 4).loss.mean()
+        seen.append(float(wrong.detach()))
+        optimizer.zero_grad()
+        wrong.backward()
+        optimizer.step()
+    assert max(seen[-5:]) < 0.7 * seen[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet": {**UNET, "cross_attention_dim": 32}}, "unet.cross_attention_dim must be 16"),
+        ({"unet": {**UNET, "sample_size": None}}, "unet.sample_size must be the side of the latents"),
+        ({"schedule": {"kind": "cosine"}}, "squaredcos_cap_v2 is the same curve"),
+        ({"compute": {"shard": True}}, "goes without inpainting and compute.shard"),
+        ({"inpainting": {}, "unet": {**UNET, "in_channels": 9}}, "goes without inpainting"),
+        ({"teacher": {**TEACHER, "text": {"width": 15, "heads": 2}}}, "unet.cross_attention_dim must be 15"),
+        ({"data": "digits"}, "teacher.autoencoder to make one"),
+    ],
+    ids=["text", "size", "schedule", "shard", "inpainting", "width", "digits"],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(made_recipe(tmp_path, **changes))
