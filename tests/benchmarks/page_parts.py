@@ -20,22 +20,21 @@ def repeat(command: str, bundle: str) -> str:
     return f"{_BUNDLES[bundle]} && {command}" if bundle in _BUNDLES else command
 
 
-def quiet_note(busiest: float) -> str:
-    """A warning where others took more than QUIET."""
-    if busiest <= QUIET:
-        return ""
-    share = f"{100 * busiest:.0f} %"
-    return f"> **Not a quiet machine**: others took {share} of the CPU during a run. Do not trust these figures.\n"
+def is_quiet(of: Provenance) -> bool:
+    """Whether others took no more than QUIET; without, nothing is judged."""
+    return of.others_cpu <= QUIET
 
 
 def origin(of: Provenance, command: str, name: str = "") -> str:
     """Where figures come from. name: of what, where a section has several."""
     versions = ", ".join(f"{library} {number}" for library, number in of.versions.items())
+    share = f"{100 * of.others_cpu:.0f} %"
     lines = [
         f"- {name + ': ' if name else ''}`{command}`",
-        f"- {of.machine}; {versions}; seed {of.seed}; {of.date}; "
-        f"CPU taken by others meanwhile: {100 * of.others_cpu:.0f} %\n",
+        f"- {of.machine}; {versions}; seed {of.seed}; {of.date}; CPU taken by others meanwhile: {share}\n",
     ]
+    if not is_quiet(of):
+        lines.append(f"> **Not a quiet machine**: others took {share} of the CPU. Do not rely on these figures.\n")
     return "\n".join(lines)
 
 

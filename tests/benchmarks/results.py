@@ -7,6 +7,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -153,25 +154,23 @@ class Goodput(Frozen):
     screened: tuple[Point, ...]
     points: tuple[Point, ...]
 
-    def kept(self, contender: str) -> tuple[Point | None, ...]:
-        """By round, the point of the highest rate that it kept, None where it kept none."""
-        return tuple(
-            max(
-                (
-                    point
-                    for point in self.points
-                    if (point.contender, point.round) == (contender, number)
-                    and point.outcome.within >= self.enough_within
-                ),
-                key=lambda point: point.load,
-                default=None,
-            )
-            for number in range(self.rounds)
-        )
+    def kept(self, contender: str) -> tuple[Point, ...]:
+        """Every round's point at the highest rate that the median of the rounds kept; none where it kept none."""
+        by_load: dict[float, list[Point]] = {}
+        for point in self.points:
+            if point.contender == contender:
+                by_load.setdefault(point.load, []).append(point)
+        kept = [load for load, points in by_load.items() if self._within(points) >= self.enough_within]
+        return tuple(by_load[max(kept)]) if kept else ()
+
+    def _within(self, points: Sequence[Point]) -> float:
+        """The median over the rounds; one that did not get so far counts as 0."""
+        return statistics.median([p.outcome.within for p in points] + [0.0] * (self.rounds - len(points)))
 
     def sustained(self, contender: str) -> float:
-        """Goodput a second at the highest rate kept, the median over the rounds."""
-        return statistics.median(point.outcome.goodput if point else 0.0 for point in self.kept(contender))
+        """Goodput a second at the highest rate kept, the median of the rounds."""
+        kept = self.kept(contender)
+        return statistics.median(point.outcome.goodput for point in kept) if kept else 0.0
 
 
 class Results(Frozen):
@@ -182,10 +181,6 @@ class Results(Frozen):
     digits: Overhead | None = None
     goodput: Goodput | None = None
     goodput_separate: Goodput | None = None
-
-    def provenances(self) -> tuple[Provenance, ...]:
-        parts = (self.throughput, self.random, self.digits, self.goodput, self.goodput_separate)
-        return tuple(part.provenance for part in parts if part is not None)
 
 
 class Watch:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.benchmarks.eager import EagerStudent
-from tests.benchmarks.goodput import HALVINGS, LADDER, search
+from tests.benchmarks.goodput import LADDER, climb
 from tests.benchmarks.load import Call, Pixels, is_right, judge
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
 from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle
@@ -62,7 +61,7 @@ def test_only_the_expected_picture_within_the_objective_counts(drawn: list[tuple
     assert not is_right(json.dumps(openai).encode(), first[:-1])
 
 
-def point(load: float, within: float, name: str = "ours") -> Point:
+def point(load: float, within: float, name: str = "ours", number: int = 0) -> Point:
     outcome = Outcome(
         offered=10 * load,
         goodput=10 * load * within,
@@ -73,36 +72,48 @@ def point(load: float, within: float, name: str = "ours") -> Point:
         p50_ms=1.0,
         p99_ms=2.0,
     )
-    return Point(contender=name, load=load, round=0, outcome=outcome)
+    return Point(contender=name, load=load, round=number, outcome=outcome)
 
 
-@pytest.mark.parametrize("capacity", [0.03, 0.3, 0.55, 0.95])
-def test_the_search_finds_the_highest_rate_kept(capacity: float) -> None:
-    points = search(lambda load: point(load, 1.0 if load <= capacity else 0.5))
-    kept = max([p.load for p in points if p.outcome.within == 1.0], default=0.0)
-    assert kept <= capacity < kept + np.diff((0.0, *LADDER)).max() / 2**HALVINGS
-    assert search(lambda load: point(load, 1.0))[-1].load == LADDER[-1]
+def test_the_climb_ends_where_a_contender_is_hopeless() -> None:
+    loads = [p.load for p in climb(lambda load: point(load, {0.3: 0.9, 0.5: 0.4}.get(load, 1.0)))]
+    assert loads == [load for load in LADDER if load <= 0.5]
+    assert climb(lambda load: point(load, 1.0))[-1].load == LADDER[-1]
+
+
+def test_a_rate_is_kept_when_the_median_of_the_rounds_keeps_it() -> None:
+    within = {0.3: (0.9, 1.0, 1.0), 0.4: (1.0, 1.0, 0.6), 0.5: (1.0, 0.9, 0.9), 0.6: (1.0,)}
+    points = [point(load, share, "a", k) for load, shares in within.items() for k, share in enumerate(shares)]
+    kept = compared(("a",), points, rounds=3).kept("a")
+    assert [(p.load, p.outcome.within) for p in kept] == [(0.4, 1.0), (0.4, 1.0), (0.4, 0.6)]
+    assert compared(("a",), points, rounds=3).sustained("a") == 4.0
+    assert compared(("a",), points, rounds=9).kept("a") == ()
 
 
 def test_the_page_gives_the_ratio_over_the_rates_kept() -> None:
     names = tuple(server.name for server in servers(Path("a"), (8, 10.0)))
     loads = dict(zip(names, (0.8, 0.6, 0.4, 0.2), strict=True))
-    result = Goodput(
+    points = [p for name, load in loads.items() for p in (point(load, 1.0, name), point(0.9, 0.9, name))]
+    result = compared(names, points, rounds=1)
+    assert over_litserve(result) == pytest.approx(2.0)
+    assert "| LitServe, batch 8, 10 ms | 4 | 2.00 | 0.4 | 1 | 2 |" in goodput_section(result)
+
+
+def compared(contenders: tuple[str, ...], points: list[Point], rounds: int) -> Goodput:
+    return Goodput(
         provenance=Provenance(machine="", versions={}, seed=0, command="go", date="", others_cpu=0.0),
         bundle="random-shared",
         engine="an engine",
         steps=(1, 4),
         one_graph=True,
         tasks=TASKS,
-        rounds=1,
+        rounds=rounds,
         seconds=1.0,
         lone_ms=1.0,
         objective_ms=5.0,
         enough_within=0.99,
         raw_images_per_s=10.0,
-        contenders=names,
+        contenders=contenders,
         screened=(),
-        points=tuple(p for name, load in loads.items() for p in (point(load, 1.0, name), point(0.9, 0.9, name))),
+        points=tuple(points),
     )
-    assert over_litserve(result) == pytest.approx(2.0)
-    assert "| LitServe, batch 8, 10 ms | 4 | 2.00 | 0.4 | 1 | 2 |" in goodput_section(result)
