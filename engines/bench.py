@@ -9,7 +9,6 @@ import time
 import numpy as np
 import psutil
 
-from engines.machine import machine_name
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, StudentSpec
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
@@ -46,14 +45,17 @@ class BenchResult(Frozen):
 
 
 def bench(
-    pipeline: Pipeline, repeats: int, threads: int, command: str, progress: Progress | None = None
+    pipeline: Pipeline, repeats: int, threads: int, machine: str, command: str, progress: Progress | None = None
 ) -> BenchResult:
-    """Measure a loaded pipeline, which gets the costs found. repeats: calls per graph and batch size."""
+    """Measure a loaded pipeline, which gets the costs found.
+
+    repeats: calls per graph and batch size; machine: what its engines run on.
+    """
     pipeline.costs = measure_costs(pipeline, repeats, progress)
     return BenchResult(
         bundle=pipeline.manifest.name,
         engine=pipeline.engine_name,
-        machine=machine_name(),
+        machine=machine,
         python=platform.python_version(),
         numpy=np.__version__,
         threads=threads,

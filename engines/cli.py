@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from engines.backends.load import PrecisionName
+from engines.backends.base import RUNGS
+from engines.backends.load import PrecisionName, choose_backend, machine_of
 from engines.bench import bench
 from engines.bundle import verify_bundle
 from engines.cache import DEFAULT_CACHE
@@ -21,7 +22,7 @@ from engines.compare import compare_backends
 from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
-from engines.pipeline import RUNGS, Pipeline
+from engines.pipeline import Pipeline
 from engines.signing import check_signature, sign_bundle
 from engines.tables import cost_table, difference_table, throughput_table
 
@@ -44,9 +45,11 @@ app = typer.Typer(
 )
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
-BackendOption = Annotated[str, typer.Option(help="openvino, onnxruntime, torch, or auto: the fastest installed.")]
+BackendOption = Annotated[
+    str, typer.Option(help="openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto: the fastest on CPUs.")
+]
 PrecisionOption = Annotated[PrecisionName, typer.Option(help="Of the network body; auto is float32.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="Worker threads of one call; 0 is one per core.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one call; 0 is one per core.")]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder for compiled models and measured costs.")]
 RungsOption = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Calls per graph and batch size; the median counts.")]
@@ -113,7 +116,8 @@ def bench_command(
     verified = verify_bundle(bundle)
     pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
     with _progress("timing") as report:
-        result = bench(pipeline, repeats, threads, f"python -m engines {' '.join(sys.argv[1:])}", report)
+        machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
+        result = bench(pipeline, repeats, threads, machine, command, report)
     _print_costs(pipeline)
     _out.print(throughput_table(result))
     typer.echo(result.model_dump_json())
@@ -123,7 +127,8 @@ def bench_command(
 def compare(
     bundle: BundleArgument,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend to compare; may be repeated. All installed when left out.")
+        list[str] | None,
+        typer.Option(help="Backend to compare; may be repeated. All installed for CPUs when left out."),
     ] = None,
     precision: PrecisionOption = "auto",
     rows: Annotated[int, typer.Option(min=2, help="Random rows per graph.")] = 16,

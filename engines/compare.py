@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.base import EngineBackend
-from engines.backends.load import BACKENDS, PrecisionName, load_backend
+from engines.backends.load import BACKENDS, LOWERING, PrecisionName, load_backend
 from engines.bundle import Bundle
 from engines.condition import load_tokenizer
 from engines.examples import example_inputs
@@ -49,7 +49,7 @@ def compare_backends(
     seed: int,
     progress: Progress | None = None,
 ) -> list[Difference]:
-    """Differences of each backend (None: all installed) on every graph.
+    """Differences of each backend (None: all installed for CPUs) on every graph.
 
     rows: random rows a graph, over its students' timesteps and the trained range of w. precision: of backends
     that offer it. Raises: BackendError when the reference or a named backend is not installed.
@@ -64,7 +64,7 @@ def compare_backends(
         for name in names:
             if progress is not None:
                 progress(f"{graph} on {name}", rows)
-            offered: PrecisionName = precision if name == "openvino" else "auto"
+            offered: PrecisionName = precision if name in LOWERING else "auto"
             engine = load_backend(name, bundle, graph, precision=offered)
             differences.append(_difference(graph, engine, inputs, expected))
             engine.close()

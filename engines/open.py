@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engines.backends.base import EngineBackend
+from engines.backends.base import RUNGS, EngineBackend
 from engines.backends.load import PrecisionName, choose_backend, engine_key, load_backend
 from engines.bundle import Bundle, verify_bundle
 from engines.cache import EngineKey
 from engines.cost import CostTable, load_costs, save_costs
 from engines.measure import Progress, measure_costs
-from engines.pipeline import RUNGS, Pipeline
+from engines.pipeline import Pipeline
 
 QUICK_REPEATS = 3
 """Calls per (graph, rung) where nothing was measured before; ``python -m engines build`` takes more."""
@@ -57,7 +57,9 @@ def load_pipeline(
     chosen = choose_backend(backend)
 
     def load(graph: str) -> EngineBackend:
-        return load_backend(chosen, bundle, graph, precision=precision, threads=threads, cache_dir=cache_dir)
+        return load_backend(
+            chosen, bundle, graph, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
+        )
 
     return Pipeline(bundle, load, rungs)
 

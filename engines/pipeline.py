@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends.base import EngineBackend
+from engines.backends.base import RUNGS, EngineBackend
 from engines.bundle import Bundle
 from engines.condition import Tokenizer, load_tokenizer
 from engines.cost import CostTable
@@ -44,9 +44,6 @@ from engines.manifest import (
 from engines.masks import blank
 from engines.rows import Drawing, Floats, Row
 from engines.sampler import Sampler
-
-RUNGS = (1, 2, 4, 8, 16, 32)
-"""Batch sizes to be ready for, unless told otherwise."""
 
 
 class Pipeline:

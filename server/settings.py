@@ -41,7 +41,7 @@ class Settings(BaseSettings):
         description="public key (PEM) that every bundle must be signed with, see "
         "[signed bundles](deploying.md#signed-bundles). Without one, signatures are not looked at.",
     )
-    backend: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
+    backend: Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"] = Field(
         "auto", description="engine to run on. See [engines](engines.md#backends-and-precision)."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")

@@ -1,1 +1,1 @@
-"""Engines that run a bundle's graphs: ONNX Runtime, OpenVINO, torch."""
+"""Engines that run a bundle's graphs: ONNX Runtime, OpenVINO, torch, TensorRT."""

@@ -12,6 +12,9 @@ from engines.manifest import TensorSpec
 Rows = Mapping[str, NDArray[Any]]
 Precision = Literal["float32", "bfloat16"]
 
+RUNGS = (1, 2, 4, 8, 16, 32)
+"""Batch sizes to be ready for, unless told otherwise."""
+
 
 class EngineBackend(Protocol):
     """One loaded graph.

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
-from engines.backends.base import EngineBackend, Precision
+from engines.backends.base import RUNGS, EngineBackend, Precision
+from engines.backends.cuda import find_device
+from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.errors import BackendError
 from engines.machine import machine_name
 
-BackendName = Literal["auto", "openvino", "onnxruntime", "torch"]
+BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 
-# Fastest first, as measured on CPUs: what ``auto`` tries.
+ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda"})
+LOWERING: frozenset[str] = ON_GPU | {"openvino"}
+"""Backends that can run the network body in bfloat16."""
+
+# Fastest first, as measured on CPUs: what ``auto`` tries. A GPU is used where it is asked for by name.
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
 _INSTALL = {
     "openvino": "pip install halfstep",
@@ -34,8 +41,6 @@ def choose_backend(name: str) -> BackendName:
     for known in get_args(BackendName):
         if name == known != "auto":
             return known  # type: ignore[no-any-return]
-    if name == "tensorrt":
-        raise BackendError("TensorRT engines come in a later version; use --backend openvino.")
     if name != "auto":
         raise BackendError(f"There is no backend {name!r}; choose {', '.join(get_args(BackendName))}.")
     for backend in BACKENDS:
@@ -50,8 +55,10 @@ def choose_precision(backend: BackendName, precision: PrecisionName) -> Precisio
     Measured on AVX512-BF16 without AMX: bfloat16 is no faster than float32 compiled per batch size.
     Raises: BackendError when the backend does not offer it.
     """
-    if precision == "bfloat16" and backend != "openvino":
-        raise BackendError(f"The {backend} backend runs float32 only; use --backend openvino for bfloat16.")
+    if precision == "bfloat16" and backend not in LOWERING:
+        raise BackendError(
+            f"The {backend} backend runs float32 only; for bfloat16 use --backend {', '.join(sorted(LOWERING))}."
+        )
     return "float32" if precision == "auto" else precision
 
 
@@ -63,22 +70,31 @@ def load_backend(
     precision: PrecisionName = "auto",
     threads: int = 0,
     cache_dir: Path | None = None,
+    rungs: Sequence[int] = RUNGS,
 ) -> EngineBackend:
     """One graph of a verified bundle, loaded and ready to run.
 
-    name: openvino, onnxruntime, torch, or auto. precision: of the network body; auto is float32.
-    threads: worker threads of one run, 0 for one per core. cache_dir: the engine cache, or None to
-    keep nothing; it holds compiled models by ``engine_key``.
-    Raises: BackendError when the library is missing, the graph cannot be loaded, or the precision is not offered.
+    name: openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto. precision: of the network body, float32 for
+    auto. threads: CPU threads of one run, 0 for one per core. cache_dir: the engine cache, which holds compiled
+    models by ``engine_key``, or None to keep nothing. rungs: batch sizes a GPU is made ready for.
+    Raises: BackendError when the library or device is missing, the graph cannot be loaded, or the precision is not
+    offered.
     """
     backend = choose_backend(name)
     chosen = choose_precision(backend, precision)
     module = _import(backend)
-    if cache_dir is not None:
-        cache_dir = engine_key(bundle, graph, name, precision, threads).folder(cache_dir) / "models"
+    kept = None if cache_dir is None else (cache_dir, engine_key(bundle, graph, name, precision, threads))
     file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
     if backend == "openvino":
-        engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=cache_dir)
+        models = None if kept is None else kept[1].folder(kept[0]) / "models"
+        engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=models)
+    elif backend in ON_GPU and threads:
+        raise BackendError(f"The {backend} backend has no CPU threads to set; leave threads at 0.")
+    elif backend == "torch-cuda":
+        engine = module.TorchCudaBackend(file, spec, precision=chosen, rungs=rungs)
+    elif backend == "tensorrt":
+        store = None if kept is None else PlanStore(*kept, sorted(rungs))
+        engine = module.TensorRtBackend(file, spec, precision=chosen, rungs=rungs, store=store)
     elif backend == "onnxruntime":
         engine = module.OnnxRuntimeBackend(file, spec, threads)
     else:
@@ -90,10 +106,15 @@ def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, 
     """What an engine made with these arguments depends on. Raises: BackendError as ``load_backend`` does."""
     backend = choose_backend(name)
     engine = _import(backend).engine_name(choose_precision(backend, precision))
-    return EngineKey(bundle.graph_sha256(graph), engine, machine_name(), threads)
+    return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads)
+
+
+def machine_of(backend: BackendName) -> str:
+    """What a backend's engines run on, as cache keys and benchmarks spell it. Raises: BackendError with no GPU."""
+    return str(find_device()) if backend in ON_GPU else machine_name()
 
 
 def _import(backend: str) -> ModuleType:
-    if find_spec(backend) is None:
-        raise BackendError(f"The {backend} backend needs {backend}; install it with: {_INSTALL[backend]}")
-    return importlib.import_module(f"engines.backends.{backend}")
+    if backend != "tensorrt" and find_spec(library := backend.removesuffix("-cuda")) is None:
+        raise BackendError(f"The {backend} backend needs {library}; install it with: {_INSTALL[library]}")
+    return importlib.import_module(f"engines.backends.{backend.replace('-', '_')}")

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.backends.base import Precision, Rows
-from engines.backends.torch_operators import OPERATORS, Operator
+from engines.backends.torch_operators import OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
 from engines.manifest import GraphSpec, TensorSpec
 
-OPSET = 21
+OPSETS = (21, 22)
 
 
 class _Instruction(NamedTuple):
@@ -38,16 +38,20 @@ class _Instruction(NamedTuple):
 class OnnxModule(torch.nn.Module):
     """An ONNX graph as a torch module.
 
+    device: where its inputs are, and its weights, which lie there with channels last unless it is the CPU. What
+    describes shapes stays on the CPU, so that a run reads nothing back.
     Raises: BackendError for another opset or an operator this backend does not know.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, device: str = "cpu") -> None:
         super().__init__()
         opsets = {entry.domain: entry.version for entry in model.opset_import}
-        if opsets != {"": OPSET}:
-            raise BackendError(f"the torch backend reads graphs of opset {OPSET}, not {opsets}")
+        if opsets.keys() != {""} or opsets[""] not in OPSETS:
+            raise BackendError(f"the torch backend reads graphs of opset {OPSETS[0]}, not {opsets}")
         self._outputs = tuple(output.name for output in model.graph.output)
         self._constants = {c.name: _tensor(c) for c in model.graph.initializer}
+        self._device = device
+        self._placed: dict[str, Tensor] = {}
         self._program = _program(model.graph, keep={*self._outputs, *self._constants})
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +59,8 @@ class OnnxModule(torch.nn.Module):
         values: dict[str, Tensor] = {**self._constants, **inputs}
         for step in self._program:
             arguments = [values[name] if name else None for name in step.inputs]
+            if self._device != "cpu":
+                arguments = self._place(step, arguments)
             try:
                 result = step.operator(*arguments, **step.attributes)
             except NotImplementedError as error:
@@ -64,6 +70,26 @@ class OnnxModule(torch.nn.Module):
             for name in step.spent:
                 del values[name]
         return {name: values[name] for name in self._outputs}
+
+    def _place(self, step: _Instruction, arguments: list[Tensor | None]) -> list[Tensor | None]:
+        """The arguments, constants on the device where they meet what is computed there.
+
+        A constant is moved when it is first met, so later runs, and their capture, copy nothing.
+        """
+        if all(a is None or a.device.type == "cpu" for a in arguments) and not _floats(arguments):
+            return arguments  # arithmetic on shapes
+        shapes = SHAPE_INPUTS.get(step.kind, frozenset())
+        return [
+            self._on_device(name) if name in self._constants and i not in shapes else argument
+            for i, (name, argument) in enumerate(zip(step.inputs, arguments, strict=True))
+        ]
+
+    def _on_device(self, name: str) -> Tensor:
+        if name not in self._placed:
+            tensor = self._constants[name]
+            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+            self._placed[name] = tensor.to(self._device, memory_format=layout)
+        return self._placed[name]
 
 
 class TorchBackend:
@@ -135,6 +161,10 @@ def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]
             _Instruction(node.op_type, operator, tuple(node.input), outputs, attributes, tuple(sorted(spent)))
         )
     return tuple(instructions)
+
+
+def _floats(arguments: list[Tensor | None]) -> bool:
+    return any(argument is not None and argument.is_floating_point() for argument in arguments)
 
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:

@@ -1,7 +1,7 @@
 """ONNX operators as torch functions: those our exporter emits, in the meaning of opset 21.
 
 Each function takes the node's inputs (None where one is left out), then its attributes by name, and returns a
-tensor or a tuple of tensors. Integer tensors that describe shapes are ordinary tensors on the CPU.
+tensor or a tuple of tensors. Tensors that describe shapes are on the CPU, whatever device the others are on.
 Source: https://onnx.ai/onnx/operators
 """
 
@@ -25,6 +25,8 @@ def _ints(tensor: Tensor) -> list[int]:
 
 
 def _dtype(code: int) -> torch.dtype:
+    if code == onnx.TensorProto.BFLOAT16:
+        return torch.bfloat16  # numpy has no such type
     return torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(code))).dtype
 
 
@@ -152,7 +154,7 @@ def _gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
 
 
 def _expand(x: Tensor, shape: Tensor) -> Tensor:
-    return x * torch.ones(_ints(shape), dtype=x.dtype)
+    return x * torch.ones(_ints(shape), dtype=x.dtype, device=x.device)
 
 
 def _resize(
@@ -179,7 +181,7 @@ def _resize(
 
 def _one_hot(indices: Tensor, depth: Tensor, values: Tensor, axis: int = -1) -> Tensor:
     count = int(depth)
-    hot = (indices % count).unsqueeze(-1) == torch.arange(count)
+    hot = (indices % count).unsqueeze(-1) == torch.arange(count, device=indices.device)
     return torch.where(hot, values[1], values[0]).movedim(-1, axis)
 
 
@@ -191,6 +193,19 @@ def _cast(x: Tensor, to: int, saturate: int = 1) -> Tensor:
 def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     return x if low is None and high is None else torch.clamp(x, low, high)
 
+
+SHAPE_INPUTS: dict[str, frozenset[int]] = {
+    "Expand": frozenset({1}),
+    "OneHot": frozenset({1}),
+    "ReduceMean": frozenset({1}),
+    "Reshape": frozenset({1}),
+    "Resize": frozenset({1, 2, 3}),
+    "Slice": frozenset({1, 2, 3, 4}),
+    "Split": frozenset({1}),
+    "Squeeze": frozenset({1}),
+    "Unsqueeze": frozenset({1}),
+}
+"""Inputs whose values decide shapes, by position: they are read on the CPU."""
 
 OPERATORS: dict[str, Operator] = {
     "Add": torch.add,

@@ -22,9 +22,9 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import student_network
 from distill_jobs.sections import Halving
 from distill_jobs.student import load_stock
+from engines.backends.base import RUNGS
 from engines.bundle import verify_bundle
 from engines.manifest import MANIFEST_NAME, BundleManifest
-from engines.pipeline import RUNGS
 from engines.sampler import sampler_plan
 from engines.schedule import NoiseSchedule
 from server.job_schemas import JobBody, JobStateBody

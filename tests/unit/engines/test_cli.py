@@ -61,12 +61,6 @@ def test_build_fills_the_cache(toy: Bundle, tmp_path: Path) -> None:
     assert "step_4" in result.stdout
 
 
-def test_build_for_tensorrt_is_for_later(toy: Bundle) -> None:
-    result = run("build", toy.path, "--backend", "tensorrt")
-    assert result.exit_code == 1
-    assert "later version; use --backend openvino" in result.stderr
-
-
 def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     result = run("bench", toy.path, "--backend", "onnxruntime", *FAST)
     assert result.exit_code == 0, result.output

@@ -1,0 +1,147 @@
+"""Calls of fixed batch sizes on a CUDA device: rows at fixed addresses, one stream, one CUDA graph a rung."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engines.backends.base import Rows
+from engines.errors import BackendError
+from engines.manifest import GraphSpec
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "uint8": torch.uint8}
+_log = logging.getLogger(__name__)
+
+Enqueue = Callable[[], None]
+"""Puts one call on the current stream: reads the inputs and writes the outputs of the rows it was made for."""
+
+
+class CudaRows:
+    """Inputs and outputs of a graph for ``rung`` rows.
+
+    inputs, outputs: where the engine reads and writes, on the device; each has a page-locked copy on the host, so
+    that both ways are asynchronous. None of them ever moves: a CUDA graph holds their addresses.
+    """
+
+    def __init__(self, spec: GraphSpec, rung: int, device: str) -> None:
+        self.rung = rung
+        pinned = device == "cuda"
+        host = {
+            tensor.name: torch.zeros((rung, *tensor.shape[1:]), dtype=_DTYPES[tensor.dtype], pin_memory=pinned)
+            for tensor in (*spec.inputs, *spec.outputs)
+        }
+        self.inputs = {tensor.name: torch.zeros_like(host[tensor.name], device=device) for tensor in spec.inputs}
+        self.outputs = {tensor.name: torch.zeros_like(host[tensor.name], device=device) for tensor in spec.outputs}
+        self._host = host
+        self._views: dict[str, NDArray[Any]] = {name: tensor.numpy() for name, tensor in host.items()}
+
+    def upload(self, rows: Rows) -> None:
+        """Put at most ``rung`` rows on the device; the first of them fills up what is missing."""
+        for name, tensor in self.inputs.items():
+            view, array = self._views[name], rows[name]
+            view[: len(array)] = array
+            view[len(array) :] = array[:1]
+            tensor.copy_(self._host[name], non_blocking=True)
+
+    def download(self) -> None:
+        """Bring the outputs to the host; they are there once the stream is synchronised."""
+        for name, tensor in self.outputs.items():
+            self._host[name].copy_(tensor, non_blocking=True)
+
+    def taken(self, count: int) -> dict[str, NDArray[Any]]:
+        """The first ``count`` rows of what was downloaded, the caller's own."""
+        return {name: self._views[name][:count].copy() for name in self.outputs}
+
+
+class Ladder:
+    """Runs any number of rows as calls of fixed batch sizes, each made ready when it first comes.
+
+    make: prepares the engine for rows of one batch size and gives its call. capture: keep each call as a CUDA
+    graph, which replays with one launch. device: cuda, or cpu to rehearse without graphs.
+    """
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        rungs: Sequence[int],
+        make: Callable[[CudaRows], Enqueue],
+        *,
+        capture: bool,
+        device: str = "cuda",
+    ) -> None:
+        self._spec = spec
+        self._rungs = tuple(rungs)
+        self._make = make
+        self._capture = capture
+        self._device = device
+        self.stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
+        self._calls: dict[int, tuple[CudaRows, Enqueue]] = {}
+        self.captured: dict[int, bool] = {}
+        """Whether each batch size that came so far replays a graph."""
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        """All outputs of the rows. Raises: BackendError naming an input of another dtype or shape."""
+        count, largest = check_rows(self._spec, rows), self._rungs[-1]
+        pieces = [
+            self._run({t.name: rows[t.name][first : first + largest] for t in self._spec.inputs})
+            for first in range(0, count, largest)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def close(self) -> None:
+        """Free rows and graphs, once what is under way is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._calls.clear()
+
+    def _run(self, piece: Rows) -> dict[str, NDArray[Any]]:
+        count = len(piece[self._spec.inputs[0].name])
+        rung = next(rung for rung in self._rungs if rung >= count)
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            if rung not in self._calls:
+                self._calls[rung] = self._ready(rung)
+            rows, enqueue = self._calls[rung]
+            rows.upload(piece)
+            enqueue()
+            rows.download()
+        if self.stream is not None:
+            self.stream.synchronize()
+        return rows.taken(count)
+
+    def _ready(self, rung: int) -> tuple[CudaRows, Enqueue]:
+        rows = CudaRows(self._spec, rung, self._device)
+        enqueue = self._make(rows)
+        self.captured[rung] = False
+        if self.stream is None or not self._capture:
+            return rows, enqueue
+        enqueue()  # what a first call allocates and compiles is not to be captured
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                enqueue()
+        except RuntimeError as error:
+            _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rung, error)
+            return rows, enqueue
+        self.captured[rung] = True
+        return rows, graph.replay
+
+
+def check_rows(spec: GraphSpec, rows: Rows) -> int:
+    """How many rows there are. Raises: BackendError naming an input of another dtype or shape."""
+    count = len(rows[spec.inputs[0].name])
+    for tensor in spec.inputs:
+        array, shape = rows[tensor.name], (count, *tensor.shape[1:])
+        if array.shape != shape or array.dtype != np.dtype(tensor.dtype):
+            raise BackendError(
+                f"{tensor.name} must be {tensor.dtype} of {shape}, not {array.dtype} of {array.shape}"
+            )
+    return count

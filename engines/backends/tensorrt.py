@@ -1,0 +1,104 @@
+"""TensorRT on an NVIDIA GPU: a plan for this very GPU, one static profile, context and CUDA graph a rung.
+
+``tensorrt`` and ``tensorrt_rtx`` have nearly one API: ``engines.backends.tensorrt_build`` and ``tensorrt_run`` say
+where they differ. Buffers, the stream and graph capture are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engines.backends.base import RUNGS, Precision, Rows
+from engines.backends.cuda import find_device
+from engines.backends.plan_store import PlanStore
+from engines.backends.tensorrt_build import Network, check_target, find_library, library_name
+from engines.errors import BackendError
+from engines.manifest import GraphSpec, TensorSpec
+
+
+class TensorRtBackend:
+    """One graph on the current CUDA device.
+
+    precision: of the network body. rungs: batch sizes to be ready for; a batch between two is filled up, one
+    beyond the largest runs in pieces. store: where the plan is kept, or None to build it every time.
+    Raises: BackendError when there is no library or GPU, or the graph cannot be built.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        spec: GraphSpec,
+        *,
+        precision: Precision = "float32",
+        rungs: Sequence[int] = RUNGS,
+        store: PlanStore | None = None,
+    ) -> None:
+        trt = find_library()
+        check_target(trt, find_device())
+        from engines.backends.tensorrt_run import LoadedPlan  # noqa: PLC0415 - imports torch, and needs a GPU
+
+        self._spec = spec
+        self._precision = precision
+        rungs = tuple(sorted(rungs))
+
+        def load(plan: bytes) -> LoadedPlan | None:
+            return LoadedPlan.open(trt, plan, spec, rungs, store)
+
+        def build() -> bytes:
+            return build_plan(file, spec, precision, rungs, store)
+
+        try:
+            self._plan = load(build()) if store is None else store.obtain(load, build)
+            if self._plan is None:
+                raise BackendError(f"{library_name(trt)} does not load the plan it has just built from {file}")
+        except BackendError:
+            raise
+        except Exception as error:  # torch and the library raise what they like
+            raise BackendError(f"TensorRT cannot load {file}: {error}") from error
+
+    @property
+    def name(self) -> str:
+        return engine_name(self._precision)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        if self._plan is None:
+            raise BackendError("this TensorRT engine was closed; load it again")
+        try:
+            return self._plan.run(rows)
+        except Exception as error:
+            raise BackendError(f"TensorRT failed on {self._spec.file}: {error}") from error
+
+    def close(self) -> None:
+        if self._plan is not None:
+            self._plan.close()
+        self._plan = None
+
+
+def engine_name(precision: Precision) -> str:
+    """Library, version and precision. Raises: BackendError when no library is installed."""
+    return f"{library_name(find_library())} {precision}"
+
+
+def build_plan(
+    file: Path, spec: GraphSpec, precision: Precision, rungs: Sequence[int], store: PlanStore | None
+) -> bytes:
+    """Compile a graph for the GPU of this machine; what the builder learns is kept for the next graph."""
+    timings = None if store is None else store.of_every_graph()
+    known = None if timings is None else timings.load("timings")
+    network = Network(find_library(), file, spec, precision)
+    built = network.build(rungs, for_this_gpu=True, timings=known or b"")
+    if timings is not None and built.timings:
+        timings.save("timings", built.timings)
+    return built.plan

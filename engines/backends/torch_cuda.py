@@ -1,0 +1,101 @@
+"""torch on an NVIDIA GPU: the bundle's ONNX graphs with torch operators, one CUDA graph a rung.
+
+What runs where TensorRT is not installed, or makes nothing for the GPU: nothing is built, so it starts at once.
+Weights lie with channels last, the layout of the tensor cores' convolutions; bfloat16 lowers products alone
+(``engines.backends.bfloat16``), float32 is without TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from engines.backends.base import RUNGS, Precision, Rows
+from engines.backends.bfloat16 import lower_products
+from engines.backends.cuda import find_device
+from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
+from engines.backends.torch import OnnxModule
+from engines.errors import BackendError
+from engines.manifest import GraphSpec, TensorSpec
+
+
+class TorchCudaBackend:
+    """One graph on the current CUDA device.
+
+    precision: of the network body. rungs: batch sizes that get a CUDA graph; a batch between two is filled up, one
+    beyond the largest runs in pieces. device: cuda, or cpu to rehearse.
+    Raises: BackendError when there is no GPU, or the graph cannot be read or holds an operator not known here.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        spec: GraphSpec,
+        *,
+        precision: Precision = "float32",
+        rungs: Sequence[int] = RUNGS,
+        device: str = "cuda",
+    ) -> None:
+        if device == "cuda":
+            find_device()
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            model = onnx.load(str(file))
+        except Exception as error:  # protobuf raises its own, undocumented types
+            raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
+        if precision == "bfloat16":
+            model = lower_products(model)
+        self._spec = spec
+        self._precision = precision
+        self._module: OnnxModule | None = OnnxModule(model, device).eval()
+        self._ladder = Ladder(spec, sorted(rungs), self._make, capture=True, device=device)
+
+    @property
+    def name(self) -> str:
+        return engine_name(self._precision)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    @property
+    def captured(self) -> dict[int, bool]:
+        """Whether each batch size that came so far replays a CUDA graph."""
+        return self._ladder.captured
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        if self._module is None:
+            raise BackendError("this torch engine was closed; load it again")
+        try:
+            with torch.inference_mode():
+                return self._ladder.run(rows)
+        except (BackendError, RuntimeError, IndexError, KeyError) as error:
+            raise BackendError(f"torch failed on {self._spec.file}: {error}") from error
+
+    def close(self) -> None:
+        if self._module is not None:
+            self._ladder.close()
+        self._module = None
+
+    def _make(self, rows: CudaRows) -> Enqueue:
+        def enqueue() -> None:
+            assert self._module is not None
+            outputs = self._module(rows.inputs)
+            for name, tensor in rows.outputs.items():
+                tensor.copy_(outputs[name])
+
+        return enqueue
+
+
+def engine_name(precision: Precision) -> str:
+    """Backend, version and precision."""
+    return f"torch-cuda {str(torch.__version__).partition('+')[0]} {precision}"

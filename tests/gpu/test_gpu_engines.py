@@ -1,0 +1,135 @@
+"""What a GPU has to show: the reference's results, graphs captured, nothing built twice, and a bench that runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from engines.backends.base import Precision
+from engines.backends.load import ON_GPU, BackendName, load_backend
+from engines.backends.onnxruntime import OnnxRuntimeBackend
+from engines.backends.tensorrt_build import find_library, is_rtx
+from engines.bundle import Bundle
+from engines.cli import app
+from engines.condition import load_tokenizer
+from engines.errors import BackendError
+from engines.examples import example_inputs
+from engines.manifest import COEFFICIENTS, LATENT
+from engines.open import open_pipeline
+from tests.gpu.loading import load_file, skip_unless_possible
+from tests.support.step_rows import random_rows, step_spec
+
+RUNGS = (1, 2, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9], ids=["a rung", "between two", "the largest", "beyond it"])
+def test_every_graph_agrees_with_the_reference(backend: BackendName, toy: Bundle, rows: int) -> None:
+    for graph, spec in toy.manifest.graphs.items():
+        inputs = example_inputs(toy.manifest, load_tokenizer(toy), graph, rows)
+        expected = load_backend("onnxruntime", toy, graph).run(inputs)
+        engine = load_backend(backend, toy, graph, rungs=RUNGS)
+        got = engine.run(inputs)
+        for output in spec.outputs:
+            levels = output.dtype == "uint8"
+            assert got[output.name].dtype == expected[output.name].dtype
+            difference = np.abs(got[output.name].astype(np.float64) - expected[output.name])
+            assert difference.max() <= (1 if levels else 1e-3), (graph, output.name)
+        engine.close()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_an_exported_unet_agrees_with_the_reference(
+    backend: BackendName, unet_file: Path, precision: Precision, tolerance: float
+) -> None:
+    spec, rows = step_spec(unet_file), random_rows(4, seed=1)
+    rows[COEFFICIENTS][:] = (0, 1, 3e38, 0, 1, 0, 0, 0, 0)  # the network's own output
+    expected = OnnxRuntimeBackend(unet_file, spec).run(rows)
+    engine = load_file(backend, unet_file, spec, precision if backend in ON_GPU else "float32", RUNGS)
+    for name, array in engine.run(rows).items():
+        assert np.isfinite(array).all()
+        assert np.abs(array - expected[name]).max() <= tolerance * np.abs(expected[name]).max()
+    if backend in ON_GPU:
+        assert engine.name.endswith(precision)
+
+
+def test_outputs_belong_to_the_caller_and_calls_leave_no_trace(backend: BackendName, toy: Bundle) -> None:
+    engine = load_backend(backend, toy, "step", rungs=RUNGS)
+    tokenizer = load_tokenizer(toy)
+    one, two = (example_inputs(toy.manifest, tokenizer, "step", 2, seed) for seed in (1, 2))
+    first = engine.run(one)
+    kept = {name: array.copy() for name, array in first.items()}
+    engine.run(two)
+    again = engine.run(one)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, kept[name])
+        np.testing.assert_array_equal(array, again[name])
+
+
+def test_a_wrong_shape_is_refused(backend: BackendName, toy: Bundle) -> None:
+    engine = load_backend(backend, toy, "step", rungs=RUNGS)
+    inputs = example_inputs(toy.manifest, load_tokenizer(toy), "step", 2)
+    inputs[LATENT] = inputs[LATENT][:, :, :3]
+    with pytest.raises(BackendError, match=r"failed on step\.onnx"):
+        engine.run(inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch-cuda", "tensorrt"])
+def test_every_rung_is_a_cuda_graph(name: BackendName, unet_file: Path) -> None:
+    skip_unless_possible(name)
+    if name == "tensorrt" and is_rtx(find_library()):
+        pytest.skip("tensorrt_rtx captures its graphs itself and does not tell")
+    engine: Any = load_file(name, unet_file, step_spec(unet_file), "float32", RUNGS)
+    for rung in RUNGS:
+        engine.run(random_rows(rung, seed=0))
+    assert engine.captured == dict.fromkeys(RUNGS, True)
+
+
+def test_a_second_start_builds_nothing(
+    backend: BackendName, toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = example_inputs(toy.manifest, load_tokenizer(toy), "step", 2)
+    first = load_backend(backend, toy, "step", cache_dir=tmp_path, rungs=RUNGS).run(inputs)
+    if backend == "tensorrt":
+        from engines.backends import tensorrt
+
+        monkeypatch.setattr(tensorrt, "build_plan", lambda *_: pytest.fail("built again"))
+    second = load_backend(backend, toy, "step", cache_dir=tmp_path, rungs=RUNGS).run(inputs)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+
+
+def test_a_pipeline_draws_what_the_reference_draws(backend: BackendName, toy: Bundle) -> None:
+    images = []
+    for name in (backend, "onnxruntime"):
+        pipeline = open_pipeline(toy.path, name, rungs=RUNGS)
+        images.append(pipeline.generate(["seven", "three", "one"], 3.0, [1, 2, 3]).astype(int))
+        pipeline.close()
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_the_bench_ends_with_one_json_line(backend: BackendName, toy: Bundle) -> None:
+    arguments = ["bench", str(toy.path), "--backend", backend, "--rungs", "1,2", "--repeats", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["engine"].startswith(backend)
+    assert figures["generate"]["images_per_s"] > 0
+    if backend in ON_GPU:
+        assert " sm_" in figures["machine"]
+
+
+def test_the_bench_of_real_architectures_runs(backend: BackendName, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.gpu.bench import main
+
+    precision: Precision = "bfloat16" if backend in ON_GPU else "float32"
+    main("tiny", [backend], precision, "1,2", 1, compiled=False)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["step_tflop"] > 0
+    assert {graph for graphs in figures["ms"].values() for graph in graphs} == {"step", "decode"}
+    assert len(figures["images_per_s"]) == 2

@@ -1,0 +1,127 @@
+"""The GPU's rows and calls, rehearsed on the CPU; and that a run on a device never reads a value back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from engines.backends.bfloat16 import lower_products
+from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
+from engines.backends.torch import OnnxModule, TorchBackend
+from engines.backends.torch_cuda import TorchCudaBackend
+from engines.bundle import Bundle
+from engines.condition import load_tokenizer
+from engines.errors import BackendError
+from engines.examples import example_inputs
+from engines.manifest import LATENT, GraphSpec, Parity, TensorSpec
+from tests.support.step_rows import random_rows, step_spec
+
+SPEC = GraphSpec(
+    file="sum.onnx",
+    inputs=(
+        TensorSpec(name="a", dtype="float32", shape=(-1, 2)),
+        TensorSpec(name="tokens", dtype="int64", shape=(-1,)),
+    ),
+    outputs=(TensorSpec(name="sum", dtype="float32", shape=(-1,)),),
+    parity=Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0),
+)
+RUNGS = (1, 2, 4)
+
+
+class Summing:
+    """An engine of fixed batch sizes that adds up each row; tells which sizes it ran."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.ran: list[int] = []
+
+    def make(self, rows: CudaRows) -> Enqueue:
+        self.made.append(rows.rung)
+
+        def enqueue() -> None:
+            self.ran.append(rows.rung)
+            rows.outputs["sum"].copy_(rows.inputs["a"].sum(1) + rows.inputs["tokens"])
+
+        return enqueue
+
+
+@pytest.mark.parametrize(("count", "ran"), [(1, [1]), (2, [2]), (3, [4]), (4, [4]), (5, [4, 1]), (11, [4, 4, 4])])
+def test_rows_run_as_batches_of_the_ladder(count: int, ran: list[int]) -> None:
+    engine = Summing()
+    ladder = Ladder(SPEC, RUNGS, engine.make, capture=True, device="cpu")
+    a, tokens = np.random.default_rng(0).random((count, 2), dtype=np.float32), np.arange(count)
+    for _ in range(2):
+        np.testing.assert_allclose(ladder.run({"a": a, "tokens": tokens})["sum"], a.sum(1) + tokens, rtol=1e-6)
+    assert engine.ran == ran * 2
+    assert engine.made == sorted(set(ran), key=ran.index)
+    assert ladder.captured == dict.fromkeys(engine.made, False)
+
+
+def test_missing_rows_are_filled_up_with_the_first() -> None:
+    rows = CudaRows(SPEC, 4, "cpu")
+    rows.upload({"a": np.ones((4, 2), np.float32), "tokens": np.full(4, 9)})
+    rows.upload({"a": np.zeros((2, 2), np.float32), "tokens": np.array([5, 6])})
+    assert rows.inputs["tokens"].tolist() == [5, 6, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("a", np.zeros((2, 3), np.float32), r"a must be float32 of \(2, 2\), not float32 of \(2, 3\)"),
+        ("a", np.zeros((2, 2)), "a must be float32 of .* not float64"),
+        ("tokens", np.zeros((3,), np.int64), r"tokens must be int64 of \(2,\), not int64 of \(3,\)"),
+        ("tokens", np.zeros((2,), np.int32), "tokens must be int64 of .* not int32"),
+    ],
+)
+def test_rows_of_another_shape_or_type_are_named(name: str, array: np.ndarray, message: str) -> None:
+    rows = {"a": np.zeros((2, 2), np.float32), "tokens": np.zeros(2, np.int64), name: array}
+    with pytest.raises(BackendError, match=message):
+        check_rows(SPEC, rows)
+
+
+def test_the_rehearsal_computes_what_the_cpu_backend_does(unet_file: Path) -> None:
+    spec, rows = step_spec(unet_file), random_rows(5, seed=2)
+    rehearsal = TorchCudaBackend(unet_file, spec, rungs=RUNGS, device="cpu")
+    expected = TorchBackend(unet_file, spec).run(rows)
+    first = rehearsal.run(rows)
+    for name, array in first.items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-5)
+    kept = {name: array.copy() for name, array in first.items()}
+    rehearsal.run(random_rows(5, seed=3))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, kept[name])
+    rows[LATENT] = rows[LATENT][:, :, :3]
+    with pytest.raises(BackendError, match=r"torch failed on step\.onnx: latent must be float32"):
+        rehearsal.run(rows)
+    rehearsal.close()
+    rehearsal.close()
+    with pytest.raises(BackendError, match="load it again"):
+        rehearsal.run(rows)
+
+
+def run_on_meta(model: onnx.ModelProto, rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """On a device without values: reading one, or mixing it with the CPU, raises."""
+    inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
+    outputs: dict[str, torch.Tensor] = OnnxModule(model, "meta")(inputs)
+    return outputs
+
+
+def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
+    tokenizer = load_tokenizer(toy)
+    for graph, spec in toy.manifest.graphs.items():
+        rows = example_inputs(toy.manifest, tokenizer, graph, 3)
+        outputs = run_on_meta(onnx.load(str(toy.graph_file(graph))), rows)
+        assert {n: tuple(t.shape) for n, t in outputs.items()} == {t.name: (3, *t.shape[1:]) for t in spec.outputs}
+        assert {tensor.device.type for tensor in outputs.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_unet_reads_no_value_back(unet_file: Path, lowered: bool) -> None:
+    model = onnx.load(str(unet_file))
+    outputs = run_on_meta(lower_products(model) if lowered else model, random_rows(2, seed=0))
+    assert {tuple(tensor.shape) for tensor in outputs.values()} == {(2, 1, 8, 8)}
+    assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}

@@ -1,0 +1,238 @@
+"""The TensorRT backend without a GPU: refused with the reason, and no kept plan is run by mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from engines.backends import cuda, load, tensorrt, tensorrt_build
+from engines.backends.cuda import Device, find_device
+from engines.backends.load import engine_key, load_backend
+from engines.backends.plan_store import PlanStore
+from engines.bundle import Bundle
+from engines.cli import app
+from engines.errors import BackendError
+
+H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06")
+RTX = Device("NVIDIA GeForce RTX 4090", (8, 9), "580.65.06")
+
+
+def fake_library(name: str = "tensorrt", version: str = "11.4.0.106") -> ModuleType:
+    module = ModuleType(name)
+    module.__version__ = version  # type: ignore[attr-defined]
+    module.ComputeCapability = SimpleNamespace(SM89=0)  # type: ignore[attr-defined]
+    return module
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, device: Device = H100) -> None:
+    monkeypatch.setattr(tensorrt, "find_library", lambda: module)
+    for place in (tensorrt, load):
+        monkeypatch.setattr(place, "find_device", lambda: device)
+
+
+# ---- refusals
+
+
+def test_no_library_says_which_to_install(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_build, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"pip install 'halfstep\[trt\]'.*pip install 'halfstep\[rtx\]'"):
+        load_backend("tensorrt", toy, "decode")
+
+
+def test_a_library_that_does_not_load_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> ModuleType:
+        raise OSError("libnvinfer.so.11: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt_build, "find_spec", lambda name: name)
+    monkeypatch.setattr(tensorrt_build, "import_module", fails)
+    with pytest.raises(BackendError, match=r"tensorrt is installed but does not load: libnvinfer\.so\.11"):
+        tensorrt_build.find_library()
+
+
+def test_full_tensorrt_goes_before_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_build, "find_spec", lambda name: name)
+    monkeypatch.setattr(tensorrt_build, "import_module", fake_library)
+    assert tensorrt_build.library_name(tensorrt_build.find_library()) == "tensorrt 11.4.0.106"
+    assert tensorrt_build.library_name(fake_library("tensorrt_rtx", "1.7.1.116")) == "tensorrt-rtx 1.7.1.116"
+
+
+def torch_with(cuda_version: str | None, available: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        __version__="2.13.0",
+        version=SimpleNamespace(cuda=cuda_version),
+        cuda=SimpleNamespace(
+            is_available=lambda: available,
+            get_device_name=lambda: "NVIDIA H100 80GB HBM3",
+            get_device_capability=lambda: (9, 0),
+        ),
+        _C=SimpleNamespace(_cuda_getDriverVersion=lambda: 13000),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cuda_version", "message"),
+    [(None, "torch 2.13.0 is a build without CUDA"), ("13.0", "No NVIDIA GPU is visible to this process")],
+)
+def test_no_gpu_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, cuda_version: str | None, message: str
+) -> None:
+    monkeypatch.setattr(cuda, "import_module", lambda name: torch_with(cuda_version, available=False))
+    with pytest.raises(BackendError, match=f"{message}.*--backend openvino"):
+        find_device()
+
+
+def test_no_torch_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"halfstep\[torch\]"):
+        find_device()
+
+
+NVRM = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 12\n"
+
+
+@pytest.mark.parametrize(("told", "driver"), [(NVRM, "580.65.06"), ("", "of CUDA 13000"), (None, "of CUDA 13000")])
+def test_a_device_is_its_product_architecture_and_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str | None, driver: str
+) -> None:
+    file = tmp_path / "version"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(cuda, "_DRIVER_FILE", file)
+    monkeypatch.setattr(cuda, "import_module", lambda name: torch_with("13.0", available=True))
+    assert str(find_device()) == f"NVIDIA H100 80GB HBM3 sm_90, driver {driver}"
+
+
+def test_a_gpu_that_the_library_does_not_know_is_refused() -> None:
+    rtx = fake_library("tensorrt_rtx", "1.7.1.116")
+    tensorrt_build.check_target(rtx, RTX)
+    tensorrt_build.check_target(fake_library(), H100)
+    with pytest.raises(BackendError, match=r"no engines for NVIDIA H100 80GB HBM3 \(sm_90\); install full"):
+        tensorrt_build.check_target(rtx, H100)
+
+
+@pytest.mark.parametrize("command", ["build", "bench", "compare"])
+def test_commands_refuse_in_one_sentence(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    install(monkeypatch, fake_library())
+
+    def refuse() -> Device:
+        raise BackendError("No NVIDIA GPU is visible to this process")
+
+    for place in (tensorrt, load):
+        monkeypatch.setattr(place, "find_device", refuse)
+    where = ["--cache", str(tmp_path)] if command == "build" else []
+    result = CliRunner().invoke(app, [command, str(toy.path), "--backend", "tensorrt", *where])
+    assert (result.exit_code, result.stderr.strip()) == (1, "error: No NVIDIA GPU is visible to this process")
+
+
+def test_threads_are_refused(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_library())
+    with pytest.raises(BackendError, match="no CPU threads to set"):
+        load_backend("tensorrt", toy, "decode", threads=2)
+
+
+# ---- what an engine depends on
+
+
+def test_the_key_changes_with_all_that_a_plan_depends_on(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machines = [
+        (fake_library(), H100),
+        (fake_library(version="11.4.1.10"), H100),
+        (fake_library("tensorrt_rtx", "11.4.0.106"), H100),
+        (fake_library(), Device("NVIDIA H200", (9, 0), "580.65.06")),
+        (fake_library(), Device("NVIDIA H100 80GB HBM3", (9, 0), "590.10")),
+    ]
+    keys = []
+    for library, device in machines:
+        install(monkeypatch, library, device)
+        keys += [engine_key(toy, "step_4", "tensorrt", precision, 0) for precision in ("float32", "bfloat16")]
+    assert len({key.folder(tmp_path) for key in keys}) == 2 * len(machines)
+    assert keys[0].machine == "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06"
+    assert keys[0].engine == "tensorrt 11.4.0.106 float32"
+
+
+class FakeRun:
+    """Stands for the module that imports torch: a plan is loaded by looking at it."""
+
+    def __init__(self) -> None:
+        self.loaded: list[bytes] = []
+        self.LoadedPlan = SimpleNamespace(open=self.open)
+
+    def open(self, trt: Any, plan: bytes, *_: Any) -> SimpleNamespace:
+        self.loaded.append(plan)
+        return SimpleNamespace(run=lambda rows: {}, close=lambda: None)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    """A machine with an H100 and full TensorRT, as far as loading goes; its plans are b"plan 1", b"plan 2" …"""
+    install(monkeypatch, fake_library())
+    run, plans = FakeRun(), (f"plan {i}".encode() for i in range(1, 100))
+    monkeypatch.setitem(sys.modules, "engines.backends.tensorrt_run", run)
+    monkeypatch.setattr(tensorrt, "build_plan", lambda *_: next(plans))
+    return run
+
+
+def kept_plan(toy: Bundle, cache: Path) -> Path:
+    key = engine_key(toy, "step_4", "tensorrt", "auto", 0)
+    return PlanStore(cache, key, (1, 2)).file("plan")
+
+
+def start(toy: Bundle, cache: Path) -> None:
+    load_backend("tensorrt", toy, "step_4", cache_dir=cache, rungs=(2, 1)).close()
+
+
+def test_a_second_start_loads_what_the_first_built(toy: Bundle, tmp_path: Path, gpu: FakeRun) -> None:
+    start(toy, tmp_path)
+    start(toy, tmp_path)
+    assert gpu.loaded == [b"plan 1", b"plan 1"]
+
+
+def test_a_corrupted_engine_is_built_again_and_never_run(toy: Bundle, tmp_path: Path, gpu: FakeRun) -> None:
+    start(toy, tmp_path)
+    file = kept_plan(toy, tmp_path)
+    file.write_bytes(file.read_bytes().replace(b"plan 1", b"plan X"))
+    start(toy, tmp_path)
+    assert gpu.loaded == [b"plan 1", b"plan 2"]
+
+
+def test_an_engine_of_another_gpu_is_built_again_and_never_run(
+    toy: Bundle, tmp_path: Path, gpu: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(toy, tmp_path)
+    theirs = kept_plan(toy, tmp_path)
+    install(monkeypatch, fake_library(), Device("NVIDIA H200", (9, 0), "580.65.06"))
+    kept_plan(toy, tmp_path).parent.mkdir(parents=True)
+    kept_plan(toy, tmp_path).write_bytes(theirs.read_bytes())
+    start(toy, tmp_path)
+    assert gpu.loaded == [b"plan 1", b"plan 2"]
+
+
+def test_without_a_cache_nothing_is_kept(toy: Bundle, gpu: FakeRun) -> None:
+    for _ in range(2):
+        load_backend("tensorrt", toy, "step_4").close()
+    assert gpu.loaded == [b"plan 1", b"plan 2"]
+
+
+def test_a_closed_engine_says_so(toy: Bundle, gpu: FakeRun) -> None:
+    engine = load_backend("tensorrt", toy, "step_4")
+    assert engine.name == "tensorrt 11.4.0.106 float32"
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="load it again"):
+        engine.run({})
+
+
+def test_importing_the_backend_imports_no_torch() -> None:
+    script = "import sys, engines.backends.tensorrt; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

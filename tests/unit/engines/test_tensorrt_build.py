@@ -1,0 +1,122 @@
+"""Every graph of every architecture, scaled down, becomes a TensorRT plan: on a machine without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import pytest
+
+from engines.backends.base import Precision
+from engines.backends.tensorrt_build import Network
+from engines.bundle import Bundle
+from engines.errors import BackendError
+from engines.manifest import GraphSpec, TensorSpec
+from tests.support.scaled_down import Exported, step_of, surroundings
+from tests.support.step_rows import step_spec
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
+
+RUNGS = (1, 4)
+
+
+@pytest.fixture(scope="module")
+def trt() -> ModuleType:
+    module: ModuleType = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    return module
+
+
+def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision) -> None:
+    """The parsed network takes and gives what the manifest says, and compiles."""
+    network = Network(trt, file, spec, precision)
+    for found, described in ((network.inputs(), spec.inputs), (network.outputs(), spec.outputs)):
+        assert {tensor.name: tensor.dtype for tensor in found} == {t.name: t.dtype for t in described}
+        assert {tensor.name: tensor.shape for tensor in found} == {t.name: t.shape for t in described}
+    assert len(network.build(RUNGS, for_this_gpu=False).plan) > 1000
+
+
+# ---- our own architectures
+
+
+TOYS = {
+    "one student each": ToyOptions(steps=(2,), default_steps=2),
+    "shared, inverting": ToyOptions(steps=(2,), default_steps=2, shared=True, encoders=(2,), nan_class=3),
+    "seeing": ToyOptions(steps=(2,), default_steps=2, seeing=True),
+}
+
+
+@pytest.mark.parametrize("options", TOYS.values(), ids=TOYS.keys())
+def test_every_graph_of_a_bundle_compiles(trt: ModuleType, tmp_path: Path, options: ToyOptions) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy", options)
+    for graph, spec in bundle.manifest.graphs.items():
+        check(trt, bundle.graph_file(graph), spec, "float32")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_exported_unet_compiles(trt: ModuleType, unet_file: Path, precision: Precision) -> None:
+    check(trt, unet_file, step_spec(unet_file), precision)
+
+
+# ---- Stable Diffusion's
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scaled")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl", "inpaint"])
+def test_every_step_graph_compiles(trt: ModuleType, work: Path, kind: str) -> None:
+    exported = step_of(kind, work)
+    for precision in ("float32", "bfloat16"):
+        check(trt, exported.file, exported.spec, precision)
+
+
+def all_surroundings(work: Path) -> Iterator[Exported]:
+    """The autoencoder is one for all; text encoders differ."""
+    yield from surroundings("sd15", work, ("condition", "decode", "encode"))
+    yield from surroundings("sdxl", work, ("condition",))
+
+
+@pytest.mark.long
+def test_text_encoders_and_autoencoder_compile(trt: ModuleType, work: Path) -> None:
+    for exported in all_surroundings(work):
+        for precision in ("float32", "bfloat16"):
+            check(trt, exported.file, exported.spec, precision)
+
+
+# ---- what is refused
+
+
+def test_a_graph_other_than_its_manifest_is_refused(trt: ModuleType, toy: Bundle) -> None:
+    spec = toy.manifest.graphs["decode"]
+    file = toy.graph_file("decode")
+    [latent] = spec.inputs
+    for changed, message in (
+        (latent.model_copy(update={"shape": (-1, 3, 8, 8)}), r"the manifest says .*\(-1, 3, 8, 8\)"),
+        (latent.model_copy(update={"dtype": "float16"}), "the manifest says .*float16"),
+        (TensorSpec(name="image", dtype="float32", shape=latent.shape), r"parsed with \['latent'\]"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            Network(trt, file, spec.model_copy(update={"inputs": (changed,)}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_file_that_is_no_graph_is_refused(
+    trt: ModuleType, tmp_path: Path, toy: Bundle, precision: Precision
+) -> None:
+    file = tmp_path / "bad.onnx"
+    file.write_bytes(b"\x00not a graph")
+    with pytest.raises(BackendError, match=r"bad\.onnx"):
+        Network(trt, file, toy.manifest.graphs["decode"], precision)
+
+
+def test_an_operator_it_does_not_know_is_named(trt: ModuleType, tmp_path: Path, toy: Bundle) -> None:
+    model = onnx.load(str(toy.graph_file("decode")))
+    model.graph.node[0].op_type = "Clop"
+    file = tmp_path / "clop.onnx"
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(BackendError, match=r"cannot parse .*clop\.onnx: .*Clop"):
+        Network(trt, file, toy.manifest.graphs["decode"])
