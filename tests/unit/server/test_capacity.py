@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.backends.base import RUNGS
 from engines.bundle import verify_bundle
 from engines.cost import CostTable
-from engines.pipeline import RUNGS
 from server.capacity.plan import Load, Planner, admission_of, find_least, quantile
 from server.capacity.prices import Prices
 from server.capacity.question import Mix, PlanError
