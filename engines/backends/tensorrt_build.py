@@ -131,7 +131,8 @@ class Network:
         else:
             parsed = self._parser.parse_from_file(str(self._file))
         if not parsed:
-            found = [self._parser.get_error(i).desc() for i in range(self._parser.num_errors)]
+            errors = [self._parser.get_error(i) for i in range(self._parser.num_errors)]
+            found = [f"{error.node_operator()}: {error.desc()}".removeprefix(": ") for error in errors]
             reasons = "; ".join(found) or self.log.reasons()
             raise BackendError(f"{library_name(self._trt)} cannot parse {self._file}: {reasons}")
 

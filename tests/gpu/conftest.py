@@ -1,6 +1,6 @@
 """Engines to test: those of a GPU where there is one, and a rehearsal of the same tests on the CPU everywhere.
 
-One command on a machine with a GPU, nothing downloaded: ``python -m pytest tests/gpu``.
+One command on a machine with a GPU, nothing downloaded: ``python -m pytest tests/gpu -m ""``.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def test_every_graph_agrees_with_the_reference(backend: BackendName, toy: Bundle
         engine.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_an_exported_unet_agrees_with_the_reference(
     backend: BackendName, unet_file: Path, precision: Precision, tolerance: float
@@ -79,6 +80,7 @@ def test_a_wrong_shape_is_refused(backend: BackendName, toy: Bundle) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["torch-cuda", "tensorrt"])
 def test_every_rung_is_a_cuda_graph(name: BackendName, unet_file: Path) -> None:
     skip_unless_possible(name)
@@ -124,6 +126,7 @@ def test_the_bench_ends_with_one_json_line(backend: BackendName, toy: Bundle) ->
         assert " sm_" in figures["machine"]
 
 
+@pytest.mark.long
 def test_the_bench_of_real_architectures_runs(backend: BackendName, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.gpu.bench import main
 
