@@ -10,7 +10,7 @@ student is exported; the others are measured.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from distill_jobs.sections import EvaluationSection, Solver
 from distill_jobs.solvers import TITLES, solve, stock_scheduler
 from distill_jobs.student import load_stock, sees_masks, weights_sha256
 from engines.guidance import weight_from_scale
+from engines.manifest import EvaluationRow, Measured
 from engines.sampler import Sampler, SamplerPlan, sampler_plan
 from engines.schedule import NoiseSchedule
 
@@ -64,6 +65,19 @@ class Contender:
         """Its name in tables: ``student``, ``teacher, DPM-Solver++``."""
         name = self.name or self.role
         return f"{name}, {TITLES[self.solver]}" if self.solver else name
+
+    def row(
+        self, guidance_scale: float, values: Mapping[str, Sequence[float]], *, model: str = ""
+    ) -> EvaluationRow:
+        """Its line in a table. values: each metric's by seed; model: what it is called there, if not ``title``."""
+        return EvaluationRow(
+            model=model or self.title,
+            steps=self.steps,
+            evaluations=self.evaluations,
+            sampler=self.sampler,
+            guidance_scale=guidance_scale,
+            metrics={name: Measured.of(each) for name, each in values.items()},
+        )
 
     @property
     def key(self) -> str:

@@ -20,7 +20,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing
 from distill_jobs.sheets import write_sheets
 from distill_jobs.tasks import measure_tasks, task_gates, weights_of
-from engines.manifest import Evaluation, EvaluationRow, Measured
+from engines.manifest import Evaluation, EvaluationRow
 
 CELLS = "evaluation"
 
@@ -111,11 +111,4 @@ def _measure_all(
 def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell, CellResult]) -> EvaluationRow:
     per_seed = [results[Cell(contender, scale, seed)].metrics for seed in recipe.evaluation.seeds]
     values = {name: [metrics[name] for metrics in per_seed] for name in METRICS}
-    return EvaluationRow(
-        model=contender.title,
-        steps=contender.steps,
-        evaluations=contender.evaluations,
-        sampler=contender.sampler,
-        guidance_scale=scale,
-        metrics={name: Measured.of(found) for name, found in values.items()},
-    )
+    return contender.row(scale, values)

@@ -24,7 +24,7 @@ from distill_jobs.metrics import class_agreement
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import SEED_STRIDE, Network, request_noise, sample
 from distill_jobs.student import sees_masks
-from engines.manifest import EvaluationRow, Measured
+from engines.manifest import EvaluationRow
 from engines.noise import Purpose
 from engines.sampler import SamplerPlan
 from engines.schedule import NoiseSchedule
@@ -120,17 +120,8 @@ def measure_inpainting(
                 drawn = _painted(painter, recipe, digits, shown, seed * SEED_STRIDE)
                 found[name].append(_agreement(classifier, drawn, digits.labels))
                 advance(len(digits) * painter.student.evaluations)
-        metrics = {name: Measured.of(values) for name, values in found.items()}
-        rows.append(
-            EvaluationRow(
-                model=painter.name,
-                steps=painter.student.steps,
-                evaluations=painter.student.evaluations,
-                sampler=painter.student.sampler,
-                guidance_scale=painter.scale(recipe),
-                metrics={**metrics, HIDDEN_AGREEMENT: Measured(mean=hidden, spread=0)},
-            )
-        )
+        values = {**found, HIDDEN_AGREEMENT: [hidden]}
+        rows.append(painter.student.row(painter.scale(recipe), values, model=painter.name))
     return tuple(rows)
 
 

@@ -36,7 +36,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import ComputeSection
 from distill_jobs.tasks import inversion_gates, weights_of
-from engines.manifest import Evaluation, EvaluationRow, Measured
+from engines.manifest import Evaluation, EvaluationRow
 
 METRIC = "none: latents are compared with the teacher's, at equal noise"
 
@@ -99,16 +99,7 @@ def _quality(
                 wanted = reference.setdefault((scale, seed), drawn)
                 distances.append(float((drawn - wanted).square().mean().sqrt()))
                 progress.advance(task)
-            rows.append(
-                EvaluationRow(
-                    model=contender.title,
-                    steps=contender.steps,
-                    evaluations=contender.evaluations,
-                    sampler=contender.sampler,
-                    guidance_scale=scale,
-                    metrics={DISTANCE: Measured.of(distances)},
-                )
-            )
+            rows.append(contender.row(scale, {DISTANCE: distances}))
     return tuple(rows)
 
 

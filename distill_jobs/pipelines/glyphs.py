@@ -23,7 +23,7 @@ from distill_jobs.glyph_encoder import GlyphEncoder, as_tensor
 from distill_jobs.metrics import frechet_distance
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.sheet import levels
-from engines.manifest import EvaluationRow, Measured
+from engines.manifest import EvaluationRow
 
 GLYPHS = "glyphs"
 TOP_1, TOP_5, FRECHET, DIVERSITY = "glyph_top_1", "glyph_top_5", "frechet_distance", "glyph_diversity"
@@ -162,16 +162,7 @@ def measure_glyphs(
                     show(contender, pictures)
                 found.append(judge.measure(pictures))
                 advance()
-            rows.append(
-                EvaluationRow(
-                    model=contender.title,
-                    steps=contender.steps,
-                    evaluations=contender.evaluations,
-                    sampler=contender.sampler,
-                    guidance_scale=scale,
-                    metrics={name: Measured.of([each[name] for each in found]) for name in found[0]},
-                )
-            )
+            rows.append(contender.row(scale, {name: [each[name] for each in found] for name in found[0]}))
     return tuple(rows)
 
 

@@ -19,7 +19,7 @@ from distill_jobs.data.masks import half_masks
 from distill_jobs.draws import Draws
 from distill_jobs.inpainting import BLENDED, SEEING
 from distill_jobs.pipelines.drawing import LatentSampler
-from engines.manifest import EvaluationRow, Measured
+from engines.manifest import EvaluationRow
 
 LATENT_INPAINTING = "latent_inpainting"
 INSIDE, OUTSIDE = "masked_distance", "known_distance"
@@ -93,16 +93,7 @@ def measure_latent_inpainting(
             inside.append(scene.inside(drawn, reference.setdefault(number, drawn)))
             outside.append(scene.outside(drawn))
             advance()
-        rows.append(
-            EvaluationRow(
-                model=painter.name,
-                steps=painter.contender.steps,
-                evaluations=painter.contender.evaluations,
-                sampler=painter.contender.sampler,
-                guidance_scale=scale,
-                metrics={INSIDE: Measured.of(inside), OUTSIDE: Measured.of(outside)},
-            )
-        )
+        rows.append(painter.contender.row(scale, {INSIDE: inside, OUTSIDE: outside}, model=painter.name))
     return tuple(rows)
 
 

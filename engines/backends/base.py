@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
-from engines.manifest import TensorSpec
+from engines.manifest import GraphSpec, TensorSpec
 
 Rows = Mapping[str, NDArray[Any]]
 Precision = Literal["float32", "bfloat16"]
@@ -42,3 +42,17 @@ class EngineBackend(Protocol):
     def close(self) -> None:
         """Free the engine. Idempotent."""
         ...
+
+
+class OfGraph:
+    """What every backend of one graph says of it: its tensors, as the manifest names them."""
+
+    _spec: GraphSpec
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs

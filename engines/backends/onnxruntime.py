@@ -8,12 +8,12 @@ from typing import Any
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from engines.backends.base import Precision, Rows
+from engines.backends.base import OfGraph, Precision, Rows
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(OfGraph):
     """One graph in an inference session.
 
     threads: worker threads of one run; 0 takes one per core.
@@ -34,14 +34,6 @@ class OnnxRuntimeBackend:
     @property
     def name(self) -> str:
         return engine_name("float32")
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self._session is None:

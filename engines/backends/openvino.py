@@ -18,10 +18,10 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from engines.backends.base import Precision, Rows
+from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.openvino_head import head_input, split_head
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -34,7 +34,7 @@ LONE_THREAD_BYTES = 1024 * 1024
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(OfGraph):
     """One graph, compiled.
 
     precision: of the network body. threads: worker threads of one run; 0 takes one per core, or one alone for
@@ -74,14 +74,6 @@ class OpenVinoBackend:
     @property
     def name(self) -> str:
         return engine_name(self._precision)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, rows: Rows) -> Arrays:
         if self._model is None:

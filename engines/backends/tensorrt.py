@@ -12,15 +12,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.backends.base import RUNGS, Precision, Rows
+from engines.backends.base import RUNGS, OfGraph, Precision, Rows
 from engines.backends.cuda import find_device
 from engines.backends.plan_store import PlanStore
 from engines.backends.tensorrt_build import Network, check_target, find_library, library_name
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec
 
 
-class TensorRtBackend:
+class TensorRtBackend(OfGraph):
     """One graph on the current CUDA device.
 
     precision: of the network body. rungs: batch sizes to be ready for; a batch between two is filled up, one
@@ -63,14 +63,6 @@ class TensorRtBackend:
     @property
     def name(self) -> str:
         return engine_name(self._precision)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self._plan is None:

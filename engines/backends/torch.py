@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.backends.base import Precision, Rows
+from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.torch_operators import OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec
 
 OPSETS = (21, 22)
 
@@ -92,7 +92,7 @@ class OnnxModule(torch.nn.Module):
         return self._placed[name]
 
 
-class TorchBackend:
+class TorchBackend(OfGraph):
     """One graph in eager torch, float32.
 
     threads: worker threads of the whole process, for torch has one pool; 0 leaves torch's choice.
@@ -112,14 +112,6 @@ class TorchBackend:
     @property
     def name(self) -> str:
         return engine_name("float32")
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self._module is None:

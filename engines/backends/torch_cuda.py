@@ -15,16 +15,16 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from engines.backends.base import RUNGS, Precision, Rows
+from engines.backends.base import RUNGS, OfGraph, Precision, Rows
 from engines.backends.bfloat16 import lower_products
 from engines.backends.cuda import find_device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
 from engines.backends.torch import OnnxModule
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec
 
 
-class TorchCudaBackend:
+class TorchCudaBackend(OfGraph):
     """One graph on the current CUDA device.
 
     precision: of the network body. rungs: batch sizes that get a CUDA graph; a batch between two is filled up, one
@@ -58,14 +58,6 @@ class TorchCudaBackend:
     @property
     def name(self) -> str:
         return engine_name(self._precision)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     @property
     def captured(self) -> dict[int, bool]:
