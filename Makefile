@@ -11,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint deploy-check docs chaos prove distill lock sbom clean
+.PHONY: help setup serve test lint deploy-check docs pictures chaos prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ distill: setup
 	$(VENV)/bin/python -m distill_jobs run $(RECIPE) --out $(OUT) --resume
 	$(VENV)/bin/python -m distill_jobs evaluate $(OUT)
 	$(VENV)/bin/python -m distill_jobs export $(OUT) $(OUT)/bundle
+
+## make pictures   a model's pictures for the README, drawn by the server, and its card filled in  [BUNDLE=… RUN=…]
+BUNDLE ?= server/bundles/default
+pictures: setup
+	$(VENV)/bin/python -m tests.benchmarks.pictures --bundle $(BUNDLE)
+	$(if $(RUN),$(VENV)/bin/python -m distill_jobs card $(RUN))
 
 ## make chaos      jobs over HTTP while APIs, workers and Redis are killed; then bugs planted to be found
 chaos: setup

@@ -1,4 +1,4 @@
-"""``python -m distill_jobs``: run, evaluate, compare, export, import. What they do stands in ``commands``."""
+"""``python -m distill_jobs``: run, evaluate, compare, export, card, import. What they do stands in ``commands``."""
 
 from __future__ import annotations
 
@@ -105,6 +105,21 @@ def export(
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
 
         commands.export(run_dir, bundle, despite_gates=despite_gates)
+
+
+@app.command()
+def card(
+    run_dir: RunDir,
+    page: Annotated[Path | None, typer.Argument(help="The page.", show_default="docs/model-card-NAME.md")] = None,
+) -> None:
+    """Fill in a model card from an evaluated run, or begin one: facts, tables of quality, targets, a sheet.
+
+    What people wrote on the page stays; what stands between its marks is written anew.
+    """
+    with _one_sentence_errors():
+        from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
+
+        commands.card(run_dir, page)
 
 
 @app.command("import")

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from distill_jobs.card import write_card
 from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
 from distill_jobs.errors import RecipeError
 from distill_jobs.evaluate import evaluate_run
-from distill_jobs.export import export_run
+from distill_jobs.export import evaluation_of, export_run
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
@@ -89,6 +90,14 @@ def export(run_dir: Path, bundle: Path, *, despite_gates: bool) -> None:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
         _say_written(progress, written)
+
+
+def card(run_dir: Path, page: Path | None) -> None:
+    """Fill in the model card of an evaluated run. Raises: JobError."""
+    recipe = stored_recipe(RunFolder(run_dir))
+    there = page or Path("docs") / f"model-card-{recipe.export.name}.md"
+    write_card(RunFolder(run_dir), recipe, evaluation_of(run_dir, recipe), there)
+    Console(stderr=True).print(f"Wrote {there}")
 
 
 def import_(

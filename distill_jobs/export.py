@@ -48,6 +48,7 @@ from engines.manifest import (
 
 SHARED_GRAPH = "step"
 ENCODER_GRAPH = "invert"
+SAMPLE_SHEET = "samples.png"
 CONSISTENCY_GRAPH = "step_consistency"
 CONDITION_LIMIT = 1e-5  # of its largest value
 DECODE_LIMIT = 1.0  # grey levels
@@ -71,7 +72,7 @@ def export_run(
         raise ExportError("students of two networks, guided at sampling, are for comparison; a bundle has no place")
     check_replaceable(bundle_dir)
     everyone = contenders(run_dir, recipe)
-    report = _report(run_dir, recipe, everyone)
+    report = evaluation_of(run_dir, recipe)
     if (missed := [gate.name for gate in report.gates if not gate.passed]) and not despite_gates:
         raise ExportError(
             f"the report of {run_dir} misses {len(missed)} of its gates, first: {missed[0]}; "
@@ -87,6 +88,8 @@ def export_run(
     staging.mkdir(parents=True)
     try:
         run, advance = RunFolder(run_dir), lambda: display.advance(task)
+        if run.sample_sheet.is_file():
+            shutil.copyfile(run.sample_sheet, staging / SAMPLE_SHEET)
         graphs = _write_graphs(staging, run, recipe, students, around, advance)
         manifest = _manifest(staging, recipe, report, students, inverters, around, graphs)
         return write_bundle(staging, bundle_dir, manifest)
@@ -100,13 +103,16 @@ def _surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
     return digits_surroundings(recipe)
 
 
-def _report(run_dir: Path, recipe: Recipe, everyone: tuple[Contender, ...]) -> RunReport:
-    """The evaluation of exactly these weights."""
+def evaluation_of(run_dir: Path, recipe: Recipe) -> RunReport:
+    """The evaluation of exactly a run's weights. Raises: ExportError where it is none; JobError."""
     if not (run_dir / JSON_NAME).is_file():
         raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
     kind = LatentReport if isinstance(recipe.teacher, LatentTeacher) else Report
     report: RunReport = kind.read(run_dir)
-    if report.weights != weights_of(run_dir, recipe, everyone) or report.recipe_sha256 != recipe.sha256():
+    if (
+        report.weights != weights_of(run_dir, recipe, contenders(run_dir, recipe))
+        or report.recipe_sha256 != recipe.sha256()
+    ):
         raise ExportError(
             f"the evaluation in {run_dir} is of other weights; run again: python -m distill_jobs evaluate {run_dir}"
         )
@@ -217,6 +223,7 @@ def _manifest(
         encoders=tuple(_encoder(encoder, recipe) for encoder in inverters),
         default_steps=recipe.export.default_steps,
         evaluation=report.evaluation,
+        tables=report.tasks,
         recipe=RecipeRecord(name=recipe.name, sha256=recipe.sha256(), text=recipe.to_yaml()),
         licences=around.licences,
         files=file_records(staging),

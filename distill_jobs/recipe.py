@@ -128,6 +128,8 @@ class Recipe(Section):
                 "data: digits needs a teacher that is trained; captioned images need teacher.folder, "
                 "or teacher.autoencoder to make one"
             )
+        if not latent and self.export.prompts:
+            raise ValueError("export.prompts is for models of any text; a digits model shows its classes")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
         channels = self.unet.get("out_channels", 4)

@@ -13,6 +13,9 @@ from distill_jobs.errors import RecipeError
 from distill_jobs.pipelines.teacher import filled_from_teacher
 from distill_jobs.recipe import Recipe
 
+WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every"}
+"""Fields on which no phase's result depends."""
+
 
 def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """A recipe by file path, or by the name of one shipped with halfstep, with ``key.sub=value`` overrides.

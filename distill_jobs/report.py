@@ -90,6 +90,10 @@ class RunReport(_Frozen):
     def markdown(self) -> str:
         """The report for people."""
 
+    @abstractmethod
+    def quality(self) -> str:
+        """The table of quality alone, in Markdown."""
+
 
 class Report(RunReport):
     """Of a run on digits.
@@ -129,6 +133,9 @@ class Report(RunReport):
             task_lines(self.tasks),
         )
         return "\n".join([*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])
+
+    def quality(self) -> str:
+        return "\n".join(quality_table(self.evaluation.rows)[2:])
 
 
 def machine() -> Machine:

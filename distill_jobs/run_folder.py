@@ -15,7 +15,7 @@ import torch
 from distill_jobs.checkpoint import write_text
 from distill_jobs.errors import LockedError, RecipeError
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import changed_fields, read_recipe
+from distill_jobs.recipe_file import WITHOUT_EFFECT, changed_fields, read_recipe
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "glyph_encoder"
 
     @property
+    def sample_sheet(self) -> Path:
+        """Prompts with what teacher and students make of them, where an evaluation drew some."""
+        return self.path / "sheets" / "glyphs.png"
+
+    @property
     def stage_one(self) -> Path:
         return self.path / "stage_one"
 
@@ -109,14 +114,20 @@ class RunFolder:
             yield
 
     def take_up(self, recipe: Recipe, resume: bool) -> None:
-        """Start the recipe's run here, or go on with it. Raises: RecipeError when the folder holds another's."""
+        """Start the recipe's run here, or go on with it, with other fields where no phase depends on them.
+
+        Raises: RecipeError when the folder holds another's.
+        """
         if not self.recipe.is_file():
             write_text(self.recipe, recipe.to_yaml())
             return
         if not resume:
             raise RecipeError(f"{self.path} already holds a run; go on with --resume or choose another --out")
-        if changed := changed_fields(stored_recipe(self), recipe):
-            raise RecipeError(f"the recipe differs from the one {self.path} was started with: {', '.join(changed)}")
+        changed = changed_fields(stored_recipe(self), recipe)
+        if fixed := [name for name in changed if name.split(".")[0] not in WITHOUT_EFFECT]:
+            raise RecipeError(f"the recipe differs from the one {self.path} was started with: {', '.join(fixed)}")
+        if changed:
+            write_text(self.recipe, recipe.to_yaml())
 
     def started_on(self, here: Machine) -> Machine:
         """The machine the run was started on, recorded now if it is this one."""

@@ -235,10 +235,14 @@ class EvaluationSection(Section):
 
 
 class ExportSection(Section):
-    """students: the step counts that go into the bundle; upscale: integer nearest-neighbour factor of decode."""
+    """students: the step counts that go into the bundle; upscale: integer nearest-neighbour factor of decode.
+
+    prompts: of a latent model, examples to show people; empty for those of any text model.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     description: str = ""
     students: tuple[int, ...] = (8, 4, 2, 1)
     default_steps: int = 4
     upscale: int = Field(8, ge=1)
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()

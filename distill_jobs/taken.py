@@ -14,12 +14,9 @@ from typing import Any
 from distill_jobs.checkpoint import write_folder, write_text
 from distill_jobs.latent_sections import MadeTeacher
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import differences
+from distill_jobs.recipe_file import WITHOUT_EFFECT, differences
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection
-
-WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every"}
-"""Fields on which no phase's result depends."""
 
 LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder"}
 """Fields that the teacher does not see."""

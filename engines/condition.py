@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +17,8 @@ from engines.bundle import Bundle
 from engines.errors import BundleError, RequestError
 from engines.manifest import Frozen
 
-CLIP_EXAMPLES = ("a photograph of a red fox in the snow", "a watercolour of a lighthouse at dusk")
-"""Prompts to warm and compare engines with; a text model knows far more."""
+CLIP_EXAMPLES = ("a photograph of a red fox in the snow", "a watercolour of a lighthouse at dusk", "a fox", "x")
+"""Prompts to show, warm and compare engines with, for a text model that brings none; it knows far more."""
 
 
 class Tokenizer(Protocol):
@@ -79,11 +80,12 @@ class LabelTokenizer:
 class ClipTokenizer:
     """Any text, as CLIP's byte-pair tokens between a start and an end, padded to a fixed length.
 
-    text: a ``tokenizer.json`` that adds start, end and padding; length: tokens of a row, both marks included.
-    A special token spelt in a prompt is plain text. Raises: ValueError when the file is no tokenizer of this kind.
+    text: a ``tokenizer.json`` that adds start, end and padding; length: tokens of a row, both marks included;
+    examples: prompts to show. A special token spelt in a prompt is plain text. Raises: ValueError when the file is
+    no tokenizer of this kind, or an example is too long.
     """
 
-    def __init__(self, text: str, length: int) -> None:
+    def __init__(self, text: str, length: int, examples: Sequence[str] = ()) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare exceptions
@@ -92,10 +94,13 @@ class ClipTokenizer:
         self._text, self._length = text, length
         if len(self._tokenizer.encode("").ids) != length:
             raise ValueError(f"the tokenizer does not pad to {length} tokens")
+        if too_long := next((example for example in examples if not self._fits(example)), None):
+            raise ValueError(f"the example {too_long!r} is longer than the {length - 2} tokens of a prompt")
+        self._examples = tuple(examples) or tuple(filter(self._fits, CLIP_EXAMPLES))[:2]
 
     @classmethod
-    def read(cls, path: Path, length: int) -> ClipTokenizer:
-        return cls(path.read_text(encoding="utf-8"), length)
+    def read(cls, path: Path, length: int, examples: Sequence[str] = ()) -> ClipTokenizer:
+        return cls(path.read_text(encoding="utf-8"), length, examples)
 
     def encode(self, prompt: str) -> NDArray[np.int64]:
         ids = self._tokenizer.encode(prompt).ids
@@ -110,7 +115,10 @@ class ClipTokenizer:
         return np.array([*ids[: self._length - 1], ids[-1]], dtype=np.int64)
 
     def known(self) -> tuple[str, ...]:
-        return CLIP_EXAMPLES
+        return self._examples
+
+    def _fits(self, prompt: str) -> bool:
+        return len(self._tokenizer.encode(prompt).ids) <= self._length
 
     def dump(self) -> str:
         """The tokenizer's file."""
@@ -122,7 +130,9 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     spec = bundle.manifest.condition
     file = bundle.file(spec.tokenizer)
     try:
-        return LabelTokenizer.read(file) if spec.kind == "labels" else ClipTokenizer.read(file, spec.tokens)
+        if spec.kind == "labels":
+            return LabelTokenizer.read(file)
+        return ClipTokenizer.read(file, spec.tokens, spec.examples)
     except ValueError as error:
         raise BundleError(f"{file} is not a tokenizer of kind {spec.kind}: {error}") from None
 

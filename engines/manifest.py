@@ -120,12 +120,16 @@ class Size(Frozen):
 
 
 class ConditionSpec(Frozen):
-    """The prompt side: tokenizer file and kind, and the shape (tokens, width) of one row's condition."""
+    """The prompt side: tokenizer file and kind, and the shape (tokens, width) of one row's condition.
+
+    examples: prompts of a text model to show people; empty for those that suit any.
+    """
 
     kind: Literal["labels", "clip"]
     tokenizer: str
     tokens: int
     width: int
+    examples: tuple[str, ...] = ()
 
 
 class Measured(Frozen):
@@ -196,6 +200,7 @@ class BundleManifest(Frozen):
     encoders: tuple[StudentSpec, ...] = Field((), description="students that invert an image to its noise")
     default_steps: int
     evaluation: Evaluation
+    tables: dict[str, tuple[EvaluationRow, ...]] = Field({}, description="quality besides ``evaluation``, by task")
     recipe: RecipeRecord
     licences: Licences
     files: dict[str, FileRecord]

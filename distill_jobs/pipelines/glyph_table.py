@@ -19,13 +19,14 @@ from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.encoders import Encoders
 from distill_jobs.pipelines.glyphs import GLYPHS, Asking, GlyphJudge, measure_glyphs
-from distill_jobs.pipelines.sheet import contact_sheet
+from distill_jobs.pipelines.sheet import contact_sheet, prompt_sheet
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.signals import StopSignal
 from engines.manifest import EvaluationRow
 
+SHOWN_STEPS = (4, 1)
 COLUMNS = 8
 DECODED_ROWS = 64
 
@@ -40,7 +41,8 @@ def glyph_table(
 ) -> tuple[EvaluationRow, ...]:
     """Train the encoder where it does not stand, draw and measure, and write sheets/glyphs-CONTENDER.png.
 
-    glyphs.txt beside them has the prompts, row by row.
+    glyphs.txt beside them has the prompts, row by row; glyphs.png shows prompts with what the teacher and the
+    students of 4 steps and 1 step make of them.
 
     Raises: DataError; Interrupted after a signal while the encoder trains.
     """
@@ -64,10 +66,19 @@ def glyph_table(
         parts = torch.split(latents, DECODED_ROWS)
         return torch.cat([encoders.autoencoder.decode(part.to(processes.device)).cpu() for part in parts])
 
+    together: dict[str, Tensor] = {}
+
     def show(contender: Contender, pictures: Tensor) -> None:
         contact_sheet(torch.split(pictures[shown], COLUMNS)).save(sheets / f"glyphs-{contender.key}.png")
+        if contender == everyone[0] or (contender.exported and contender.steps in SHOWN_STEPS):
+            steps = f"{contender.steps} step{'s' if contender.steps > 1 else ''}"
+            together[f"{contender.title}, {steps}"] = pictures[shown]
 
     told = replace(sampler, prompts=encoders.prompts.encode(prompts).to("cpu"))
     each = len(settings.guidance_scales) * len(settings.seeds)
     task = progress.add_task(GLYPHS, total=len(everyone) * each, loss="")
-    return measure_glyphs(told, everyone, judge, decode, show, lambda: progress.advance(task))
+    rows = measure_glyphs(told, everyone, judge, decode, show, lambda: progress.advance(task))
+    if together:
+        asked = [prompts[i] for i in shown]
+        prompt_sheet(asked, list(together), list(together.values())).save(folder.sample_sheet)
+    return rows

@@ -35,14 +35,22 @@ class LatentReport(RunReport):
             "",
             "## Quality",
             "",
+            self.quality(),
+            "",
+            *task_lines(self.tasks),
+        ]
+        return "\n".join(lines)
+
+    def quality(self) -> str:
+        lines = [
             "| guidance_scale | model | steps | evaluations | distance to the teacher |",
             "|---:|---|---:|---:|---:|",
         ]
-        for row in sorted(told.rows, key=lambda row: row.guidance_scale):
+        for row in sorted(self.evaluation.rows, key=lambda row: row.guidance_scale):
             found = row.metrics[DISTANCE]
             head = f"| {row.guidance_scale:g} | {row.model} | {row.steps} | {row.evaluations} |"
             lines.append(f"{head} {found.mean:.3f} ± {found.spread:.3f} |")
-        return "\n".join([*lines, "", *task_lines(self.tasks)])
+        return "\n".join(lines)
 
 
 def distance_gates(rows: Sequence[EvaluationRow], metric: str = DISTANCE) -> Iterator[Gate]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,18 +19,27 @@ from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.surroundings import TOKENIZER_FILE, Surroundings
+from engines.condition import ClipTokenizer
 from engines.manifest import ConditionSpec, Licences
 
 WORDS = ["a", "photograph", "of", "a", "red", "fox", "in", "the", "snow,", "seen", "from", "above", "at", "dusk"]
 
 
 def latent_surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
-    """The text encoders and the autoencoder of the run's teacher. Raises: TeacherError; RecipeError."""
+    """The text encoders and the autoencoder of the run's teacher, and the recipe's prompts to show.
+
+    Raises: TeacherError; RecipeError where a prompt is too long for the model too.
+    """
     teacher, data = recipe.teacher, recipe.data
     if not isinstance(teacher, LatentTeacher) or not isinstance(data, CaptionedData):
         raise RecipeError("only a run whose teacher is a pipeline has text encoders and an autoencoder")
     licences = Licences(teacher=teacher.licence, data=data.licence)
-    return surroundings_of(open_folder(RunFolder(run_dir).teacher), licences)
+    around, prompts = surroundings_of(open_folder(RunFolder(run_dir).teacher), licences), recipe.export.prompts
+    try:
+        ClipTokenizer(around.tokenizer, around.spec.tokens, prompts)
+    except ValueError as error:
+        raise RecipeError(f"recipe {recipe.name}: export.prompts: {error}") from None
+    return replace(around, spec=around.spec.model_copy(update={"examples": prompts}))
 
 
 def surroundings_of(folder: PipelineFolder, licences: Licences) -> Surroundings:

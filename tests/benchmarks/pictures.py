@@ -1,51 +1,133 @@
-"""The README's pictures, drawn by a running server: every digit by steps and by guidance, one seed a column.
+"""The README's pictures of a model, drawn by a server: by steps, by guidance, edits and inpaintings.
 
-Run: python -m server serve, then python -m tests.benchmarks.pictures [--url http://127.0.0.1:8000]
+Run: python -m tests.benchmarks.pictures [--bundle FOLDER] [--out docs/images]     (`make pictures` does)
+Prompts are those that the model itself gives as examples, each with one seed in all rows.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-FOLDER = Path("docs/images")
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+from tests.support.serving import serving
+
+COLUMNS = 10
 CELL, GAP, LABEL = 64, 8, 130
+FIRST_SEED = 100
+EDIT_STRENGTHS = (0.5, 0.75)
+TIMEOUT_S = 300
 
 
-def draw(client: httpx.Client, prompt: str, steps: int, guidance_scale: float, seed: int) -> Image.Image:
-    body = {"prompt": prompt, "steps": steps, "guidance_scale": guidance_scale, "seed": seed}
-    answer = client.post("/v1/images/generations", json=body).raise_for_status().json()
-    return Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+@dataclass(frozen=True)
+class Artist:
+    """A model of a running server. about: what /v1/models says of it."""
+
+    client: httpx.Client
+    about: dict[str, Any]
+
+    @property
+    def prompts(self) -> list[str]:
+        return list(self.about["prompts"][:COLUMNS])
+
+    def draw(self, prompt: str, seed: int, **wish: Any) -> Image.Image:
+        body = {"model": self.about["id"], "prompt": prompt, "seed": seed, **wish}
+        return _picture(self.client.post("/v1/images/generations", json=body))
+
+    def edit(
+        self, prompt: str, seed: int, image: Image.Image, mask: Image.Image | None, **wish: Any
+    ) -> Image.Image:
+        given = {"image": image} if mask is None else {"image": image, "mask": mask}
+        files = {name: (f"{name}.png", _png(picture), "image/png") for name, picture in given.items()}
+        fields = {"model": self.about["id"], "prompt": prompt, "seed": str(seed)}
+        wishes = {name: str(value) for name, value in wish.items()}
+        return _picture(self.client.post("/v1/images/edits", data={**fields, **wishes}, files=files))
+
+    def by_steps(self) -> Image.Image:
+        rows = [(f"{n} step{'s' if n > 1 else ''}", {"steps": n}) for n in sorted(self.about["steps"]["trained"])]
+        return self._sheet(rows[::-1])
+
+    def by_guidance(self) -> Image.Image:
+        low, high = (self.about["guidance_scale"][end] for end in ("min", "max"))
+        scales = [round(float(scale), 1) for scale in np.geomspace(low, high, 5)]
+        return self._sheet([(f"guidance {scale:g}", {"guidance_scale": scale}) for scale in scales])
+
+    def edits(self) -> Image.Image:
+        """Each column: a picture, drawn over with the next prompt at some strengths, and its lower half anew."""
+        prompts = self.prompts
+        seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+        before = [self.draw(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        asked = list(zip([*prompts[1:], prompts[0]], seeds, before, strict=True))
+        rows = [("drawn", before)]
+        for strength in EDIT_STRENGTHS:
+            edited = [self.edit(prompt, seed, image, None, strength=strength) for prompt, seed, image in asked]
+            rows.append((f"as its neighbour,\nstrength {strength:g}", edited))
+        mask = _lower_half(before[0].size)
+        rows.append(("its lower half,\ninpainted", [self.edit(*each, mask) for each in asked]))
+        return sheet(rows)
+
+    def _sheet(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> Image.Image:
+        return sheet(
+            [
+                (label, [self.draw(prompt, FIRST_SEED + i, **wish) for i, prompt in enumerate(self.prompts)])
+                for label, wish in rows
+            ]
+        )
 
 
-def sheet(client: httpx.Client, rows: list[tuple[str, int, float]]) -> Image.Image:
-    """One labelled row for each (label, steps, guidance_scale), one column a digit."""
-    size = (LABEL + len(WORDS) * (CELL + GAP) + GAP, len(rows) * (CELL + GAP) + GAP)
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Labelled rows of pictures."""
+    size = (LABEL + max(len(row) for _, row in rows) * (CELL + GAP) + GAP, len(rows) * (CELL + GAP) + GAP)
     page = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
-    for r, (label, steps, guidance_scale) in enumerate(rows):
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for r, (label, row) in enumerate(rows):
         top = GAP + r * (CELL + GAP)
-        pen.text((GAP, top + CELL // 2), label, fill="black", font=font, anchor="lm")
-        for c, word in enumerate(WORDS):
-            image = draw(client, word, steps, guidance_scale, seed=100 + c)
-            page.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (LABEL + c * (CELL + GAP), top))
+        pen.multiline_text((GAP, top + CELL // 2), label, fill="black", font=font, anchor="lm")
+        for c, picture in enumerate(row):
+            page.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (LABEL + c * (CELL + GAP), top))
     return page
 
 
-def main(url: str = "http://127.0.0.1:8000") -> None:
-    """url: a server with the embedded digits model."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with httpx.Client(base_url=url, timeout=30) as client:
-        by_steps = [(f"{n} step{'s' if n > 1 else ''}", n, 2.0) for n in (8, 4, 2, 1)]
-        sheet(client, by_steps).save(FOLDER / "digits-steps.png")
-        by_guidance = [(f"guidance {s:g}", 4, s) for s in (1.0, 2.0, 3.0, 4.0, 5.0)]
-        sheet(client, by_guidance).save(FOLDER / "digits-guidance.png")
+def _picture(answer: httpx.Response) -> Image.Image:
+    if answer.status_code != httpx.codes.OK:
+        raise SystemExit(f"the server refused a picture: {answer.text}")
+    return Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))).convert("RGB")
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _lower_half(size: tuple[int, int]) -> Image.Image:
+    """A mask whose lower half is transparent."""
+    mask = Image.new("RGBA", size, "white")
+    mask.paste((0, 0, 0, 0), (0, size[1] // 2, *size))
+    return mask
+
+
+def main(bundle: Path = Path("server/bundles/default"), out: Path = Path("docs/images")) -> None:
+    """Write MODEL-steps.png, MODEL-guidance.png and MODEL-edits.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.NamedTemporaryFile() as log,
+        serving([bundle], log=Path(log.name)) as server,
+        httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as client,
+    ):
+        artist = Artist(client, client.get("/v1/models").json()["data"][0])
+        pictures = {"steps": artist.by_steps, "guidance": artist.by_guidance, "edits": artist.edits}
+        for name, drawn in pictures.items():
+            drawn().save(out / f"{artist.about['id']}-{name}.png")
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ class Made:
         return stock
 
 
-LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("sd15", "sd21", "sdxl")]
+pytestmark = pytest.mark.long  # test_made_bundle.py takes one through the same path in make test
 
 
-@pytest.fixture(scope="module", params=["inpaint", *LONG])
+@pytest.fixture(scope="module", params=list(TEACHERS))
 def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     kind, made = request.param, tmp_path_factory.mktemp(request.param)
     make = tiny.sdxl if kind == "sdxl" else tiny.sd

@@ -15,8 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from distill_jobs import glyph_encoder, stage_one
-from distill_jobs.data import drawing
+from distill_jobs import stage_one
 from distill_jobs.data.captioned import index_folder
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
@@ -33,8 +32,6 @@ from distill_jobs.making.autoencoder import (
 from distill_jobs.making.prompted import PromptedNetwork, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
 from distill_jobs.pipelines.checks import open_folder
-from distill_jobs.pipelines.evaluate import evaluate_latent_run
-from distill_jobs.pipelines.glyphs import GLYPHS
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.vae import Autoencoder
@@ -44,7 +41,6 @@ from distill_jobs.run_folder import RunFolder
 from distill_jobs.state import TrainingState
 from distill_jobs.student import predict
 from distill_jobs.taken import takeable
-from tests.support.glyphs import glyphs
 from tests.support.latent_run import latent_recipe
 
 UNET: dict[str, Any] = {
@@ -168,28 +164,6 @@ def _cut(prompts: PromptEncoder, caption: str) -> Tensor:
 
 def _run(work: Path) -> RunFolder:
     return RunFolder(work / "run")
-
-
-def test_a_run_on_glyphs_has_a_table_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("font", "names"):
-        (tmp_path / name).write_text(name)
-    monkeypatch.setattr(drawing, "read_names", lambda file: ())
-    monkeypatch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(8))
-    monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
-    short = glyph_encoder.TRAINING.model_copy(update={"updates": 3, "batch_size": 4, "warmup": 0})
-    monkeypatch.setattr(glyph_encoder, "TRAINING", short)
-    told = {name: str(tmp_path / name) for name in ("font", "names", "cache")}
-    data = {"kind": "glyphs", "path": str(tmp_path / "drawn"), "pictures": 30, "side_px": 16, **told}
-    recipe = read_recipe(made_recipe(tmp_path, data=data))
-    run_job(recipe, tmp_path / "run", resume=False, progress=QUIET)
-    report = evaluate_latent_run(tmp_path / "run", recipe, progress=QUIET)
-    models = {(row.model, row.steps) for row in report.tasks[GLYPHS]}
-    assert {("teacher", 8), ("stage one", 8), ("student", 4)} <= models
-    assert "## Glyphs" in report.markdown()
-    assert (tmp_path / "run" / "sheets" / "glyphs-student-4.png").is_file()
-    assert (tmp_path / "run" / "sheets" / "glyphs.txt").read_text().splitlines()
-    with pytest.raises(RecipeError, match=r"data\.side_px is 32; .* make pictures of 16"):
-        read_recipe(made_recipe(tmp_path, data={**data, "side_px": 32}))
 
 
 def test_a_vocabulary_is_learned_and_nothing_is_unknown() -> None:

@@ -17,7 +17,7 @@ from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer, loss_by_w
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
-from distill_jobs.run_folder import RunFolder, training_seconds
+from distill_jobs.run_folder import RunFolder, stored_recipe, training_seconds
 from distill_jobs.state import RowLoss
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
@@ -51,6 +51,14 @@ def test_a_changed_recipe_is_refused_by_field(finished: RunFolder) -> None:
     other = read_recipe("digits", [*OVERRIDES, "teacher.lr=0.5"])
     with pytest.raises(RecipeError, match=r"teacher\.lr"):
         run_job(other, finished.path, resume=True, progress=Progress(disable=True))
+
+
+def test_what_no_phase_depends_on_may_change(recipe: Recipe, finished: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.recipe.write_bytes(finished.recipe.read_bytes())
+    other = read_recipe("digits", [*OVERRIDES, "export.description=two", "evaluation.samples=20"])
+    folder.take_up(other, resume=True)
+    assert stored_recipe(folder) == other != recipe
 
 
 def test_the_command_lists_changed_fields_and_computes_nothing(

@@ -1,0 +1,230 @@
+"""From a font to a served model: a pipeline made of glyphs, distilled into one network, exported, asked."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from rich.progress import Progress
+from typer.testing import CliRunner
+
+from distill_jobs import glyph_encoder, stage_one
+from distill_jobs.card import filled
+from distill_jobs.cli import app
+from distill_jobs.data import drawing
+from distill_jobs.errors import JobError, RecipeError
+from distill_jobs.export import export_run
+from distill_jobs.job import run_job
+from distill_jobs.pipelines.evaluate import evaluate_latent_run
+from distill_jobs.pipelines.glyphs import GLYPHS
+from distill_jobs.pipelines.report import LatentReport
+from distill_jobs.recipe_file import read_recipe
+from engines.bundle import verify_bundle
+from engines.noise import Purpose, row_noise
+from engines.open import open_pipeline
+from tests.benchmarks.pictures import CELL, GAP, LABEL, Artist
+from tests.support.glyphs import glyphs
+from tests.support.serving import ServerProcess, serving
+
+SIDE = 16
+PROMPTS = ["cherry 0", "red lemon 1"]
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "mid_block_type": None,
+    "norm_num_groups": 4,
+}
+ROWS = {"updates": 2, "batch_size": 4, "ema": 0.5}
+SMALL: dict[str, Any] = {
+    "base": "emoji",
+    "unet": UNET,
+    "teacher": {
+        **ROWS,
+        "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4},
+        "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
+    },
+    "stage_one": {**ROWS, "max_relative_error": 10},
+    "stage_two": {"batch_size": 4, "halvings": [{"steps": n, "updates": 1} for n in (8, 4, 2, 1)]},
+    "evaluation": {
+        "samples": 20,
+        "seeds": [1],
+        "guidance_scales": [1.0, 4.0],
+        "teacher_steps": 8,
+        "batch_size": 60,
+    },
+    "export": {"prompts": PROMPTS},
+}
+QUIET = Progress(disable=True)
+
+
+def small_recipe(work: Path, **data: Any) -> Path:
+    """The shipped recipe, made so small that it takes seconds, and without a font."""
+    for name in ("font", "names"):
+        (work / name).write_text(name)
+    told = {name: str(work / name) for name in ("font", "names", "cache")}
+    drawn = {"path": str(work / "drawn"), "pictures": 30, "side_px": SIDE, **told, **data}
+    (work / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "data": drawn}))
+    return work / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("glyphs")
+    short = glyph_encoder.TRAINING.model_copy(update={"updates": 2, "batch_size": 4, "warmup": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "read_names", lambda file: ())
+        patch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(8))
+        patch.setattr(stage_one, "GATE_ROWS", 8)
+        patch.setattr(glyph_encoder, "TRAINING", short)
+        recipe = read_recipe(small_recipe(work))
+        run_job(recipe, work / "run", resume=False, progress=QUIET)
+        evaluate_latent_run(work / "run", recipe, progress=QUIET)
+        export_run(work / "run", work / "bundle", recipe, despite_gates=True)
+    return work
+
+
+def test_the_report_has_a_table_of_glyphs(work: Path) -> None:
+    report = LatentReport.read(work / "run")
+    models = {(row.model, row.steps) for row in report.tasks[GLYPHS]}
+    assert models == {("teacher", n) for n in (8, 4, 2, 1)} | {("stage one", 8)} | {
+        ("student", n) for n in (8, 4, 2, 1)
+    }
+    assert "## Glyphs" in report.markdown()
+    for shown in ("teacher-8", "student-4", "student-1"):
+        assert (work / "run" / "sheets" / f"glyphs-{shown}.png").is_file()
+    prompts = (work / "run" / "sheets" / "glyphs.txt").read_text().splitlines()
+    assert len(prompts) > 4
+    with Image.open(work / "bundle" / "samples.png") as sheet:
+        assert sheet.width > 4 * 3 * SIDE
+        assert sheet.height > len(prompts) / 4 * SIDE
+
+
+def test_pictures_of_another_side_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.side_px is 32; .* make pictures of 16"):
+        read_recipe(small_recipe(tmp_path, side_px=32))
+
+
+def test_the_bundle_tells_how_it_was_made(work: Path) -> None:
+    manifest = verify_bundle(work / "bundle").manifest
+    assert [student.steps for student in manifest.students] == [8, 4, 2, 1]
+    assert {student.graph for student in manifest.students} == {"step"}
+    assert set(manifest.graphs) == {"condition", "decode", "encode", "step"}
+    assert "SIL OFL" in manifest.licences.data
+    assert yaml.safe_load(manifest.recipe.text)["seed"] == 0
+    report = LatentReport.read(work / "run")
+    assert manifest.evaluation == report.evaluation
+    assert {"glyph_top_1", "glyph_top_5"} <= manifest.tables[GLYPHS][0].metrics.keys()
+    assert manifest.tables == report.tasks
+    assert manifest.condition.examples == tuple(PROMPTS)
+
+
+def test_the_engine_draws_what_diffusers_draws_with_the_folded_student(work: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(work / "run" / "students" / "d4", use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(row_noise(3, (4, 8, 8), Purpose.INITIAL))[None]
+    told = {"num_inference_steps": 4, "guidance_scale": 4.0, "latents": noise, "output_type": "np"}
+    expected = stock(PROMPTS[1], **told).images[0] * 255
+    pipeline = open_pipeline(work / "bundle", "onnxruntime", rungs=(1, 2), warm=False)
+    drawn = pipeline.generate(PROMPTS, 4.0, [4, 3], steps=4)[1]
+    assert np.abs(drawn - expected).max() <= 1.0
+
+
+def test_the_card_begins_as_the_recipes_and_keeps_what_people_wrote(work: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "card.md"
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["card", str(work / "run"), str(page)])
+        assert result.exit_code == 0, result.output
+        begun = page.read_text()
+        page.write_text(
+            begun.replace("## Limits\n", "## Limits\n\n- It is tiny.\n") if "tiny" not in begun else begun
+        )
+    written = page.read_text()
+    assert written.count("- It is tiny.") == 1
+    assert written.count("| 4 | student | 4 | 4 |") == 2  # distance to the teacher, and glyphs
+    assert "| target | value | limit | |" in written
+    assert "| parameters of text_encoder |" in written
+    assert (page.parent / "images" / "emoji-prompts.png").is_file()
+
+
+def test_a_cards_marks_are_ours() -> None:
+    with pytest.raises(JobError, match="'report: colour' is none of: quality"):
+        filled("<!-- report: colour -->\n<!-- end -->", {"quality": str})
+    with pytest.raises(JobError, match="no place"):
+        filled("# Card", {"quality": str})
+
+
+@pytest.fixture(scope="module")
+def server(work: Path) -> Iterator[ServerProcess]:
+    with serving([work / "bundle"], log=work / "log") as server:
+        yield server
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pictures(answer: httpx.Response) -> list[np.ndarray]:
+    assert answer.status_code == 200, answer.text
+    files = [base64.b64decode(item["b64_json"]) for item in answer.json()["data"]]
+    return [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
+
+
+def test_it_draws_edits_and_inpaints_over_http(server: ServerProcess) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    mask = np.zeros((SIDE, SIDE, 4), np.uint8)
+    mask[:8, :, 3] = 255
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+
+        def drawn(**wish: Any) -> np.ndarray:
+            wish = {"prompt": "cherry 0", "seed": 3, "guidance_scale": 4.0, **wish}
+            [picture] = pictures(client.post("/v1/images/generations", json=wish))
+            return picture
+
+        def edited(files: dict[str, bytes], **fields: str) -> np.ndarray:
+            sent = {name: (f"{name}.png", data, "image/png") for name, data in files.items()}
+            data = {"prompt": "red lemon 1", "seed": "3", **fields}
+            [picture] = pictures(client.post("/v1/images/edits", data=data, files=sent))
+            return picture
+
+        [about] = client.get("/v1/models").json()["data"]
+        by_steps = [drawn(steps=steps) for steps in (1, 2, 4, 8)]
+        swept = [drawn(guidance_scale=scale) for scale in (1.0, 9.0)]
+        weak, strong = (edited({"image": png(photo)}, strength=strength) for strength in ("0.25", "1.0"))
+        inpainted = edited({"image": png(photo), "mask": png(mask)})
+        refused = client.post("/v1/images/generations", json={"prompt": "cherry", "steps": 3})
+    assert (about["id"], about["prompts"], about["steps"]["trained"]) == ("emoji", PROMPTS, [1, 2, 4, 8])
+    assert all(picture.shape == (SIDE, SIDE, 3) for picture in by_steps)
+    assert len({picture.tobytes() for picture in (*by_steps, *swept)}) == 6
+    assert not np.array_equal(weak, strong)
+    np.testing.assert_array_equal(inpainted[:8], photo[:8])
+    assert not np.array_equal(inpainted[8:], photo[8:])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "steps")
+
+
+def test_its_pictures_are_drawn_by_the_server(server: ServerProcess) -> None:
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        artist = Artist(client, client.get("/v1/models").json()["data"][0])
+        sheets = [artist.by_steps(), artist.by_guidance(), artist.edits()]
+    width = LABEL + len(PROMPTS) * (CELL + GAP) + GAP
+    assert [sheet.size for sheet in sheets] == [(width, rows * (CELL + GAP) + GAP) for rows in (4, 5, 4)]
+    first, second = (np.asarray(sheets[0].crop((LABEL, y, width, y + CELL))) for y in (GAP, 3 * GAP + 2 * CELL))
+    assert not np.array_equal(first, second)
