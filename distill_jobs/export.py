@@ -17,8 +17,10 @@ from distill_jobs.graphs import StepGraph
 from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.parity import (
+    PARITY_BATCHES,
     PARITY_ROWS,
     STEP_LIMIT,
+    parity_batches,
     parity_images,
     parity_latents,
     parity_rows,
@@ -133,7 +135,8 @@ def _write_graphs(
     def add(name: str, network: UNet2DConditionModel, rows: list[Tensor]) -> None:
         step = StepGraph(network, around.unpack)
         inputs, outputs = step.inputs(*size, tokens=around.conditions.shape[1]), step.outputs(*size)
-        graphs[name] = write_checked(step, rows, inputs, outputs, staging / f"{name}.onnx", STEP_LIMIT)
+        file, batches = staging / f"{name}.onnx", parity_batches(*size)
+        graphs[name] = write_checked(step, rows, inputs, outputs, file, STEP_LIMIT, batches)
         advance()
 
     for encoder in encoders(run.path, recipe):
@@ -166,7 +169,9 @@ def write_surroundings(
         (DECODE_GRAPH, decode, latents, decode.inputs(*size), decode.outputs(*size), DECODE_LIMIT),
         (ENCODE_GRAPH, encode, photos, encode.inputs(*size), encode.outputs(*size), around.encode_limit),
     ):
-        graphs[name] = write_checked(module, [rows], inputs, outputs, staging / f"{name}.onnx", limit)
+        batches = PARITY_BATCHES if name == CONDITION_GRAPH else parity_batches(*size)
+        file = staging / f"{name}.onnx"
+        graphs[name] = write_checked(module, [rows], inputs, outputs, file, limit, batches)
         advance()
     (staging / TOKENIZER_FILE).write_text(around.tokenizer, encoding="utf-8")
     return graphs

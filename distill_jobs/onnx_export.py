@@ -19,7 +19,7 @@ from engines.manifest import Parity, TensorSpec
 
 OPSET = 21
 INLINE_LIMIT_BYTES = 1 << 30
-"""Graphs above this keep their weights in a .data file beside them: protobuf ends at 2 GiB."""
+"""Graphs with more weights than this keep them in a .onnx.data file beside them: protobuf ends at 2 GiB."""
 
 
 class ExportError(JobError):
@@ -54,9 +54,13 @@ def write_graph(
             verbose=False,
         )
     assert program is not None
-    model = _without_notes(program.model_proto)
-    external = sum(tensor.ByteSize() for tensor in model.graph.initializer) > INLINE_LIMIT_BYTES
-    onnx.save_model(model, str(path), save_as_external_data=external, location=f"{path.stem}.data")
+    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    if weights <= INLINE_LIMIT_BYTES:
+        model = program.model_proto
+    else:  # written from torch's own memory: the message would hold each weight a second time
+        program.save(path, external_data=True)
+        model = onnx.load(str(path), load_external_data=False)
+    onnx.save_model(_without_notes(model), str(path))
 
 
 def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:

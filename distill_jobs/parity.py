@@ -16,6 +16,9 @@ from engines.sampler import SamplerPlan
 STEP_LIMIT = 1e-4
 PARITY_BATCHES = (1, 3, 8, 20)
 PARITY_ROWS = sum(PARITY_BATCHES)
+FEW_BATCHES = (1, 2)
+LARGE_LATENT = 64 * 64
+"""Positions from which a row takes gigabytes and a minute, so that few are checked: those of 512² images."""
 
 
 def parity_rows(
@@ -57,6 +60,11 @@ def shared_parity_rows(
     return [*mixed, torch.tensor([float(len(plans[which])) for _, which in chosen])]
 
 
+def parity_batches(height: int, width: int) -> tuple[int, ...]:
+    """Batch sizes of the comparison, for graphs of latents of this size."""
+    return PARITY_BATCHES if height * width < LARGE_LATENT else FEW_BATCHES
+
+
 def write_checked(
     module: nn.Module,
     rows: list[Tensor],
@@ -64,11 +72,13 @@ def write_checked(
     outputs: tuple[TensorSpec, ...],
     path: Path,
     limit: float,
+    batches: tuple[int, ...] = PARITY_BATCHES,
 ) -> GraphSpec:
-    """One graph on disk and its description. rows: sum(PARITY_BATCHES) of them; limit: of absolute error."""
+    """One graph on disk and its description. rows: at least sum(batches); limit: of absolute error."""
+    rows = [tensor[: sum(batches)] for tensor in rows]
     expected = reference_outputs(module, rows, path.stem)
     write_graph(module, [tensor[:2] for tensor in rows], inputs, outputs, path)
-    parity = check_parity(expected, path, rows, PARITY_BATCHES, limit)
+    parity = check_parity(expected, path, rows, batches, limit)
     return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity)
 
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from distill_jobs.export import write_surroundings
 from distill_jobs.graphs import StepGraph, UnguidedStepGraph
-from distill_jobs.parity import STEP_LIMIT, shared_parity_rows, write_checked
+from distill_jobs.parity import STEP_LIMIT, parity_batches, shared_parity_rows, write_checked
 from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.published import Published, open_published
 from distill_jobs.pipelines.surroundings import surroundings_of
@@ -91,9 +91,10 @@ def _step_graph(
     # epsilon-prediction divides the network's error by alpha in the clean estimate
     limit = STEP_LIMIT * max(1.0, *(abs(each.coefficients.q) for plan in plans for each in plan))
     file = staging / f"{STEP_GRAPH}.onnx"
+    batches = parity_batches(side, side)
     if published.guided:
-        return write_checked(step, [latent, timestep, w, *others], inputs, outputs, file, limit)
-    return write_checked(UnguidedStepGraph(step), [latent, timestep, *others], inputs, outputs, file, limit)
+        return write_checked(step, [latent, timestep, w, *others], inputs, outputs, file, limit, batches)
+    return write_checked(UnguidedStepGraph(step), [latent, timestep, *others], inputs, outputs, file, limit, batches)
 
 
 def _manifest(

@@ -9,12 +9,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from distill_jobs.data.digits import CLASSES, class_condition
 from distill_jobs.graphs import ConditionGraph, DecodeGraph, StepGraph
 from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
-from distill_jobs.parity import parity_latents, parity_rows, write_checked
-from engines.manifest import COEFFICIENTS, KNOWN, LATENT, MASK, NOISE, GuidanceRange
+from distill_jobs.parity import (
+    FEW_BATCHES,
+    PARITY_ROWS,
+    parity_batches,
+    parity_latents,
+    parity_rows,
+    write_checked,
+)
+from engines.manifest import COEFFICIENTS, KNOWN, LATENT, MASK, NOISE, GuidanceRange, TensorSpec
 from engines.sampler import Step, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.tiny_run import tiny_student
@@ -148,6 +156,26 @@ def test_the_condition_graph_is_the_one_hot_of_training(tmp_path: Path) -> None:
     (got,) = run_file(tmp_path / "c.onnx", {"tokens": tokens.numpy()})
     np.testing.assert_array_equal(got, class_condition(tokens[:, 0]).tokens.numpy())
     assert spec.parity.max_abs_error == 0
+
+
+def test_weights_beyond_the_limit_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).requires_grad_(False)
+    rows = torch.randn(64, 8)
+    specs = [(TensorSpec(name=name, dtype="float32", shape=(-1, 8)),) for name in ("x", "y")]
+    write_checked(graph, [rows], *specs, tmp_path / "small.onnx", 1e-5)
+    monkeypatch.setattr("distill_jobs.onnx_export.INLINE_LIMIT_BYTES", 1024)
+    spec = write_checked(graph, [rows], *specs, tmp_path / "large.onnx", 1e-5, FEW_BATCHES)
+    assert spec.parity.rows == sum(FEW_BATCHES)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data", "small.onnx"]
+    assert (tmp_path / "large.onnx").stat().st_size < 2 * 64 * 8 * 4
+    written = (tmp_path / "large.onnx").read_bytes()
+    assert b"site-packages" not in written  # the exporter notes where each layer was made
+
+
+def test_few_rows_of_large_latents_are_compared() -> None:
+    assert sum(parity_batches(16, 16)) == PARITY_ROWS
+    assert parity_batches(64, 64) == FEW_BATCHES
+    assert len(set(FEW_BATCHES)) > 1  # a batch size baked into the graph must show
 
 
 def test_decode_repeats_pixels_in_grey(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""``python -m tests.true_size``: SD 1.5 of true size, random weights, all the way on the CPU; nothing is downloaded.
+
+Each stage is a process of its own, so that its peak of memory is its own (files it maps are counted). Exit 1 where
+float32 is further than 1e-3 from diffusers, relative to the largest value, or a stage takes more than 24 GiB. The
+last line is one JSON object. Needs 20 GB of disk. Rehearse: ``python -m tests.true_size --model tiny``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.true_size import BUNDLE, STUDENT
+from tests.true_size.stages import STEPS, run
+
+LIMIT, MEMORY_GIB = 1e-3, 24
+ONE_LEVEL = 1 / 255
+"""Of an 8-bit image: what rounding may turn any difference into."""
+
+STAGES = (
+    "make",
+    "import",
+    "verify",
+    "diffusers",
+    "openvino float32",
+    "openvino bfloat16",
+    "tensorrt float32",
+    "tensorrt bfloat16",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.true_size", description=__doc__)
+    parser.add_argument("--model", default="sd15", choices=["sd15", "tiny"])
+    parser.add_argument("--work", type=Path, help="folder to keep everything in (default: none is kept)")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="may be repeated (default: all)")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.inside:
+        run(chosen.stage[0], chosen.work, chosen.model)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        work = chosen.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        figures = {name: measured(name, work, chosen.model) for name in chosen.stage or STAGES}
+    print(json.dumps({"model": chosen.model, "stages": figures}))
+    failures = list(missed(figures))
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return int(bool(failures))
+
+
+def measured(stage: str, work: Path, model: str) -> dict[str, Any]:
+    """A stage in its own process: wall and processor seconds, peak of resident memory, and what it found."""
+    print(f"{stage} …", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen(command(stage, work, model), stdout=out)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        said = out.read()
+    if child.returncode:
+        sys.exit(f"{said}{stage} ended with exit status {child.returncode}")
+    own = json.loads(said.splitlines()[-1]) if stage not in ("import", "verify") else {}
+    if stage == "import":
+        own = exported(work / BUNDLE)
+    figures = {
+        "wall_s": time.monotonic() - started,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_gib": usage.ru_maxrss / 2**20,
+        **own,
+    }
+    print(json.dumps(figures), file=sys.stderr, flush=True)
+    return figures
+
+
+def command(stage: str, work: Path, model: str) -> list[str]:
+    """What a stage runs: a user's own command where there is one."""
+    student, bundle = str(work / STUDENT), str(work / BUNDLE)
+    if stage == "import":
+        steps = [f"--steps={n}" for n in (STEPS, 1)]
+        return [
+            sys.executable,
+            "-m",
+            "distill_jobs",
+            "import",
+            student,
+            bundle,
+            "--name",
+            f"{model}-random",
+            *steps,
+        ]
+    if stage == "verify":
+        return [sys.executable, "-m", "engines", "verify", bundle]
+    return [
+        sys.executable, "-m", "tests.true_size", "--inside", "--stage", stage, "--work", str(work), "--model", model
+    ]  # fmt: skip
+
+
+def exported(bundle: Path) -> dict[str, Any]:
+    """The graphs' parity with torch as the manifest has it, and the sizes of the files."""
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        "parity": {name: graph["parity"] for name, graph in manifest["graphs"].items()},
+        "mb": {name: record["bytes"] / 1e6 for name, record in manifest["files"].items()},
+    }
+
+
+def missed(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """What the figures show that must not be."""
+    found = [
+        f"{stage} took {own['peak_gib']:.1f} GiB" for stage, own in figures.items() if own["peak_gib"] > MEMORY_GIB
+    ]
+    for part, error in figures.get("openvino float32", {}).get("errors", {}).items():
+        if not error["relative"] <= (ONE_LEVEL if part == "image" else LIMIT):
+            found.append(f"{part} differs from diffusers by {error['relative']:.2g} of its largest value")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
