@@ -54,7 +54,8 @@ def write_graph(
             verbose=False,
         )
     assert program is not None
-    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    tensors = [value.const_value for value in program.model.graph.initializers.values()]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if weights <= INLINE_LIMIT_BYTES:
         model = program.model_proto
     else:  # written from torch's own memory: the message would hold each weight a second time

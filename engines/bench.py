@@ -9,6 +9,7 @@ import time
 import numpy as np
 import psutil
 
+from engines.flops import product_flops
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, StudentSpec
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
@@ -26,8 +27,9 @@ class Throughput(Frozen):
 class BenchResult(Frozen):
     """All figures of a run.
 
-    ms: median of a call by graph and batch size. throughput: each student, what those medians add up to;
-    generate: the default student, whole batches timed from prompt to image.
+    ms: median of a call by graph and batch size. flop: arithmetic of one row of each graph, products alone;
+    ceiling_gflop_s: of square products in the same engine; fraction: what of it each call reaches. throughput: each
+    student, what those medians add up to; generate: the default student, whole batches timed from prompt to image.
     """
 
     bundle: str
@@ -39,19 +41,31 @@ class BenchResult(Frozen):
     repeats: int
     command: str
     ms: dict[str, dict[int, float]]
+    flop: dict[str, int]
+    ceiling_gflop_s: float
+    fraction: dict[str, dict[int, float]]
     throughput: tuple[Throughput, ...]
     generate: Throughput
     memory_mb: float
 
 
 def bench(
-    pipeline: Pipeline, repeats: int, threads: int, machine: str, command: str, progress: Progress | None = None
+    pipeline: Pipeline,
+    ceiling_gflop_s: float,
+    repeats: int,
+    threads: int,
+    machine: str,
+    command: str,
+    progress: Progress | None = None,
 ) -> BenchResult:
     """Measure a loaded pipeline, which gets the costs found.
 
-    repeats: calls per graph and batch size; machine: what its engines run on.
+    ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size; machine: what its engines run
+    on. Raises: BackendError when the arithmetic of a graph cannot be counted.
     """
+    flop = {graph: product_flops(pipeline.bundle.graph_file(graph)) for graph in pipeline.manifest.graphs}
     pipeline.costs = measure_costs(pipeline, repeats, progress)
+    ms = {graph: dict(costs) for graph, costs in pipeline.costs.ms.items()}
     return BenchResult(
         bundle=pipeline.manifest.name,
         engine=pipeline.engine_name,
@@ -61,7 +75,13 @@ def bench(
         threads=threads,
         repeats=repeats,
         command=command,
-        ms={graph: dict(costs) for graph, costs in pipeline.costs.ms.items()},
+        ms=ms,
+        flop=flop,
+        ceiling_gflop_s=ceiling_gflop_s,
+        fraction={
+            graph: {rung: rung * flop[graph] / (1e6 * taken * ceiling_gflop_s) for rung, taken in costs.items()}
+            for graph, costs in ms.items()
+        },
         throughput=tuple(_best(pipeline, student) for student in pipeline.manifest.students),
         generate=_generate(pipeline, repeats),
         memory_mb=psutil.Process().memory_info().rss / 1e6,

@@ -18,13 +18,14 @@ from engines.backends.load import PrecisionName, choose_backend, machine_of
 from engines.bench import bench
 from engines.bundle import verify_bundle
 from engines.cache import DEFAULT_CACHE
+from engines.ceiling import matmul_ceiling
 from engines.compare import compare_backends
 from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
 from engines.pipeline import Pipeline
 from engines.signing import check_signature, sign_bundle
-from engines.tables import cost_table, difference_table, throughput_table
+from engines.tables import cost_table, difference_table, fraction_table, throughput_table
 
 _out, _err = Console(), Console(stderr=True)
 
@@ -111,14 +112,17 @@ def bench_command(
     rungs: RungsOption = ALL_RUNGS,
     repeats: RepeatsOption = 7,
 ) -> None:
-    """Time every graph at every batch size, in ms and images/s. The last line is one JSON object."""
+    """Time every graph at every batch size, also against the engine's matrix product. The last line is JSON."""
     sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
     pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
     with _progress("timing") as report:
+        report("products, for the ceiling", 1)
+        ceiling = matmul_ceiling(backend, precision, threads, repeats)
         machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
-        result = bench(pipeline, repeats, threads, machine, command, report)
+        result = bench(pipeline, ceiling, repeats, threads, machine, command, report)
     _print_costs(pipeline)
+    _out.print(fraction_table(result))
     _out.print(throughput_table(result))
     typer.echo(result.model_dump_json())
 

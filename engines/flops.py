@@ -32,7 +32,9 @@ def product_flops(file: Path) -> int:
     try:
         return sum(_flops(node, shapes) for node in inferred.node)
     except KeyError as error:
-        raise BackendError(f"{file}: the shape of {error} cannot be told, so its arithmetic was not counted") from None
+        raise BackendError(
+            f"{file}: the shape of {error} cannot be told, so its arithmetic was not counted"
+        ) from None
 
 
 def _flops(node: NodeProto, shapes: Shapes) -> int:

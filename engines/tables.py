@@ -23,6 +23,21 @@ def cost_table(engine: str, costs: CostTable) -> Table:
     return table
 
 
+def fraction_table(result: BenchResult) -> Table:
+    """Per cent of the measured matrix product that calls reach, of the graphs with any arithmetic."""
+    table = Table(
+        title=f"% of {result.ceiling_gflop_s:.0f} GFLOP/s, the same engine's matrix product, by batch size"
+    )
+    table.add_column("graph")
+    table.add_column("GFLOP a row", justify="right")
+    for rung in next(iter(result.ms.values())):
+        table.add_column(str(rung), justify="right")
+    for graph, row in result.fraction.items():
+        if flop := result.flop[graph]:
+            table.add_row(graph, f"{1e-9 * flop:.3g}", *(f"{100 * reached:.3g}" for reached in row.values()))
+    return table
+
+
 def throughput_table(result: BenchResult) -> Table:
     """Images per second of each student at its best batch size."""
     table = Table(title=f"condition, steps and decode; {result.memory_mb:.0f} MB resident")

@@ -94,7 +94,9 @@ def _step_graph(
     batches = parity_batches(side, side)
     if published.guided:
         return write_checked(step, [latent, timestep, w, *others], inputs, outputs, file, limit, batches)
-    return write_checked(UnguidedStepGraph(step), [latent, timestep, *others], inputs, outputs, file, limit, batches)
+    return write_checked(
+        UnguidedStepGraph(step), [latent, timestep, *others], inputs, outputs, file, limit, batches
+    )
 
 
 def _manifest(

@@ -16,6 +16,7 @@ from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.errors import BackendError
 from engines.machine import machine_name
+from engines.manifest import GraphSpec
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
@@ -80,11 +81,25 @@ def load_backend(
     Raises: BackendError when the library or device is missing, the graph cannot be loaded, or the precision is not
     offered.
     """
+    kept = None if cache_dir is None else (cache_dir, engine_key(bundle, graph, name, precision, threads))
+    file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
+    return load_graph(name, file, spec, precision=precision, threads=threads, kept=kept, rungs=rungs)
+
+
+def load_graph(
+    name: str,
+    file: Path,
+    spec: GraphSpec,
+    *,
+    precision: PrecisionName = "auto",
+    threads: int = 0,
+    kept: tuple[Path, EngineKey] | None = None,
+    rungs: Sequence[int] = RUNGS,
+) -> EngineBackend:
+    """One graph from its file, as ``load_backend``. kept: the engine cache and the graph's key in it."""
     backend = choose_backend(name)
     chosen = choose_precision(backend, precision)
     module = _import(backend)
-    kept = None if cache_dir is None else (cache_dir, engine_key(bundle, graph, name, precision, threads))
-    file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
     if backend == "openvino":
         models = None if kept is None else kept[1].folder(kept[0]) / "models"
         engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=models)

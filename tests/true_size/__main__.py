@@ -1,4 +1,4 @@
-"""``python -m tests.true_size``: SD 1.5 of true size, random weights, all the way on the CPU; nothing is downloaded.
+"""``python -m tests.true_size``: SD 1.5 of true size, random weights, all the way on the CPU, nothing downloaded.
 
 Each stage is a process of its own, so that its peak of memory is its own (files it maps are counted). Exit 1 where
 float32 is further than 1e-3 from diffusers, relative to the largest value, or a stage takes more than 24 GiB. The
@@ -17,10 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from tests.true_size import BUNDLE, STUDENT
 from tests.true_size.stages import STEPS, run
 
 LIMIT, MEMORY_GIB = 1e-3, 24
+_out, _err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 ONE_LEVEL = 1 / 255
 """Of an 8-bit image: what rounding may turn any difference into."""
 
@@ -50,16 +53,16 @@ def main() -> int:
         work = chosen.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         figures = {name: measured(name, work, chosen.model) for name in chosen.stage or STAGES}
-    print(json.dumps({"model": chosen.model, "stages": figures}))
+    _out.print(json.dumps({"model": chosen.model, "stages": figures}), markup=False)
     failures = list(missed(figures))
     for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
+        _err.print(f"FAILED: {failure}", style="red")
     return int(bool(failures))
 
 
 def measured(stage: str, work: Path, model: str) -> dict[str, Any]:
     """A stage in its own process: wall and processor seconds, peak of resident memory, and what it found."""
-    print(f"{stage} …", file=sys.stderr, flush=True)
+    _err.print(f"{stage} …")
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen(command(stage, work, model), stdout=out)
@@ -78,7 +81,7 @@ def measured(stage: str, work: Path, model: str) -> dict[str, Any]:
         "peak_gib": usage.ru_maxrss / 2**20,
         **own,
     }
-    print(json.dumps(figures), file=sys.stderr, flush=True)
+    _err.print(json.dumps(figures), markup=False)
     return figures
 
 

@@ -1,4 +1,4 @@
-"""A pipeline folder of true size with random weights, and the w-conditioned student that training would begin with."""
+"""A pipeline folder of true size with random weights, and the w-conditioned student that training begins with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TEXT: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 _VOCABULARY = 49_408
-"""Rows of CLIP's embedding. The tokenizer knows bytes and two words only: the true vocabulary would be a download."""
+"""Rows of CLIP's embedding. The tokenizer knows bytes and two words: the true vocabulary would be a download."""
 
 
 def make_teacher(model: str, folder: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def make_teacher(model: str, folder: Path) -> dict[str, Any]:
 
 
 def make_student(teacher: Path, folder: Path) -> None:
-    """The teacher's copy that takes w, heeding it at once: its new weight is drawn, where training starts at zero."""
+    """The teacher's copy that takes w, and heeds it: its new weight is drawn, where training starts at zero."""
     opened = open_folder(teacher)
     student = student_of(load_network(opened).requires_grad_(False))
     nn.init.normal_(student.time_embedding.cond_proj.weight, std=GUIDANCE_WIDTH**-0.5)

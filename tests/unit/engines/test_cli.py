@@ -70,6 +70,10 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     assert figures["engine"].startswith("onnxruntime ")
     assert {"machine", "python", "numpy", "command", "memory_mb", "repeats"} <= figures.keys()
     assert figures["generate"]["images_per_s"] > 0
+    assert figures["flop"]["step_4"] > figures["flop"]["condition"]
+    step_s = figures["ms"]["step_4"]["2"] / 1e3
+    reached = 2 * figures["flop"]["step_4"] / step_s / (1e9 * figures["ceiling_gflop_s"])
+    assert figures["fraction"]["step_4"]["2"] == pytest.approx(reached)
 
 
 def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:

@@ -1,0 +1,67 @@
+"""The arithmetic of graphs, against torch's own count and against the textbook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from onnx import TensorProto, helper
+from torch.utils.flop_counter import FlopCounterMode
+
+from engines.bundle import verify_bundle
+from engines.ceiling import matmul_ceiling
+from engines.errors import BackendError
+from engines.flops import product_flops
+from server.settings import DEFAULT_BUNDLE
+
+
+def test_a_networks_products_are_those_torch_counts() -> None:
+    """Of the embedded model, whose recipe has its network's arguments."""
+    bundle = verify_bundle(DEFAULT_BUNDLE)
+    config = yaml.safe_load(bundle.manifest.recipe.text)["unet"]
+    size, told = bundle.manifest.sizes[0], bundle.manifest.condition
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet = UNet2DConditionModel(**config, time_cond_proj_dim=256)
+        latent = torch.empty(1, config["in_channels"], size.latent_height, size.latent_width)
+        condition, guidance = torch.empty(1, told.tokens, told.width), torch.empty(1, 256)
+        unet(latent, torch.ones(1), condition, timestep_cond=guidance)
+    counted = product_flops(bundle.graph_file(bundle.manifest.students[0].graph))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def write(file: Path, node: onnx.NodeProto, out: list[int | str | None], **shapes: list[int | str]) -> Path:
+    def info(name: str, shape: object) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+    graph = helper.make_graph([node], "one", [info(*item) for item in shapes.items()], [info("y", out)])
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), str(file))
+    return file
+
+
+def test_other_products(tmp_path: Path) -> None:
+    gemm = helper.make_node("Gemm", ["a", "b"], ["y"], transA=1)
+    file = write(tmp_path / "gemm.onnx", gemm, [5, 3], a=["k", 5], b=[1, 3])
+    assert product_flops(file) == 2 * 5 * 1 * 3
+    up = helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2], kernel_shape=[2, 2])
+    file = write(tmp_path / "up.onnx", up, [1, 3, 8, 8], x=["n", 6, 4, 4], w=[6, 3, 2, 2])
+    assert product_flops(file) == pytest.approx(2 * 16 * 6 * 3 * 4)
+
+
+def test_a_product_of_unknown_shape_is_named(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["a", "b"], ["y"])
+    with pytest.raises(BackendError, match="shape of 'b' cannot be told"):
+        product_flops(write(tmp_path / "m.onnx", node, [None, None], a=["n", 4], b=["n", "columns"]))
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "float32"), ("openvino", "bfloat16")])
+def test_the_ceiling_is_measured_in_the_engine_asked_for(backend: str, precision: str) -> None:
+    assert matmul_ceiling(backend, precision, 0, 1) > 0  # type: ignore[arg-type]
+
+
+def test_the_ceiling_of_a_precision_that_is_not_offered_is_refused() -> None:
+    with pytest.raises(BackendError, match="float32 only"):
+        matmul_ceiling("onnxruntime", "bfloat16", 0, 1)
