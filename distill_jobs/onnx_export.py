@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
+from distill_jobs.lowered import WatchedProducts
 from engines.manifest import Parity, TensorSpec
 
 OPSET = 21
@@ -65,11 +66,11 @@ def write_graph(
 
 
 def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:
-    """What torch computes, one array an output. Raises: ExportError when any of it is not finite."""
-    with torch.no_grad():
+    """What torch computes, one array an output. Raises: ExportError when it, or any product, is not finite."""
+    with torch.no_grad(), WatchedProducts() as products:
         result = module.eval()(*rows)
     outputs = [t.numpy().astype(np.float64) for t in (result if isinstance(result, tuple) else (result,))]
-    if not all(np.isfinite(output).all() for output in outputs):
+    if not products.finite or not all(np.isfinite(output).all() for output in outputs):
         raise ExportError(f"{name}: the model gives NaN or infinity; it was not exported")
     return outputs
 

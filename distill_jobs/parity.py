@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distill_jobs.lowered import lowered_parity
 from distill_jobs.onnx_export import check_parity, reference_outputs, write_graph
 from engines.guidance import weight_from_scale
-from engines.manifest import GraphSpec, GuidanceRange, TensorSpec
+from engines.manifest import GraphSpec, GuidanceRange, Lowered, TensorSpec
 from engines.sampler import SamplerPlan
 
 STEP_LIMIT = 1e-4
 PARITY_BATCHES = (1, 3, 8, 20)
 PARITY_ROWS = sum(PARITY_BATCHES)
 FEW_BATCHES = (1, 2)
+LOWERED: tuple[Lowered, ...] = ("bfloat16", "float16")
+LOWERED_ROWS = 2
 LARGE_LATENT = 64 * 64
 """Positions from which a row takes gigabytes and a minute, so that few are checked: those of 512² images."""
 
@@ -79,7 +82,9 @@ def write_checked(
     expected = reference_outputs(module, rows, path.stem)
     write_graph(module, [tensor[:2] for tensor in rows], inputs, outputs, path)
     parity = check_parity(expected, path, rows, batches, limit)
-    return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity)
+    few, wanted = [tensor[:LOWERED_ROWS] for tensor in rows], [output[:LOWERED_ROWS] for output in expected]
+    lowered = {dtype: lowered_parity(module, few, wanted, dtype) for dtype in LOWERED}
+    return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
 
 
 def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:

@@ -40,6 +40,7 @@ ENCODE_GRAPH = "encode"
 
 Task = Literal["text_to_image", "edit", "inpaint"]
 DType = Literal["float32", "float16", "int64", "uint8"]
+Lowered = Literal["bfloat16", "float16"]
 
 
 class Frozen(BaseModel):
@@ -64,13 +65,18 @@ class Parity(Frozen):
 
 
 class GraphSpec(Frozen):
-    """One ONNX file. dtype: the precision of the network body (inputs and updates stay float32)."""
+    """One ONNX file. dtype: the precision of the network body (inputs and updates stay float32).
+
+    lowered: by type, how far the network is from its float32 self with its products in that type, emulated when it
+    was exported; null where it overflows.
+    """
 
     file: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Parity
+    lowered: dict[Lowered, Parity | None] = {}
 
 
 class StudentSpec(Frozen):
