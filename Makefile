@@ -90,13 +90,14 @@ chaos: setup
 	$(VENV)/bin/python -m tests.chaos small
 	$(VENV)/bin/python -m tests.chaos plants
 
-## make prove      the long proofs: the longest tests; fuzzing; cancels; overload, fairness; killed training jobs; docs/benchmarks.md
+## make prove      the long proofs: the longest tests; fuzzing; cancels; overload, fairness; killed training jobs; SD 1.5 at true size; docs/benchmarks.md
 prove: setup
 	$(VENV)/bin/python -m pytest -m long
 	$(VENV)/bin/python -m tests.fuzz
 	$(VENV)/bin/python -m tests.chaos cancels
 	$(VENV)/bin/python -m tests.load all
 	$(VENV)/bin/python -m tests.chaos.job_kills
+	$(VENV)/bin/python -m tests.true_size
 	$(VENV)/bin/python -m tests.benchmarks
 
 clean:

@@ -20,6 +20,10 @@ from engines.schedule import NoiseSchedule
 
 GUIDANCE_WIDTH = 256
 COND_PROJ = "time_embedding.cond_proj.weight"
+_FREQUENCIES: tuple[float, ...] = tuple(
+    torch.exp(torch.arange(GUIDANCE_WIDTH // 2) * -(math.log(10_000.0) / (GUIDANCE_WIDTH // 2 - 1))).tolist()
+)
+"""Numbers, not an expression, so that exported graphs hold these very ones: w·1000 shows their last bit."""
 FIRST_WEIGHT, FIRST_BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
 
 
@@ -28,10 +32,7 @@ def guidance_embedding(w: Tensor) -> Tensor:
 
     Equals LatentConsistencyModelPipeline.get_guidance_scale_embedding: w·1000, [sin, cos].
     """
-    half = GUIDANCE_WIDTH // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=w.device) * -(math.log(10_000.0) / (half - 1))
-    )
+    frequencies = torch.tensor(_FREQUENCIES, dtype=torch.float32, device=w.device)
     angles = (w.to(torch.float32) * 1000.0)[:, None] * frequencies[None, :]
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_the_step_graph_equals_torch_at_any_batch_and_weight(step: StepGraph, st
         expected = step(*rows)
     for got, want in zip(run_file(step_file, feed_of(step, rows)), expected, strict=True):
         np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-4)
+
+
+def test_the_graph_holds_the_very_frequencies_of_training(step_file: Path) -> None:
+    """At w·1000 their last bit is 1e-3 of an angle."""
+    frequencies = torch.exp(torch.arange(128, dtype=torch.float32) * -(math.log(10_000.0) / 127)).numpy()
+    tables = [onnx.numpy_helper.to_array(tensor).ravel() for tensor in onnx.load(str(step_file)).graph.initializer]
+    assert any(np.array_equal(table, frequencies) for table in tables)
 
 
 def test_the_weight_matters_in_the_graph(step: StepGraph, step_file: Path) -> None:
