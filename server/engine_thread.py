@@ -136,7 +136,7 @@ class EngineThread:
             self._works[work.token] = work
             work.started_s, work.condition_ms = begun, (ended - begun) * 1000
             work.ran("condition", begun, ended)
-            self._events.append(Started(work.token, work.queue_ms))
+            self._events.append(Started(work.token, work.queue_ms, self._offers[model].engine))
             try:
                 work.start_rows(self._pipelines[model], conditions, images.get(work.token))
             except Exception as error:  # one bad job, whatever an engine raised for it, is no end of the thread

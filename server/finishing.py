@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from engines.masks import paste_known
-from server.costs import Offer
 from server.encoding import encode, encoding_of
 from server.images import read_image, read_mask
 from server.jobs import EncodedImage, JobFailedError, JobFailure, JobResult, Lease, Preview, Timing
@@ -32,36 +31,31 @@ NO_STORE = JobFailure(
 
 
 class Finisher:
-    """offers: the models; files and results name the engine that made them.
+    """Files and results name the engine that made them.
 
     store: for files whose addresses are asked for; safety: sees every image and preview before it is encoded.
     """
 
-    def __init__(
-        self,
-        offers: Mapping[str, Offer],
-        threads: int,
-        store: ResultStore | None = None,
-        safety: Safety | None = None,
-    ) -> None:
-        self._engines = {name: offer.engine for name, offer in offers.items()}
+    def __init__(self, threads: int, store: ResultStore | None = None, safety: Safety | None = None) -> None:
         self._store = store
         self._safety = safety
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
-    async def previews(self, request: DenoiseRequest, event: Progress) -> tuple[Preview, ...]:
+    async def previews(self, request: DenoiseRequest, event: Progress, engine: str) -> tuple[Preview, ...]:
         """Those that are not withheld. Raises: OSError, ValueError when Pillow does; JobFailedError."""
         images = [await self._pasted(request, pixels) for _, _, pixels in event.previews]
         flags = await self._flags(request, images)
         shown = [each for each in zip(event.previews, images, flags, strict=True) if not each[2]]
         return tuple(
             [
-                Preview(image=image, index=index, data=await self._encode(request, pixels, request.seed + image))
+                Preview(
+                    image=image, index=index, data=await self._encode(request, pixels, request.seed + image, engine)
+                )
                 for (image, index, _), pixels, _ in shown
             ]
         )
 
-    async def result(self, lease: Lease, made: Made) -> JobResult:
+    async def result(self, lease: Lease, made: Made, engine: str) -> JobResult:
         """Raises: OSError, ValueError when Pillow does; JobFailedError where its files cannot be checked or
         stored.
         """
@@ -69,7 +63,7 @@ class Finisher:
         pixels = await asyncio.gather(*(self._pasted(request, each) for each in made.pixels))
         flags = await self._flags(request, pixels)
         images = await asyncio.gather(
-            *(self._image(request, *each) for each in zip(pixels, request.seeds, flags, strict=True))
+            *(self._image(request, engine, *each) for each in zip(pixels, request.seeds, flags, strict=True))
         )
         timing = Timing(
             queue=made.queue_ms,
@@ -80,7 +74,7 @@ class Finisher:
         )
         if request.stored:
             images = await asyncio.gather(*(self._stored(lease, *each) for each in enumerate(images)))
-        return JobResult(engine=self._engines[request.model], timing=timing, images=tuple(images))
+        return JobResult(engine=engine, timing=timing, images=tuple(images))
 
     async def _stored(self, lease: Lease, index: int, image: EncodedImage) -> EncodedImage:
         """The image with its key in place of its bytes; a withheld one as it is."""
@@ -107,8 +101,10 @@ class Finisher:
             return [False] * len(images)
         return await self._safety.flags(request.model, images, request.prompt)
 
-    async def _image(self, request: DenoiseRequest, pixels: Pixels, seed: int, flagged: bool) -> EncodedImage:
-        data = None if flagged else await self._encode(request, pixels, seed)
+    async def _image(
+        self, request: DenoiseRequest, engine: str, pixels: Pixels, seed: int, flagged: bool
+    ) -> EncodedImage:
+        data = None if flagged else await self._encode(request, pixels, seed, engine)
         return EncodedImage(seed=seed, flagged=flagged, data=data, format=request.output_format)
 
     async def _pasted(self, request: DenoiseRequest, pixels: Pixels) -> Pixels:
@@ -116,8 +112,8 @@ class Finisher:
             return pixels
         return await asyncio.get_running_loop().run_in_executor(self._pool, with_known, request, pixels)
 
-    async def _encode(self, request: DenoiseRequest, pixels: Pixels, seed: int) -> bytes:
-        encoding = encoding_of(request, seed, self._engines[request.model])
+    async def _encode(self, request: DenoiseRequest, pixels: Pixels, seed: int, engine: str) -> bytes:
+        encoding = encoding_of(request, seed, engine)
         return await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
 
 

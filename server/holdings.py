@@ -14,11 +14,12 @@ from server.metrics import Metrics
 class Held:
     """A lease this worker has. tail: the last of its encoding tasks; the next waits for it.
 
-    watch: waits for the end of its job, whoever ends it.
+    watch: waits for the end of its job, whoever ends it. engine: that makes it, once its rows have started.
     """
 
     lease: Lease
     watch: asyncio.Task[None]
+    engine: str = ""
     tail: asyncio.Task[None] | None = None
 
 

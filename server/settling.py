@@ -118,6 +118,7 @@ class Settling:
     ) -> None:
         request, lease = held.lease.job.request, held.lease
         if isinstance(event, Started):
+            held.engine = event.engine
             self._metrics.queue_wait_s.labels(request.model, request.task).observe(event.queue_ms / 1000)
         elif isinstance(event, Late):
             record_job(lease, "expired", event.spans)
@@ -145,7 +146,7 @@ class Settling:
     async def _preview(self, held: Held, event: Progress) -> None:
         lease = held.lease
         try:
-            previews = await self._finisher.previews(lease.job.request, event)
+            previews = await self._finisher.previews(lease.job.request, event, held.engine)
         except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
             await self._end(held, partial(self._store.fail, lease, failure_of(error)))
             self._engine.stop_job(lease.token)
@@ -156,7 +157,7 @@ class Settling:
     async def _finish(self, held: Held, made: Made) -> None:
         lease, begun = held.lease, time.perf_counter()
         try:
-            result = await self._finisher.result(lease, made)
+            result = await self._finisher.result(lease, made, held.engine)
         except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
             failure = failure_of(error)
             record_job(lease, "failed", made.spans)

@@ -86,10 +86,14 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Started:
-    """A job whose rows are about to step; how long it waited since its acceptance."""
+    """A job whose rows are about to step; how long it waited since its acceptance.
+
+    engine: that makes it, as responses report it.
+    """
 
     token: str
     queue_ms: float
+    engine: str
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,10 @@ class Worker:
         self._metrics = metrics
         self._max_rows = max_rows
         self._holdings = Holdings(metrics)
-        finisher = Finisher(engine.offers, encode_threads, files, safety)
+        finisher = Finisher(encode_threads, files, safety)
         self._settling = Settling(engine, store, metrics, self._holdings, finisher)
         self._draining = False
         self._claiming = False
-        self._models = frozenset(engine.offers)
 
     @property
     def idle(self) -> bool:
@@ -120,7 +119,7 @@ class Worker:
         """Leases on what fits; none while the store is away, or when the worker was told to leave meanwhile."""
         self._claiming = True
         try:
-            leases = await self._store.claim(self._name, self._models, rows, wait_s=IDLE_CLAIM_S)
+            leases = await self._store.claim(self._name, frozenset(self._engine.offers), rows, wait_s=IDLE_CLAIM_S)
             if self._draining:
                 await self._settling.give_back(leases)
                 return []

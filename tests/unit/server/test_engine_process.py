@@ -204,7 +204,7 @@ def test_events_cross_the_border_unchanged() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     spans = {"steps": (1.0, 2.5)}
     events = [
-        Started("t", 1.5),
+        Started("t", 1.5, "fake 1 float32"),
         Stepped("m", 4, 3, 0.25),
         Dropped("m", 2),
         Progress("t", 3, ((0, 1, pixels), (1, 1, pixels + 1))),
