@@ -22,11 +22,15 @@ ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md",
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder and what its manifest says. data_files: the weights that a graph file reads."""
+    """A verified bundle: its folder and what its manifest says. data_files: the weights that a graph file reads.
+
+    sha256: of the manifest, which holds the hash of every other file, so it names this version of the bundle.
+    """
 
     path: Path
     manifest: BundleManifest
     data_files: Mapping[str, tuple[str, ...]]
+    sha256: str
 
     def file(self, name: str) -> Path:
         """Path of a listed file."""
@@ -93,7 +97,7 @@ def verify_bundle(path: Path) -> Bundle:
     manifest = _read_manifest(path)
     _check_files(path, manifest)
     data_files = {graph.file: _check_graph(path, graph.file, manifest) for graph in manifest.graphs.values()}
-    return Bundle(path, manifest, data_files)
+    return Bundle(path, manifest, data_files, _sha256(path / MANIFEST_NAME))
 
 
 def _read_manifest(path: Path) -> BundleManifest:

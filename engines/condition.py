@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """Example prompts that work, or all of them where they are few."""
         ...
 
+    def reads_all_of(self, other: Tokenizer) -> bool:
+        """Whether every prompt that ``other`` takes works here."""
+        ...
+
 
 class LabelClass(Frozen):
     """A class and the other words for it."""
@@ -76,6 +80,9 @@ class LabelTokenizer:
     def known(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self._vocabulary.classes)
 
+    def reads_all_of(self, other: Tokenizer) -> bool:
+        return isinstance(other, LabelTokenizer) and other._ids.keys() <= self._ids.keys()
+
 
 class ClipTokenizer:
     """Any text, as CLIP's byte-pair tokens between a start and an end, padded to a fixed length.
@@ -119,6 +126,9 @@ class ClipTokenizer:
 
     def _fits(self, prompt: str) -> bool:
         return len(self._tokenizer.encode(prompt).ids) <= self._length
+
+    def reads_all_of(self, other: Tokenizer) -> bool:
+        return isinstance(other, ClipTokenizer) and (other._text, other._length) == (self._text, self._length)
 
     def dump(self) -> str:
         """The tokenizer's file."""

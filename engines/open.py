@@ -64,6 +64,26 @@ def load_pipeline(
     return Pipeline(bundle, load, rungs)
 
 
+def build_engines(
+    path: Path,
+    backend: str,
+    *,
+    precision: PrecisionName,
+    threads: int,
+    cache_dir: Path,
+    rungs: Sequence[int] = RUNGS,
+) -> None:
+    """Compile every graph of a bundle for every rung into the cache, and measure nothing.
+
+    Raises: BundleError, BackendError.
+    """
+    pipeline = load_pipeline(
+        verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
+    )
+    pipeline.warm()
+    pipeline.close()
+
+
 def know_costs(
     pipeline: Pipeline,
     backend: str,

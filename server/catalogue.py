@@ -45,6 +45,10 @@ class Catalogue:
         if not self._models:
             raise BundleError("There is no bundle to serve; name one with --bundle.")
 
+    def replace(self, models: Iterable[Model]) -> None:
+        """Offer other versions of the models from now on, in one move."""
+        self._models = Catalogue(models)._models
+
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 

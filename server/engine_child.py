@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import structlog
 
 from engines.backends.base import EngineBackend
-from engines.errors import HalfstepError
+from engines.errors import BundleError, HalfstepError
 from engines.pipeline import Pipeline
 from server.call_watch import CallWatch, WatchedEngine
 from server.costs import Offer
@@ -39,7 +39,7 @@ _log = structlog.get_logger()
 
 def main(load: Load = load_pipelines) -> NoReturn:
     """Serve one worker until it closes the socket."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the worker is told, and finishes what is in here first
     link = socket.socket(fileno=int(sys.argv[1]))
     watch = CallWatch(int(sys.argv[2]))
@@ -51,6 +51,7 @@ def main(load: Load = load_pipelines) -> NoReturn:
     known = {name: Offer(**body) for name, body in hello["known"].items()}
     try:
         pipelines = load(settings, known)
+        _check_versions(pipelines, hello["versions"])
     except HalfstepError as error:
         link.sendall(frame({"refused": str(error)}))
         os._exit(1)
@@ -85,6 +86,15 @@ def _send(link: socket.socket, outbox: SimpleQueue[list[Event]]) -> None:
             link.sendall(events_frame(events))
         except OSError:
             os._exit(0)
+
+
+def _check_versions(pipelines: Mapping[str, Pipeline], expected: Mapping[str, str]) -> None:
+    """Raises: BundleError where a bundle is not the version that was to be loaded."""
+    for name, sha256 in expected.items():
+        if name not in pipelines or pipelines[name].bundle.sha256 != sha256:
+            raise BundleError(
+                f"The bundle of {name} was replaced while it was served; SIGHUP takes up the new one."
+            )
 
 
 def _watch_calls(pipeline: Pipeline, watch: CallWatch, floor_s: float) -> None:

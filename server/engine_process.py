@@ -44,11 +44,18 @@ COMMAND = (sys.executable, "-m", "server.engine_child")
 
 
 class EngineProcess:
-    """Started by ``spawn``; watched over between ``start`` and ``close``. command: the child, for tests."""
+    """Started by ``spawn``; watched over between ``start`` and ``close``.
 
-    def __init__(self, settings: Settings, command: Sequence[str] = COMMAND) -> None:
+    versions: sha256 of each bundle by model name, where no other version may be loaded; command: the child, for
+    tests.
+    """
+
+    def __init__(
+        self, settings: Settings, command: Sequence[str] = COMMAND, *, versions: Mapping[str, str] | None = None
+    ) -> None:
         self._settings = settings
         self._command = command
+        self._versions = dict(versions or {})
         self._offers: dict[str, Offer] = {}
         self._joined: dict[str, Lease] = {}
         self._waiting: list[Lease] = []
@@ -56,6 +63,8 @@ class EngineProcess:
         self._failures = 0
         self._closed = False
         self._writer: asyncio.StreamWriter | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._supervising: asyncio.Task[None] | None = None
 
     @property
     def offers(self) -> Mapping[str, Offer]:
@@ -63,7 +72,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return 0 if self._process is None else self._process.pid
 
     def spawn(self) -> None:
         """Start the process and wait until its models are ready. Raises: BackendError with what it says."""
@@ -71,7 +80,7 @@ class EngineProcess:
         page = shared_page()
         descriptors = (theirs.fileno(), page.fileno())
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            process = self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [*self._command, *map(str, descriptors)], pass_fds=descriptors, stdout=subprocess.DEVNULL
             )
         except OSError as error:
@@ -79,7 +88,7 @@ class EngineProcess:
         finally:
             theirs.close()
         if self._closed:  # meanwhile; nobody else would end it, and its loading would be waited for
-            self._process.kill()
+            process.kill()
         self._watch = CallWatch(page.fileno())
         page.close()
         self._link = ours
@@ -87,13 +96,13 @@ class EngineProcess:
         try:
             ours.settimeout(START_S)
             told = self._settings.model_dump(mode="json", include=TOLD)
-            ours.sendall(frame({"settings": told, "known": known}))
+            ours.sendall(frame({"settings": told, "known": known, "versions": self._versions}))
             answer = _read(ours)
         except OSError:
             answer = {}
         if "loaded" not in answer:
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
             ours.close()
             raise BackendError(answer.get("refused", "The engine process ended while it loaded; the log says why."))
         self._offers = {name: Offer(**body) for name, body in answer["loaded"].items()}
@@ -126,12 +135,14 @@ class EngineProcess:
             self._send({"stop": token})
 
     async def close(self) -> bool:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing, its loading included."""
         self._closed = True
-        self._supervising.cancel()
-        await asyncio.wait([self._supervising])
-        self._process.kill()
-        await asyncio.to_thread(self._process.wait)
+        if self._supervising is not None:
+            self._supervising.cancel()
+            await asyncio.wait([self._supervising])
+        if self._process is not None:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
         return True
 
     async def _supervise(self) -> None:
@@ -159,19 +170,23 @@ class EngineProcess:
             await asyncio.to_thread(self.spawn)
         except BackendError as error:
             _log.error("engine_process_not_started", reason=str(error))
+            self._report([Died(frozenset(), str(error))])
             return False
         _log.info("engine_process_started", pid=self.pid, seconds=round(time.perf_counter() - began, 3))
         return True
 
     async def _listen(self) -> str:
         """Report what the process does until it ends; why it did."""
+        process = self._process
+        if process is None:
+            raise RuntimeError("spawn the process before it is listened to")
         self._link.setblocking(False)
         reader, self._writer = await asyncio.open_connection(sock=self._link, limit=BUFFER_BYTES)
         self._up.set()
         waiting, self._waiting = self._waiting, []
         for lease in waiting:
             self.join_job(lease)
-        watching = asyncio.create_task(self._kill_when_late())
+        watching = asyncio.create_task(self._kill_when_late(process))
         try:
             while True:
                 text, arrays = sizes(await reader.readexactly(HEAD.size))
@@ -183,9 +198,9 @@ class EngineProcess:
             self._up.clear()
             hung = watching.done() and not watching.cancelled()
             watching.cancel()
-            self._process.kill()
+            process.kill()
             self._writer.close()
-        status = await asyncio.to_thread(self._process.wait)
+        status = await asyncio.to_thread(process.wait)
         return "an engine call did not return" if hung else _ending(status)
 
     def _pass_on(self, events: list[Event]) -> None:
@@ -195,10 +210,10 @@ class EngineProcess:
                 self._failures = 0
         self._report(events)
 
-    async def _kill_when_late(self) -> None:
+    async def _kill_when_late(self, process: subprocess.Popen[bytes]) -> None:
         while not self._watch.late:  # noqa: ASYNC110 - another process writes it
             await asyncio.sleep(LOOK_S)
-        self._process.kill()
+        process.kill()
 
     def _send(self, message: dict[str, Any]) -> None:
         """To the child, or to nobody where it has just ended: what it was to do is then handed on."""

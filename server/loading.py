@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from engines.bundle import verify_bundle
+from engines.bundle import Bundle, verify_bundle
 from engines.errors import BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
@@ -62,7 +62,7 @@ def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None)
             warm=not known,
         )
         name = pipeline.manifest.name
-        if known:
+        if known and name in known:
             pipeline.costs = known[name].costs
         _check_names([*pipelines, name])
         pipelines[name] = pipeline
@@ -100,16 +100,33 @@ def open_safety(settings: Settings, metrics: Metrics) -> Safety | None:
     return Safety(check, settings.safety_timeout_s, settings.encode_threads, metrics)
 
 
-def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: ResultStore | None) -> Service:
-    """The API's side: it knows the bundles, and from the workers what their work costs.
+def served_bundles(settings: Settings) -> tuple[Bundle, ...]:
+    """What is to be served, as it lies there now: links are followed once, so each keeps its folder.
 
     Raises: BundleError.
     """
+    bundles = tuple(verify_bundle(trusted(path.resolve(), settings)) for path in settings.bundles)
+    _check_names([bundle.manifest.name for bundle in bundles])
+    return bundles
+
+
+def models_of(bundles: Sequence[Bundle], costs: CostBook) -> list[Model]:
+    return [Model.of(bundle, partial(costs.predicted_s, bundle.manifest)) for bundle in bundles]
+
+
+def build_service(
+    settings: Settings,
+    store: JobStore,
+    metrics: Metrics,
+    files: ResultStore | None,
+    bundles: Sequence[Bundle] | None = None,
+) -> Service:
+    """The API's side: it knows the bundles, and from the workers what their work costs.
+
+    bundles: what is served, where it was read already. Raises: BundleError.
+    """
     costs = CostBook()
-    bundles = [verify_bundle(trusted(path, settings)) for path in settings.bundles]
-    names = [bundle.manifest.name for bundle in bundles]
-    _check_names(names)
-    catalogue = Catalogue(Model.of(bundle, partial(costs.predicted_s, bundle.manifest)) for bundle in bundles)
+    catalogue = Catalogue(models_of(served_bundles(settings) if bundles is None else bundles, costs))
     return Service(
         settings=settings,
         catalogue=catalogue,
@@ -125,7 +142,7 @@ def build_service(settings: Settings, store: JobStore, metrics: Metrics, files: 
 
 def trusted(path: Path, settings: Settings) -> Path:
     """The folder, if it is there and, where signatures are demanded, signed by the right key."""
-    if path == DEFAULT_BUNDLE and not path.exists():
+    if path.resolve() == DEFAULT_BUNDLE.resolve() and not path.exists():
         raise BundleError(f"There is no default bundle at {path}; name one with --bundle FOLDER.")
     if settings.bundle_key is not None:
         check_signature(path, settings.bundle_key)

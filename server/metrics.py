@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import psutil
@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from engines.manifest import BundleManifest
+from engines.bundle import Bundle
 from server.jobs import Backlog, JobStatus, Timing, Total
 from server.request import DenoiseRequest
 from server.work import Dropped, Stepped
@@ -110,6 +110,16 @@ class Metrics:
         cancelled = "Steps that rows which left early did not run"
         self.cancelled_steps = count("halfstep_cancelled_steps_total", cancelled, ["model"])
         self.engine = gauge("halfstep_engine_info", "Engine in use (always 1)", ["model", "engine"])
+        version = "Version of each model in use: the sha256 of its manifest (always 1)"
+        self.bundle = gauge("halfstep_bundle_info", version, ["model", "sha256"])
+        preferred = "Whether the engine in use is that of the setting backend (1), or of start_backend (0)"
+        self.preferred = gauge("halfstep_engine_preferred", preferred, ["model"])
+        takeovers = "Engines and bundles that were to be taken up under way"
+        self.takeovers = count("halfstep_takeovers_total", takeovers, ["what", "outcome"])
+        for outcome in ("taken_up", "refused", "given_up"):
+            self.takeovers.labels("engine", outcome)
+        for outcome in ("taken_up", "refused"):
+            self.takeovers.labels("bundle", outcome)
         parity = "Largest difference of an exported graph from torch, measured at its export"
         self.parity = gauge("halfstep_parity_error", parity, ["model", "graph"])
         memory = "Memory of the engine: of its device, or of its process on a CPU"
@@ -119,10 +129,22 @@ class Metrics:
         """Note what this process is."""
         self.process.labels(role).set(1)
 
-    def offers(self, manifest: BundleManifest) -> None:
-        """Note a model that requests may ask for."""
-        for graph, spec in manifest.graphs.items():
-            self.parity.labels(manifest.name, graph).set(spec.parity.max_abs_error)
+    def offers(self, bundles: Sequence[Bundle]) -> None:
+        """Note the models that requests may ask for, in place of those before."""
+        self.bundle.clear()
+        self.parity.clear()
+        for bundle in bundles:
+            self.bundle.labels(bundle.manifest.name, bundle.sha256).set(1)
+            for graph, spec in bundle.manifest.graphs.items():
+                self.parity.labels(bundle.manifest.name, graph).set(spec.parity.max_abs_error)
+
+    def uses(self, engines: Mapping[str, str], *, preferred: bool) -> None:
+        """Note the engine of each model, in place of those before."""
+        self.engine.clear()
+        self.preferred.clear()
+        for model, engine in engines.items():
+            self.engine.labels(model, engine).set(1)
+            self.preferred.labels(model).set(preferred)
 
     def watch_memory(self, pid: Callable[[], int]) -> None:
         """Report the resident memory of the process the engine runs in, looked up at each scrape."""

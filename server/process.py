@@ -25,6 +25,7 @@ from server.connection import ConnectionLimits, protocol
 from server.errors import StartError
 from server.metrics import Metrics
 from server.metrics_port import MetricsPort
+from server.renewal import Renew, Renewals
 from server.service import DRAINING, ENGINE_DOWN, Service
 from server.settings import Settings
 from server.worker import Worker
@@ -95,7 +96,7 @@ class DrainingServer(uvicorn.Server):
     Whatever does not return, a thread included, the process ends ``OVERTIME_S`` after its drain timeout, with
     status 1 and the stacks of all threads on stderr.
 
-    ready: called with the URL when requests are welcome.
+    ready: called with the URL when requests are welcome; renew: what SIGHUP asks for.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class DrainingServer(uvicorn.Server):
         metrics: Metrics,
         sock: socket.socket,
         ready: Callable[[str], None],
+        renew: Renew | None = None,
     ) -> None:
         limits = ConnectionLimits(settings.header_timeout_s, settings.max_header_bytes, settings.body_timeout_s)
         config = uvicorn.Config(
@@ -125,6 +127,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout_s = settings.drain_timeout_s
         self._drain_ends_s: float | None = None
         self._ready = ready
+        self._renewals = None if renew is None else Renewals(renew, metrics)
 
     @property
     def draining(self) -> bool:
@@ -137,7 +140,14 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if self._renewals is not None:
+            self._renewals.start()
         self._ready(url_of(self._sock))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._renewals is not None:
+            await self._renewals.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.draining:
@@ -160,8 +170,9 @@ class Process(DrainingServer):
         sock: socket.socket,
         ready: Callable[[str], None],
         metrics_sock: socket.socket | None = None,
+        renew: Renew | None = None,
     ) -> None:
-        super().__init__(create_app(service), service.settings, service.metrics, sock, ready)
+        super().__init__(create_app(service), service.settings, service.metrics, sock, ready, renew)
         self._service = service
         self._worker = worker
         self._metrics_port = MetricsPort(service, metrics_sock) if metrics_sock else None

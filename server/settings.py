@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     backend: Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"] = Field(
         "auto", description="engine to run on. See [engines](engines.md#backends-and-precision)."
     )
+    start_backend: Literal["openvino", "onnxruntime", "torch", "torch-cuda"] | None = Field(
+        None,
+        description="engine to serve on while `backend` is built beside it, and to fall back to. Without one, "
+        "nothing is served before `backend` is ready; see [serve now, faster later]"
+        "(engines.md#serve-now-faster-later).",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")
     threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
     cache_dir: Path | None = Field(
@@ -180,6 +186,12 @@ class Settings(BaseSettings):
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
         return None if str(value) in ("none", "") else value
+
+    @model_validator(mode="after")
+    def _builds_are_kept(self) -> Self:
+        if self.start_backend is not None and self.cache_dir is None:
+            raise ValueError("start_backend needs a cache_dir: what is built beside it is handed over there")
+        return self
 
     @model_validator(mode="after")
     def _webhooks_are_signed(self) -> Self:

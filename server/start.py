@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from rich.console import Console
 
 from server.engine import Engine
-from server.engine_process import EngineProcess
 from server.engine_thread import EngineThread
 from server.errors import StartError
 from server.loading import build_service, build_store, load_pipelines, open_files, open_safety
@@ -15,6 +16,8 @@ from server.safety import Safety
 from server.settings import Settings
 from server.storage import ResultStore, is_folder
 from server.stores.base import JobStore
+from server.succession import Succession, make_engine, start_settings
+from server.versions import Version, hashes, new_versions, offer, read_versions
 from server.worker import Worker
 from server.worker_process import WorkerProcess
 
@@ -28,17 +31,21 @@ def serve(settings: Settings) -> str | None:
     sock = bind(settings.host, settings.port)
     store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
-    engine = _open_engine(settings, isolated=settings.isolate_engine)
-    service = build_service(settings, store, metrics, files)
+    engine = _open_engine(settings, metrics, isolated=settings.isolate_engine)
+    service = build_service(settings, store, metrics, files, [version.bundle for version in engine.versions])
     service.costs.update({own_name(): engine.offers})
     metrics.watch_memory(lambda: engine.pid)
     metrics.is_a("serve")
-    for model in service.catalogue:
-        metrics.offers(model.manifest)
-        metrics.engine.labels(model.name, engine.offers[model.name].engine).set(1)
     worker = _worker(settings, engine, store, metrics, files, safety)
     prompt = service.catalogue.default.tokenizer.known()[0]
-    return Process(service, worker, sock, lambda url: _announce(url, _names(engine), prompt)).run_until_told()
+
+    async def renew() -> None:
+        offer(await engine.renew(), service)
+
+    def ready(url: str) -> None:
+        _announce(url, _names(engine), prompt)
+
+    return Process(service, worker, sock, ready, renew=renew).run_until_told()
 
 
 def api(settings: Settings) -> str | None:
@@ -50,11 +57,11 @@ def api(settings: Settings) -> str | None:
     metrics_sock = None
     if settings.metrics_port is not None:
         metrics_sock = bind(settings.host, settings.metrics_port, "--metrics-port")
-    metrics = Metrics()
-    service = build_service(settings, build_store(settings), metrics, open_files(settings, metrics))
+    metrics, versions = Metrics(), read_versions(settings)
+    bundles = [version.bundle for version in versions]
+    service = build_service(settings, build_store(settings), metrics, open_files(settings, metrics), bundles)
     metrics.is_a("api")
-    for model in service.catalogue:
-        metrics.offers(model.manifest)
+    metrics.offers(bundles)
     names = ", ".join(model.name for model in service.catalogue)
     prompt = service.catalogue.default.tokenizer.known()[0]
 
@@ -63,7 +70,12 @@ def api(settings: Settings) -> str | None:
             _out.print(f"Metrics     {url_of(metrics_sock)}/metrics", markup=False)
         _announce(url, names, prompt)
 
-    return Process(service, None, sock, ready, metrics_sock).run_until_told()
+    async def renew() -> None:
+        nonlocal versions
+        versions = await asyncio.to_thread(new_versions, settings, versions)
+        offer(versions, service)
+
+    return Process(service, None, sock, ready, metrics_sock, renew=renew).run_until_told()
 
 
 def worker(settings: Settings) -> str | None:
@@ -72,11 +84,13 @@ def worker(settings: Settings) -> str | None:
     sock = bind(settings.host, settings.metrics_port or 0, "--metrics-port")
     store, metrics = build_store(settings, patient=True), Metrics()
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
-    engine = _open_engine(settings, isolated=True)
+    engine = _open_engine(settings, metrics, isolated=True)
     metrics.is_a("worker")
     metrics.watch_memory(lambda: engine.pid)
-    for name, offer in engine.offers.items():
-        metrics.engine.labels(name, offer.engine).set(1)
+
+    async def renew() -> None:
+        await engine.renew()
+
     process = WorkerProcess(
         settings,
         _worker(settings, engine, store, metrics, files, safety),
@@ -84,17 +98,22 @@ def worker(settings: Settings) -> str | None:
         metrics,
         sock,
         lambda url: _out.print(f"Working on {_names(engine)}\nMetrics     {url}/metrics", markup=False),
+        renew,
     )
     return process.run_until_told()
 
 
-def _open_engine(settings: Settings, *, isolated: bool) -> Engine:
+def _open_engine(settings: Settings, metrics: Metrics, *, isolated: bool) -> Succession:
+    """The engine to start on, ready, with what comes after it; in a process of its own where it is to change."""
     with _err.status("Loading and warming the models"):
-        if not isolated:
-            return EngineThread(load_pipelines(settings))
-        engine = EngineProcess(settings)
+        if not isolated and settings.start_backend is None:
+            pipelines = load_pipelines(settings)
+            versions = tuple(Version(pipeline.bundle, pipeline.tokenizer) for pipeline in pipelines.values())
+            return Succession(EngineThread(pipelines), settings, versions, metrics)
+        versions = read_versions(settings)
+        engine = make_engine(start_settings(settings, versions), hashes(versions))
         engine.spawn()
-        return engine
+        return Succession(engine, settings, versions, metrics)
 
 
 def _worker(

@@ -114,7 +114,7 @@ class Late:
 
 @dataclass(frozen=True)
 class Died:
-    """The engine process ended with these jobs in it; a new one is being started."""
+    """The engine process ended with these jobs in it, or another one did not start; one more is being started."""
 
     tokens: frozenset[str]
     reason: str

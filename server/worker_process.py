@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from server.api.operations import operations_routes
 from server.metrics import Metrics
 from server.process import DrainingServer
+from server.renewal import Renew
 from server.schemas import Readiness
 from server.settings import Settings
 from server.stores.base import JobStore, StoreUnavailableError
@@ -31,10 +32,11 @@ class WorkerProcess(DrainingServer):
         metrics: Metrics,
         sock: socket.socket,
         ready: Callable[[str], None],
+        renew: Renew | None = None,
     ) -> None:
         app = FastAPI(title="halfstep worker", docs_url=None, redoc_url=None, openapi_url=None)
         app.include_router(operations_routes(metrics, store, self._readiness))
-        super().__init__(app, settings, metrics, sock, ready)
+        super().__init__(app, settings, metrics, sock, ready, renew)
         self._worker = worker
         self._store = store
 

@@ -25,6 +25,9 @@ ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda"})
 LOWERING: frozenset[str] = ON_GPU | {"openvino"}
 """Backends that can run the network body in bfloat16."""
 
+BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
+"""Backends that compile a graph for this machine, and keep what they made in the cache."""
+
 # Fastest first, as measured on CPUs: what ``auto`` tries. A GPU is used where it is asked for by name.
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
 _INSTALL = {
