@@ -30,7 +30,7 @@ class Renewals:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Heed the signal from now on; not where stdin is a terminal, as there it says that the terminal is gone."""
+        """Heed the signal from now on; not where stdin is a terminal: there it means that the terminal is gone."""
         if os.isatty(STDIN):
             return
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._told.set)

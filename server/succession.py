@@ -49,7 +49,10 @@ Build = Callable[[Settings], Awaitable[None]]
 
 
 def start_settings(settings: Settings, versions: Sequence[Version]) -> Settings:
-    """Of the engine that a worker starts on. Raises: BackendError where ``backend`` does not offer the precision."""
+    """Of the engine that a worker starts on.
+
+    Raises: BackendError where the preferred backend does not offer the precision.
+    """
     choose_precision(choose_backend(settings.backend), settings.precision)
     start = settings.start_backend
     return _with(settings if start is None else _settings_on(settings, start), versions)
@@ -94,7 +97,7 @@ class Succession(EngineSwitch):
     def start(self, report: Report) -> None:
         super().start(report)
         self._note()
-        self._improving = asyncio.create_task(self._improve(), name="improve")
+        self._improve_beside()
 
     async def close(self) -> bool:
         await _end(self._improving)
@@ -106,18 +109,27 @@ class Succession(EngineSwitch):
 
         Returns: what is served from then on. Raises: HalfstepError when it is refused; the old goes on then.
         """
+        versions = await asyncio.to_thread(new_versions, self._settings, self._versions)
+        if hashes(versions) == hashes(self._versions):
+            _log.info("bundles_unchanged")
+            if self._improving is not None and self._improving.done():
+                self._improve_beside()
+            return self._versions
         await _end(self._improving)
         await _end(self._rechecking)
         try:
-            versions = await asyncio.to_thread(new_versions, self._settings, self._versions)
-            if hashes(versions) == hashes(self._versions):
-                _log.info("bundles_unchanged")
-            else:
-                await self._take_up_versions(versions)
+            await self._take_up_versions(versions)
             return self._versions
         finally:
-            self._improving = asyncio.create_task(self._improve(), name="improve")
-            self._rechecking = asyncio.create_task(self._recheck(), name="recheck")
+            self._improve_beside()
+            if self._doubted:
+                self._recheck_beside()
+
+    def _improve_beside(self) -> None:
+        self._improving = asyncio.create_task(self._improve(), name="improve")
+
+    def _recheck_beside(self) -> None:
+        self._rechecking = asyncio.create_task(self._recheck(), name="recheck")
 
     async def _improve(self) -> None:
         """Build the preferred engine, and take it up if it makes what the one in use makes."""
@@ -170,7 +182,7 @@ class Succession(EngineSwitch):
 
     def _doubted_for(self, reason: str) -> None:
         _log.warning("engine_doubted", reason=reason)
-        self._rechecking = asyncio.create_task(self._recheck(), name="recheck")
+        self._recheck_beside()
 
     async def _recheck(self) -> None:
         """Whether the engine in use can still do what it could, or a job alone is to blame."""

@@ -51,8 +51,8 @@ def new_versions(settings: Settings, served: Sequence[Version]) -> tuple[Version
         lacking = next(_lacking(by_name[name], old), None)
         if lacking is not None:
             raise BundleError(
-                f"{by_name[name].bundle.path} lacks {lacking} that the bundle in use offers, and requests for it may have "
-                "been accepted; give it another name, or restart."
+                f"{by_name[name].bundle.path} lacks {lacking}, which the bundle in use offers. Requests for it may "
+                "have been accepted: give it another name, or restart."
             )
     return versions
 
