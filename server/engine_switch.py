@@ -29,6 +29,9 @@ ENGINE_FAULTS = frozenset({"engine_error", "non_finite"})
 ASK_S = 900.0
 """Most time an engine has to answer a question."""
 
+TRUST_S = 60.0
+"""How long an engine that was cleared of doubt is not doubted again: jobs that break by themselves come in rows."""
+
 RECENT = 4
 
 Doubt = Callable[[str], None]
@@ -59,6 +62,7 @@ class EngineSwitch:
         self._numbers = count()
         self._on_doubt: Doubt | None = None
         self._doubted = False
+        self._trusted_until_s = 0.0
         self._waiting: list[Lease] = []
         self._faults: dict[str, Failed] = {}
         """What is not told before it is clear whose fault it was; their jobs are still their engine's."""
@@ -141,7 +145,7 @@ class EngineSwitch:
         if give_up:
             self._jobs[former] = {}
             self._faults = {}
-        self._on_doubt = on_doubt
+        self._on_doubt, self._trusted_until_s = on_doubt, 0.0
         self.recent.clear()
         self._end_doubt(handed)
         self._retire_idle(former)
@@ -150,6 +154,7 @@ class EngineSwitch:
         """Go on with the doubted engine: what failed in it failed by itself."""
         for token in self._faults:
             self._jobs[self._current].pop(token, None)
+        self._trusted_until_s = self._loop.time() + TRUST_S
         told: list[Event] = list(self._faults.values())
         self._faults = {}
         self._end_doubt([])
@@ -254,7 +259,8 @@ class EngineSwitch:
     # ---- doubt, and the end of it
 
     def _doubts(self, engine: Engine) -> bool:
-        return engine is self._current and self._on_doubt is not None
+        trusted = not self._doubted and self._loop.time() < self._trusted_until_s
+        return engine is self._current and self._on_doubt is not None and not trusted
 
     def _doubt(self, reason: str) -> None:
         if not self._doubted and self._on_doubt is not None:

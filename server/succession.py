@@ -85,6 +85,8 @@ class Succession(EngineSwitch):
         self._build = build
         self._preferred = not _differ(settings)
         self._samples: list[Sample] = []
+        self._lost = ""
+        """Why the engine in use is ended already, while there is none to go back to yet."""
         self._changing = asyncio.Lock()
         self._improving: asyncio.Task[None] | None = None
         self._rechecking: asyncio.Task[None] | None = None
@@ -156,7 +158,7 @@ class Succession(EngineSwitch):
             await self._build(settings)
         async with self._changing, self._beside(settings, versions) as engine:
             await self.ask(engine, _probes(versions))
-            self._versions, self._preferred = versions, not _differ(self._settings)
+            self._versions, self._preferred, self._lost = versions, not _differ(self._settings), ""
             self.take_up(engine, None)
         self._note("bundle", "taken_up")
 
@@ -190,17 +192,20 @@ class Succession(EngineSwitch):
             if not self._doubted:
                 return
             try:
-                await self._check(self._current, self._samples)
+                if not self._lost:
+                    await self._check(self._current, self._samples)
+                    _log.info("engine_trusted")
+                    self.trust()
+                    return
             except Exception as error:  # nobody awaits this task, and jobs wait for its verdict
-                await self._go_back(str(error))
-            else:
-                _log.info("engine_trusted")
-                self.trust()
+                _log.error("engine_given_up", backend=self._settings.backend, reason=str(error))
+                self._lost = str(error)
+            await self._go_back()
 
-    async def _go_back(self, reason: str) -> None:
+    async def _go_back(self) -> None:
         """To the first engine; the jobs of the failed one start anew there. There is nothing else left to try."""
-        _log.error("engine_given_up", backend=self._settings.backend, reason=reason)
         self._preferred = False
+        await self._current.close()  # first, for the memory it has
         while True:
             try:
                 async with self._beside(start_settings(self._settings, self._versions), self._versions) as engine:
@@ -209,6 +214,7 @@ class Succession(EngineSwitch):
                 _log.error("engine_not_started", backend=self._settings.start_backend, reason=str(error))
                 await asyncio.sleep(RETRY_S)
             else:
+                self._lost = ""
                 self._note("engine", "given_up")
                 return
 

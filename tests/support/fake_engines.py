@@ -36,13 +36,10 @@ Run = Callable[[Rows], dict[str, NDArray[Any]]]
 class FakeEngine:
     """An EngineBackend around a function."""
 
-    def __init__(self, spec: GraphSpec, run: Run) -> None:
+    def __init__(self, spec: GraphSpec, run: Run, name: str = "fake 1 float32") -> None:
         self._spec = spec
         self.run = run
-
-    @property
-    def name(self) -> str:
-        return "fake 1 float32"
+        self.name = name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -60,12 +57,13 @@ class Bench:
     """A pipeline whose steps can be held back and made to fail.
 
     batches: (step graph, class of each row run, padding included) of every step so far; poison: a class on
-    which a step raises; allow: let that many steps pass (``hold`` first).
+    which a step raises; factor: what a step leaves of its latent; allow: let that many steps pass (``hold`` first).
     """
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, name: str = "fake 1 float32") -> None:
         self.batches: list[tuple[str, list[int]]] = []
         self.poison: int | None = None
+        self.factor = 0.5
         self._gate = threading.Semaphore(0)
         self._open = threading.Event()
         self._open.set()
@@ -74,7 +72,7 @@ class Bench:
 
         def load(graph: str) -> FakeEngine:
             runs: dict[str, Run] = {CONDITION: _condition, DECODE_GRAPH: _decode, ENCODE_GRAPH: _encode}
-            return FakeEngine(manifest.graphs[graph], runs.get(graph, lambda rows: self._step(graph, rows)))
+            return FakeEngine(manifest.graphs[graph], runs.get(graph, lambda rows: self._step(graph, rows)), name)
 
         self.pipeline = Pipeline(verified, load, RUNGS)
         self.pipeline.costs = CostTable({graph: dict.fromkeys(RUNGS, 1.0) for graph in manifest.graphs})
@@ -98,7 +96,10 @@ class Bench:
             pass
         if self.poison in classes:
             raise RuntimeError("poison")
-        return {NEXT_LATENT: rows[LATENT] * np.float32(0.5), CLEAN_ESTIMATE: rows[LATENT] * np.float32(0.25)}
+        return {
+            NEXT_LATENT: rows[LATENT] * np.float32(self.factor),
+            CLEAN_ESTIMATE: rows[LATENT] * np.float32(0.25),
+        }
 
 
 def _condition(rows: Rows) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,269 @@
+"""Changing engines under way: built beside, checked, taken up, given up, renewed; no row is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.bundle import verify_bundle
+from engines.errors import BackendError, BundleError
+from server.jobs import Job, JobState
+from server.metrics import Metrics
+from server.request import DenoiseRequest
+from server.settings import Settings
+from server.stores.memory import MemoryStore
+from server.succession import Succession
+from server.versions import Version
+from server.worker import Worker
+from tests.support.spawned import SpawnedThread
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
+
+pytestmark = pytest.mark.anyio
+
+FIRST, BUILT, LATER = "first 1 float32", "built 1 float32", "later 1 float32"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens on other threads
+            await asyncio.sleep(0.002)
+
+
+@dataclass
+class Stage:
+    """A worker whose next engines a test prepares. built: lets the build end; makes: the next engines, in order."""
+
+    succession: Succession
+    first: SpawnedThread
+    store: MemoryStore
+    metrics: Metrics
+    makes: list[SpawnedThread]
+    built: asyncio.Event = field(default_factory=asyncio.Event)
+    build_error: str = ""
+    loaded: list[Mapping[str, str]] = field(default_factory=list)
+
+    async def make(self, name: str, digit: str = "one", **fields: Any) -> JobState:
+        await self.submit(name, digit, **fields)
+        return await self.ended(name)
+
+    async def submit(self, name: str, digit: str = "one", **fields: Any) -> None:
+        chosen = {"n": 1, "steps": 4, "seed": 1, **fields}
+        request = DenoiseRequest(
+            model="toy-digits", prompt=digit, guidance_scale=2.0, width=64, height=64, **chosen
+        )
+        await self.store.submit(Job(id=name, request=request, cost_s=0.0))
+
+    async def ended(self, name: str) -> JobState:
+        async with asyncio.timeout(60):
+            return await self.store.wait(name)
+
+    def changes(self, what: str, outcome: str) -> float:
+        return self.value("halfstep_takeovers_total", what=what, outcome=outcome)
+
+    def value(self, metric: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(metric, labels) or 0.0
+
+    async def until_change(self, what: str, outcome: str) -> None:
+        await until(lambda: self.changes(what, outcome) > 0)
+
+
+@asynccontextmanager
+async def stage(bundle: Path, *makes: SpawnedThread, start: bool = True) -> AsyncIterator[Stage]:
+    """A worker on its first engine, with those to come. start: the first one is not the preferred."""
+    backends: dict[str, Any] = {"backend": "openvino", "start_backend": "onnxruntime"} if start else {}
+    settings = Settings(bundles=(bundle,), **backends)
+
+    def make(_: Settings, versions: Mapping[str, str]) -> SpawnedThread:
+        made.loaded.append(versions)
+        return made.makes.pop(0)
+
+    async def build(_: Settings) -> None:
+        await made.built.wait()
+        if made.build_error:
+            raise BackendError(made.build_error)
+
+    first, metrics, store = SpawnedThread(bundle, FIRST), Metrics(), MemoryStore()
+    version = Version.of(verify_bundle(bundle))
+    succession = Succession(first, settings, [version], metrics, make, build)
+    made = Stage(succession, first, store, metrics, list(makes))
+    task = asyncio.create_task(Worker("w", succession, store, metrics).run())
+    yield made
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert first.closed
+
+
+def engine_of(state: JobState) -> str:
+    assert state.result is not None, state.failure
+    return state.result.engine
+
+
+def code_of(state: JobState) -> str:
+    assert state.failure is not None
+    return state.failure.code
+
+
+async def test_new_rows_go_to_the_built_engine_and_started_ones_finish_where_they_are(toy_bundle: Path) -> None:
+    built = SpawnedThread(toy_bundle, BUILT)
+    async with stage(toy_bundle, built) as on:
+        assert engine_of(await on.make("a")) == FIRST
+        assert on.value("halfstep_engine_preferred", model="toy-digits") == 0
+        built.bench.hold()
+        on.built.set()
+        await until(lambda: bool(built.bench.batches))
+        on.first.bench.hold()  # the samples are made
+        await on.submit("b", n=3, steps=8)
+        await until(lambda: on.first.bench.batches[-1] == ("step_8", [1, 1, 1, 1]))
+        built.bench.allow()
+        await on.until_change("engine", "taken_up")
+        after = await on.make("c")
+        assert not on.first.closed
+        on.first.bench.allow()
+        assert [engine_of(state) for state in (await on.ended("b"), after)] == [FIRST, BUILT]
+        await until(lambda: on.first.closed)
+        assert on.value("halfstep_engine_info", model="toy-digits", engine=BUILT) == 1
+        assert not on.value("halfstep_engine_info", model="toy-digits", engine=FIRST)
+        assert on.value("halfstep_engine_preferred", model="toy-digits") == 1
+
+
+async def test_a_build_that_fails_leaves_the_first_engine(toy_bundle: Path) -> None:
+    async with stage(toy_bundle) as on:
+        on.build_error = "The build was ended by signal 9."
+        on.built.set()
+        await on.until_change("engine", "refused")
+        assert engine_of(await on.make("a")) == FIRST
+
+
+@pytest.mark.parametrize("fault", ["unlike", "nan", "raises", "refused"])
+async def test_a_wrong_engine_is_never_taken_up(toy_bundle: Path, fault: str) -> None:
+    built = SpawnedThread(toy_bundle, BUILT, refusal="no such device" if fault == "refused" else "")
+    built.bench.factor = {"unlike": 0.48, "nan": float("nan")}.get(fault, 0.5)
+    built.bench.poison = 1 if fault == "raises" else None
+    async with stage(toy_bundle, built) as on:
+        on.built.set()
+        await on.until_change("engine", "refused")
+        assert engine_of(await on.make("a", "one")) == FIRST
+        await until(lambda: built.closed)
+        assert not on.changes("engine", "taken_up")
+
+
+@pytest.mark.parametrize("fault", ["nan", "raises", "dies", "stays away"])
+async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_first(
+    toy_bundle: Path, fault: str
+) -> None:
+    built, again = SpawnedThread(toy_bundle, BUILT), SpawnedThread(toy_bundle, LATER)
+    async with stage(toy_bundle, built, again) as on:
+        on.built.set()
+        await on.until_change("engine", "taken_up")
+        built.bench.hold()
+        for name in "abc":
+            await on.submit(name, "one", steps=8)
+        await until(lambda: built.bench.batches[-1][0] == "step_8")
+        built.bench.factor = float("nan") if fault in ("nan", "dies") else 0.5
+        built.bench.poison = 1 if fault == "raises" else None
+        if fault == "dies":
+            built.die()
+        if fault == "stays away":
+            built.away = True
+            built.die()
+            while not on.changes("engine", "given_up"):  # each try to start it fails
+                await asyncio.sleep(0.01)
+                built.die("no such device")
+        built.bench.allow()
+        assert {engine_of(await on.ended(name)) for name in "abc"} == {LATER}
+        assert on.changes("engine", "given_up") == 1
+        assert on.value("halfstep_engine_preferred", model="toy-digits") == 0
+        assert built.closed
+
+
+async def test_a_job_that_fails_by_itself_does_not_cost_the_engine(toy_bundle: Path) -> None:
+    built = SpawnedThread(toy_bundle, BUILT)
+    async with stage(toy_bundle, built) as on:
+        on.built.set()
+        await on.until_change("engine", "taken_up")
+        built.bench.poison = 9  # no sample is of the last class
+        assert code_of(await on.make("bad", "nine")) == "engine_error"
+        assert engine_of(await on.make("good")) == BUILT
+        assert not on.changes("engine", "given_up")
+
+
+def replace(bundle: Path, **options: Any) -> None:
+    shutil.rmtree(bundle)
+    make_toy_bundle(bundle, ToyOptions(**options))
+
+
+async def test_a_new_version_is_taken_up_beside_the_old(tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    async with stage(bundle, start=False) as on:
+        on.built.set()
+        old = on.succession.versions[0].bundle.sha256
+        on.first.bench.hold()
+        await on.submit("a", steps=8)
+        await until(lambda: bool(on.first.bench.batches))
+        replace(bundle, weights_seed=1)
+        on.makes.append(SpawnedThread(bundle, LATER))
+        (version,) = await on.succession.renew()
+        assert engine_of(await on.make("b")) == LATER
+        on.first.bench.allow()
+        assert engine_of(await on.ended("a")) == FIRST
+        assert version.bundle.sha256 == on.loaded[0]["toy-digits"] != old
+        assert on.value("halfstep_bundle_info", model="toy-digits", sha256=version.bundle.sha256) == 1
+        assert not on.value("halfstep_bundle_info", model="toy-digits", sha256=old)
+
+
+async def test_a_new_version_begins_at_the_first_engine_and_is_built_again(
+    toy_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    async with stage(bundle, SpawnedThread(bundle, BUILT)) as on:
+        on.built.set()
+        await on.until_change("engine", "taken_up")
+        on.built.clear()
+        replace(bundle, weights_seed=1)
+        on.makes += [SpawnedThread(bundle, FIRST), SpawnedThread(bundle, LATER)]
+        on.built.set()
+        await on.succession.renew()
+        await until(lambda: on.changes("engine", "taken_up") == 2)
+        assert engine_of(await on.make("a")) == LATER
+
+
+@pytest.mark.parametrize("fault", ["altered", "gone", "fewer steps", "another name", "nan"])
+async def test_a_bad_new_version_is_refused_and_the_old_goes_on(tmp_path: Path, fault: str) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    async with stage(bundle, start=False) as on:
+        on.built.set()
+        options: dict[str, dict[str, Any]] = {
+            "fewer steps": {"steps": (1, 4)},
+            "another name": {"name": "toy-other"},
+        }
+        replace(bundle, **{"weights_seed": 1, **options.get(fault, {})})
+        if fault == "altered":
+            (bundle / "decode.onnx").write_bytes(b"x" + (bundle / "decode.onnx").read_bytes()[1:])
+        if fault == "gone":
+            shutil.rmtree(bundle)
+        if fault == "nan":
+            on.makes.append(SpawnedThread(bundle, LATER))
+            on.makes[0].bench.factor = float("nan")
+        with pytest.raises((BundleError, BackendError)):
+            await on.succession.renew()
+        assert engine_of(await on.make("a", steps=8)) == FIRST
+
+
+async def test_what_is_unchanged_is_left_alone_and_what_was_refused_is_tried_again(toy_bundle: Path) -> None:
+    async with stage(toy_bundle) as on:
+        on.build_error = "no room"
+        on.built.set()
+        await on.until_change("engine", "refused")
+        on.build_error = ""
+        on.makes.append(SpawnedThread(toy_bundle, BUILT))
+        await on.succession.renew()
+        await on.until_change("engine", "taken_up")
+        assert engine_of(await on.make("a")) == BUILT
