@@ -39,7 +39,7 @@ FAULTY = (sys.executable, "-m", "tests.support.faulty_engine")
 def settings(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """The first test measures the costs, the others find them in the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    return Settings(bundles=(toy_bundle,), cache_dir=cache, hang_s=1.0, threads=1)
+    return Settings(bundles=(toy_bundle,), cache_dir=cache, hang_s=3.0, threads=1)
 
 
 def job(name: str, digit: int, **fields: Any) -> Job:
