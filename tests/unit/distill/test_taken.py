@@ -113,14 +113,14 @@ def test_a_dry_run_says_what_is_taken(finished: RunFolder, tmp_path: Path) -> No
         ("digits-lcm", {"teacher", "stage_one"}),
         ("digits-lora", {"teacher", "stage_one"}),
         ("digits-on-policy", {"teacher", "stage_one"}),
-        ("digits-separate", {"teacher", "stage_one"}),
+        ("digits-shared", {"teacher", "stage_one"}),
         ("digits-single", {"teacher", "stage_one"}),
         ("digits-stochastic", {"teacher", "stage_one"}),
         ("digits-two-networks", {"teacher"}),
     ],
 )
-def test_shipped_variants_take_what_they_share_with_digits_shared(name: str, shared: set[str]) -> None:
-    theirs = {past.name: past.fields for past in pasts(read_recipe("digits-shared"))}
+def test_shipped_variants_take_what_they_share_with_digits_separate(name: str, shared: set[str]) -> None:
+    theirs = {past.name: past.fields for past in pasts(read_recipe("digits-separate"))}
     mine = {past.name: past.fields for past in pasts(read_recipe(name))}
     assert {phase for phase in mine if mine[phase] == theirs.get(phase)} == shared
 
