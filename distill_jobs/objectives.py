@@ -78,7 +78,12 @@ def teacher_loss(teacher: nn.Module, tables: Tables, rows: Noisy, dropped: Tenso
 
 
 def guided_v(teacher: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
-    """True guidance: the teacher's v at weights w: (B,), from one doubled batch."""
+    """True guidance: the teacher with and without the condition, combined at w: (B,). Shaped as z_t."""
+    return guided(both_ways(teacher, z_t, rows), w)
+
+
+def both_ways(teacher: nn.Module, z_t: Tensor, rows: Noisy) -> tuple[Tensor, Tensor]:
+    """The teacher's v with the condition and without it, in one call, each shaped as z_t."""
     both = predict(
         teacher,
         torch.cat([z_t, z_t]),
@@ -87,7 +92,12 @@ def guided_v(teacher: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
         extra=None if rows.extra is None else torch.cat([rows.extra, rows.extra]),
     )
     conditional, unconditional = both.chunk(2)
-    return torch.as_tensor(combine(conditional, unconditional, wide(w, z_t)))
+    return conditional, unconditional
+
+
+def guided(both: tuple[Tensor, Tensor], w: Tensor) -> Tensor:
+    """``both_ways``, combined at w: (B,)."""
+    return torch.as_tensor(combine(*both, wide(w, both[0])))
 
 
 def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows: Noisy, w: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
 from distill_jobs.latent_sections import FinetuneSection, FolderTeacher, MadeTeacher
-from distill_jobs.objectives import guided_v, stage_one_loss, teacher_loss
+from distill_jobs.objectives import both_ways, guided, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
 from distill_jobs.pipelines.folder import PipelineFolder
@@ -24,7 +24,9 @@ from distill_jobs.student import load_stock, new_teacher, predict, student_of
 from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
 
-GATE_ROWS = 512
+GATE_ROWS, GATE_BATCHES = 512, 8
+"""The gate's rows, at most that many batches of the phase: who trains few rows cannot wait for many."""
+
 GATE_SCALES = 5
 
 
@@ -127,17 +129,19 @@ def _gate(phases: Phases, teacher: nn.Module) -> None:
 
 @torch.inference_mode()
 def guidance_errors(phases: Phases, student: nn.Module, teacher: nn.Module) -> dict[float, float]:
-    """|v_student - v_guided|² / |v_guided|² on the same GATE_ROWS rows, by guidance_scale."""
+    """|v_student - v_guided|² / |v_guided|² on the same rows, by guidance_scale."""
     section, allowed = phases.recipe.stage_one, phases.recipe.guidance
-    batch = min(GATE_ROWS, section.batch_size // section.accumulate)
+    seen = min(GATE_ROWS, GATE_BATCHES * section.batch_size)
+    batch = min(seen, section.batch_size // section.accumulate)
     draws = Draws(phases.recipe.seed, "gate")
     sums = {scale: torch.zeros(2) for scale in torch.linspace(allowed.min, allowed.max, GATE_SCALES).tolist()}
-    for update in range(GATE_ROWS // batch):
+    for update in range(seen // batch):
         rows = phases.noisy(draws, update, batch)
         z_t, _ = phases.tables.noisy(rows)
+        both = both_ways(teacher, z_t, rows)
         for scale, of_scale in sums.items():
             w = torch.full((batch,), weight_from_scale(scale), device=phases.device)
-            target = guided_v(teacher, z_t, rows, w)
+            target = guided(both, w)
             error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
             of_scale.add_(torch.stack([error.square().sum(), target.square().sum()]).cpu())
     return {scale: float(error / size) for scale, (error, size) in sums.items()}

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tests.true_size import BUNDLE, STUDENT
 from tests.true_size.stages import STEPS, run
+from tests.true_size.training import job, phases
 
 LIMIT, MEMORY_GIB = 1e-3, 24
 _out, _err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
@@ -29,6 +30,7 @@ ONE_LEVEL = 1 / 255
 
 STAGES = (
     "make",
+    "train",
     "import",
     "verify",
     "diffusers",
@@ -72,7 +74,9 @@ def measured(stage: str, work: Path, model: str) -> dict[str, Any]:
         said = out.read()
     if child.returncode:
         sys.exit(f"{said}{stage} ended with exit status {child.returncode}")
-    own = json.loads(said.splitlines()[-1]) if stage not in ("import", "verify") else {}
+    own = json.loads(said.splitlines()[-1]) if stage not in ("train", "import", "verify") else {}
+    if stage == "train":
+        own = phases(work)
     if stage == "import":
         own = exported(work / BUNDLE)
     figures = {
@@ -88,6 +92,8 @@ def measured(stage: str, work: Path, model: str) -> dict[str, Any]:
 def command(stage: str, work: Path, model: str) -> list[str]:
     """What a stage runs: a user's own command where there is one."""
     student, bundle = str(work / STUDENT), str(work / BUNDLE)
+    if stage == "train":
+        return [sys.executable, "-m", "distill_jobs", *job(work, model)]
     if stage == "import":
         steps = [f"--steps={n}" for n in (STEPS, 1)]
         return [

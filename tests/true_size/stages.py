@@ -15,7 +15,7 @@ from engines.bundle import Bundle, verify_bundle
 from engines.manifest import ENCODE_GRAPH
 from engines.noise import Purpose, row_noise
 from engines.open import load_pipeline
-from tests.true_size import BUNDLE, STUDENT, TEACHER
+from tests.true_size import BUNDLE, PHOTOS, STUDENT, TEACHER
 
 PROMPT, GUIDANCE_SCALE, SEED, STEPS = "a cat and a dog", 4.0, 1, 2
 REFERENCE = "reference.npz"
@@ -24,11 +24,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def make(work: Path, model: str) -> dict[str, Any]:
-    """The folders of teacher and student."""
+    """The folders of teacher and student, and some photographs to train on."""
     from tests.true_size.making import make_student, make_teacher
+    from tests.true_size.training import make_photos
 
     parameters = make_teacher(model, work / TEACHER)
     make_student(work / TEACHER, work / STUDENT)
+    make_photos(work / PHOTOS)
     return {"parameters": parameters}
 
 
