@@ -42,11 +42,11 @@ def evaluate_run(
     An interrupted evaluation goes on where it stopped. Raises: JobError when a network is missing.
     """
     everyone, digits, settings = contenders(run_dir, recipe), Digits.load(), recipe.evaluation
-    judge = _judge(run_dir, recipe, everyone[0], digits, lenders)
+    judge = judge_of(run_dir, recipe, everyone[0], digits, lenders)
     started, display = time.monotonic(), progress or Progress(disable=True)
     results = _measure_all(judge, everyone, display, compiled)
     tasks = measure_tasks(run_dir, recipe, judge.classifier, digits, display)
-    rows = tuple(_row(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
+    rows = tuple(row_of(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
     metric, finest = judge.space.metric, settings.teacher_steps
     report = Report.made(
         run_dir,
@@ -67,7 +67,8 @@ def evaluate_run(
     return report
 
 
-def _judge(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
+def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
+    """What measures the cells of a run: its classifier, trained on first use, and the features of the real digits."""
     classifier = classifier_of(run_dir, digits, lenders)
     space = feature_space(recipe.evaluation, classifier)
     return Judge(
@@ -108,7 +109,8 @@ def _measure_all(
     return results
 
 
-def _row(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell, CellResult]) -> EvaluationRow:
+def row_of(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell, CellResult]) -> EvaluationRow:
+    """A contender's line at one guidance scale, from its cells of all seeds."""
     per_seed = [results[Cell(contender, scale, seed)].metrics for seed in recipe.evaluation.seeds]
     values = {name: [metrics[name] for metrics in per_seed] for name in METRICS}
     return contender.row(scale, values)

@@ -56,7 +56,10 @@ class TensorSpec(Frozen):
 
 
 class Parity(Frozen):
-    """Largest and mean absolute difference between the exported graph and torch on the same rows."""
+    """Largest and mean absolute difference between the graph and what it was made from, on the same rows.
+
+    reference: torch, or the float32 graph on an engine where this one is int8.
+    """
 
     reference: str
     max_abs_error: float
@@ -72,7 +75,7 @@ class GraphSpec(Frozen):
     """
 
     file: str
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Parity

@@ -1,0 +1,108 @@
+"""A float32 ONNX graph with the products of its network body in int8, as NNCF's post-training quantization makes it.
+
+Convolutions and matrix products with weights hold nearly all the arithmetic: their weights become int8 (per channel)
+and their inputs uint8 or int8 (per tensor), between QuantizeLinear and DequantizeLinear, which every engine fuses in
+its own way. Float stay the first product on the way from each input, the last on the way to an output, everything
+computed from w, the timestep and the grid alone, attention's products of two activations, normalisations, and the
+sampler's update.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from engines.errors import BackendError
+from engines.manifest import GRID, GUIDANCE, TIMESTEP
+
+Arrays = dict[str, NDArray[Any]]
+
+PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
+_SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID})
+_INSTALL = "int8 is made by NNCF; install it with: pip install 'halfstep[int8]'"
+
+
+def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.ModelProto:
+    """A copy of ``model`` whose body computes in int8.
+
+    batches: inputs the graph meets in service; the ranges of its activations come from them.
+    Raises: BackendError when NNCF is missing, or nothing but first and last products is there.
+    """
+    if find_spec("nncf") is None:
+        raise BackendError(_INSTALL)
+    import nncf  # noqa: PLC0415 - heavy, and optional
+
+    named = _named(model)
+    lowered = body_products(named)
+    if not lowered:
+        raise BackendError("this graph has no product between its first and its last: nothing to lower to int8")
+    others = [node.name for node in named.graph.node if node.name not in lowered]
+    named.graph.value_info.extend(_shapes(named))
+    nncf.set_log_level(logging.ERROR)
+    made: onnx.ModelProto = nncf.quantize(
+        named,
+        nncf.Dataset(list(batches)),
+        preset=nncf.QuantizationPreset.MIXED,  # activations after SiLU lie to one side of zero
+        subset_size=len(batches),
+        ignored_scope=nncf.IgnoredScope(names=others),
+    )
+    del made.graph.value_info[:]
+    return made
+
+
+def body_products(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes to lower. model: in topological order, every node named."""
+    sources = {value.name: frozenset({value.name}) for value in model.graph.input}
+    behind: set[str] = set()  # values computed from a product
+    candidates: dict[str, str] = {}
+    for node in model.graph.node:
+        computed = [name for name in node.input if name in sources]
+        if not computed:
+            continue
+        of = frozenset().union(*(sources[name] for name in computed))
+        product = node.op_type in PRODUCTS and len(computed) == 1 and not of <= _SCALARS
+        later = not behind.isdisjoint(computed)
+        if product and later:
+            candidates[node.name] = node.output[0]
+        sources |= dict.fromkeys(node.output, of)
+        if product or later:
+            behind |= set(node.output)
+    ahead = _before_a_product(model, set(candidates))
+    return {name for name, output in candidates.items() if output in ahead}
+
+
+def _before_a_product(model: onnx.ModelProto, products: set[str]) -> set[str]:
+    """Values that one of the products is computed from."""
+    ahead: set[str] = set()
+    for node in reversed(model.graph.node):
+        if node.name in products or ahead & set(node.output):
+            ahead |= set(node.input)
+    return ahead
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for i, node in enumerate(copy.graph.node):
+        node.name = f"{node.op_type}_{i}"
+    return copy
+
+
+def _shapes(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
+    """Of every value: NNCF sees no edge where one is missing.
+
+    ONNX infers none behind a group normalisation of a free batch, so it is taken out for this.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "GroupNormalization":
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    known: Sequence[onnx.ValueInfoProto] = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph.value_info
+    return known

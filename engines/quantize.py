@@ -1,0 +1,110 @@
+"""A bundle whose step graphs compute in int8, from one in float32: calibrated on what its own students draw."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from engines.backends.openvino import OpenVinoBackend
+from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
+from engines.calibration import BATCH, Recorded, record_trajectories
+from engines.errors import BundleError
+from engines.int8_graph import quantize_graph
+from engines.manifest import Evaluation, EvaluationRow, GraphSpec, Parity
+from engines.measure import Progress
+
+HELD_OUT = 8
+"""One image in this many is kept from calibration: the parity of the int8 graph is measured on its steps."""
+
+NOT_EVALUATED = "none: not evaluated in int8"
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """name: of the new bundle, empty for the old one's with ``-int8``. images: drawn by each student, for the
+    ranges of its activations. seed: of their noise and guidance."""
+
+    name: str = ""
+    images: int = 128
+    seed: int = 0
+
+
+def quantize_bundle(
+    bundle: Bundle, destination: Path, options: Int8Options | None = None, progress: Progress | None = None
+) -> Bundle:
+    """Write ``bundle`` with the step graphs of its students in int8, replacing a bundle at ``destination``.
+
+    All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation is left empty, as it
+    was of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights in a file of
+    their own; BackendError when NNCF is missing.
+    """
+    chosen = options or Int8Options()
+    check_replaceable(destination)
+    _check_graphs(bundle)
+    recorded = record_trajectories(bundle, chosen.images, chosen.seed, progress)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".int8-", dir=destination.parent))
+    try:
+        for name in bundle.manifest.files:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.file(name), staging / name)
+        graphs = dict(bundle.manifest.graphs)
+        for graph, calls in recorded.items():
+            if progress is not None:
+                progress(graph, len(calls.inputs) * BATCH)
+            graphs[graph] = _quantize(bundle.graph_file(graph), staging, graphs[graph], calls)
+        was = bundle.manifest
+        manifest = was.model_copy(
+            update={
+                "name": chosen.name or f"{was.name}-int8",
+                "description": f"{was.description}; steps in int8".removeprefix("; "),
+                "graphs": graphs,
+                "files": file_records(staging),
+                "evaluation": Evaluation(metric=NOT_EVALUATED, samples=0, seeds=(), rows=()),
+            }
+        )
+        return write_bundle(staging, destination, manifest)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def evaluated(bundle: Bundle, evaluation: Evaluation, rows: Sequence[EvaluationRow]) -> None:
+    """Put a table into the manifest of a bundle on disk: an evaluation with the rows of its int8 students."""
+    raise NotImplementedError
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    for student in bundle.manifest.students:
+        spec = bundle.manifest.graphs[student.graph]
+        if spec.dtype != "float32":
+            raise BundleError(f"{bundle.path}: {spec.file} is {spec.dtype}; int8 is made from float32")
+        if bundle.data_files[spec.file]:
+            raise BundleError(f"{bundle.path}: {spec.file} keeps its weights beside it; int8 is for graphs below 1 GiB")
+
+
+def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> GraphSpec:
+    """Write the int8 graph over its copy in ``staging``, and measure it on the calls held out."""
+    held_out = range(0, len(calls.inputs), HELD_OUT)
+    seen = [rows for i, rows in enumerate(calls.inputs) if i not in held_out]
+    target = staging / spec.file
+    onnx.save_model(quantize_graph(onnx.load(file), seen), target)
+    lowered = spec.model_copy(update={"dtype": "int8"})
+    engine = OpenVinoBackend(target, lowered)
+    errors = []
+    for i in held_out:
+        got = engine.run(calls.inputs[i])
+        errors += [np.abs(got[name].astype(np.float64) - want) for name, want in calls.outputs[i].items()]
+    engine.close()
+    parity = Parity(
+        reference="the float32 graph",
+        max_abs_error=max(float(error.max()) for error in errors),
+        mean_abs_error=float(np.mean([error.mean() for error in errors])),
+        rows=len(held_out) * BATCH,
+    )
+    return lowered.model_copy(update={"parity": parity})
