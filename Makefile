@@ -22,7 +22,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install $(PIP_FLAGS) "$(TORCH)"
-	$(VENV)/bin/pip install $(PIP_FLAGS) -e '.[distill,onnxruntime,signing,dev]'
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e '.[distill,onnxruntime,int8,signing,dev]'
 	@touch $@
 
 $(SERVE_VENV)/.ready: pyproject.toml

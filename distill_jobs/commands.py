@@ -16,6 +16,7 @@ from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
 from distill_jobs.errors import RecipeError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import evaluation_of, export_run
+from distill_jobs.int8 import quantize_run
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
@@ -29,9 +30,11 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.report import RunReport
 from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.tables import gate_table
 from distill_jobs.taken import takeable
-from engines.bundle import Bundle
+from engines.bundle import Bundle, verify_bundle
 from engines.manifest import GuidanceRange
+from engines.quantize import Int8Options
 
 
 def run(
@@ -89,6 +92,25 @@ def export(run_dir: Path, bundle: Path, *, despite_gates: bool) -> None:
     with _display() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
+        _say_written(progress, written)
+
+
+def quantize(
+    run_dir: Path, bundle: Path, destination: Path, *, batches: int, seed: int, despite_gates: bool
+) -> None:
+    """Write a run's bundle in int8, if its quality holds. Raises: JobError, BundleError, BackendError."""
+    with _display() as progress:
+        recipe, exported = stored_recipe(RunFolder(run_dir)), verify_bundle(bundle)
+        written, gates = quantize_run(
+            run_dir,
+            recipe,
+            exported,
+            destination,
+            Int8Options(batches, seed),
+            progress=progress,
+            despite_gates=despite_gates,
+        )
+        progress.console.print("\n".join(gate_table(gates)), markup=False)
         _say_written(progress, written)
 
 

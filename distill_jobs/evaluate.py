@@ -68,7 +68,7 @@ def evaluate_run(
 
 
 def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
-    """What measures the cells of a run: its classifier, trained on first use, and the features of the real digits."""
+    """What measures the cells of a run: its classifier, trained on first use, and features of the real digits."""
     classifier = classifier_of(run_dir, digits, lenders)
     space = feature_space(recipe.evaluation, classifier)
     return Judge(

@@ -1,10 +1,10 @@
-"""A run's bundle in int8, let through by the run's own evaluation: the same grid, seeds and measures, row for row."""
+"""A run's bundle in int8, let through by the run's own evaluation: the same grid, seeds and measures."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -61,22 +61,8 @@ class Int8Student(Contender):
     @classmethod
     def of(cls, student: Contender, bundle: Bundle) -> Int8Student:
         spec = find_student(bundle.manifest, student.steps, student.sampler)
-        name = f"{student.title}, int8"
-        digest = bundle.graph_sha256(spec.graph)
-        return cls(
-            student.role,
-            student.steps,
-            student.folder,
-            student.shape,
-            sampler=student.sampler,
-            name=name,
-            scales=student.scales,
-            graph_sha256=digest,
-        )
-
-    @property
-    def key(self) -> str:
-        return f"{super().key.replace(',', '')}"
+        known = {field.name: getattr(student, field.name) for field in fields(student)}
+        return cls(**{**known, "name": f"{student.title} int8", "graph_sha256": bundle.graph_sha256(spec.graph)})
 
     def weights_sha256(self) -> str:
         return self.graph_sha256
@@ -112,9 +98,10 @@ def quantize_run(
         found = tuple(_gates(report.evaluation.rows, rows, students))
         missed = [gate for gate in found if not gate.passed]
         if missed and not despite_gates:
+            first = f"{missed[0].name} is {missed[0].value:.3f}, the limit {missed[0].limit:g}"
             raise DivergedError(
-                f"int8 misses {len(missed)} of {len(found)} gates, first: {missed[0].name} is {missed[0].value:.3f}, "
-                f"the limit {missed[0].limit:g}; serve the float32 bundle, or take int8 with --despite-gates"
+                f"int8 misses {len(missed)} of {len(found)} gates, first: {first}; "
+                "serve the float32 bundle, or take int8 with --despite-gates"
             )
         evaluation = report.evaluation.model_copy(update={"rows": (*report.evaluation.rows, *rows)})
         manifest = made.manifest.model_copy(update={"evaluation": evaluation})
@@ -176,9 +163,11 @@ def engine_network(engine: EngineBackend, spec: StudentSpec, w: float) -> Networ
     return network
 
 
-def _gates(before: Sequence[EvaluationRow], after: Sequence[EvaluationRow], students: Sequence[Contender]) -> Iterator[Gate]:
+def _gates(
+    before: Sequence[EvaluationRow], after: Sequence[EvaluationRow], students: Sequence[Contender]
+) -> Iterator[Gate]:
     """Every int8 row against the float32 row of the same student and guidance."""
-    titles = {f"{student.title}, int8": student.title for student in students}
+    titles = {f"{student.title} int8": student.title for student in students}
     was = {(row.model, row.steps, row.sampler, row.guidance_scale): row.metrics for row in before}
     for row in after:
         old = was[titles[row.model], row.steps, row.sampler, row.guidance_scale]
@@ -186,6 +175,4 @@ def _gates(before: Sequence[EvaluationRow], after: Sequence[EvaluationRow], stud
         ratio = row.metrics["frechet_distance"].mean / max(old["frechet_distance"].mean, 1e-12)
         yield Gate(name=f"{where}: distance / float32's", value=ratio, limit=MOST_DISTANCE)
         lead = row.metrics["class_agreement"].mean - old["class_agreement"].mean
-        yield Gate(
-            name=f"{where}: class agreement - float32's", value=lead, limit=-AGREEMENT_SLACK, at_least=True
-        )
+        yield Gate(name=f"{where}: class agreement - float32's", value=lead, limit=-AGREEMENT_SLACK, at_least=True)

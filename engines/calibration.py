@@ -50,12 +50,12 @@ class _Recorder(OfGraph):
 
 
 def record_trajectories(
-    bundle: Bundle, images: int, seed: int, progress: Progress | None = None
+    bundle: Bundle, batches: int, seed: int, progress: Progress | None = None
 ) -> dict[str, Recorded]:
-    """By step graph, the calls that draw ``images`` images with every student.
+    """By step graph, the calls that draw this many batches of images with every student.
 
-    Prompts are the known ones in turn, noise and guidance_scale come from ``seed``, the scale from the whole trained
-    range. images: a multiple of BATCH. Raises: BackendError.
+    Prompts are the known ones in turn; noise and guidance_scale come from ``seed``, the scale from the whole
+    trained range. Raises: BackendError.
     """
     kept: dict[str, Recorded] = {}
 
@@ -68,10 +68,10 @@ def record_trajectories(
     pipeline = Pipeline(bundle, recording, rungs=(BATCH,))
     rng = np.random.default_rng(seed)
     for student in bundle.manifest.students:
-        for first in range(0, images, BATCH):
+        for number in range(batches):
             if progress is not None:
-                progress(student.graph, first)
-            _draw(pipeline, student, first, rng)
+                progress(student.graph, number * BATCH)
+            _draw(pipeline, student, number * BATCH, rng)
     pipeline.close()
     return kept
 

@@ -1,4 +1,4 @@
-"""``python -m engines``: verify a bundle, build its engine cache, bench and compare its backends."""
+"""``python -m engines``: verify a bundle, lower it to int8, build its engine cache, bench and compare backends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
 from engines.pipeline import Pipeline
+from engines.quantize import Int8Options, quantize_bundle
 from engines.signing import check_signature, sign_bundle
-from engines.tables import cost_table, difference_table, fraction_table, throughput_table
+from engines.tables import cost_table, difference_table, fraction_table, parity_table, throughput_table
 
 _out, _err = Console(), Console(stderr=True)
 
@@ -54,6 +55,7 @@ ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one call
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder for compiled models and measured costs.")]
 RungsOption = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Calls per graph and batch size; the median counts.")]
+BatchesOption = Annotated[int, typer.Option(min=2, help="Batches of 8 images each student draws to calibrate.")]
 
 ALL_RUNGS = ",".join(map(str, RUNGS))
 
@@ -101,6 +103,25 @@ def build(
         know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
     _print_costs(pipeline)
     _out.print(f"kept in {folder}", soft_wrap=True)
+
+
+@app.command()
+def quantize(
+    bundle: BundleArgument,
+    destination: Annotated[Path, typer.Argument(help="Folder to write to; a bundle there is replaced.")],
+    batches: BatchesOption = Int8Options.batches,
+    seed: Annotated[int, typer.Option(min=0, help="Of their noise and guidance.")] = Int8Options.seed,
+    name: Annotated[str, typer.Option(help="Of the new bundle.", show_default="the old one's and -int8")] = "",
+) -> None:
+    """Write a bundle's steps in int8, calibrated on what its students draw; its quality is not measured.
+
+    For students of digits the gated way is python -m distill_jobs quantize.
+    """
+    verified = verify_bundle(bundle)
+    with _progress("calibrating") as report:
+        made = quantize_bundle(verified, destination, Int8Options(batches, seed, name), report)
+    _out.print(parity_table(made.manifest))
+    _out.print(f"wrote {destination}", soft_wrap=True)
 
 
 @app.command("bench")

@@ -1,8 +1,8 @@
-"""A float32 ONNX graph with the products of its network body in int8, as NNCF's post-training quantization makes it.
+"""A float32 ONNX graph with the products of its network body in int8, by NNCF's post-training quantization.
 
-Convolutions and matrix products with weights hold nearly all the arithmetic: their weights become int8 (per channel)
-and their inputs uint8 or int8 (per tensor), between QuantizeLinear and DequantizeLinear, which every engine fuses in
-its own way. Float stay the first product on the way from each input, the last on the way to an output, everything
+Convolutions and matrix products with weights hold nearly all the arithmetic. Their weights become int8 (per
+channel) and their inputs 8 bits (per tensor), between QuantizeLinear and DequantizeLinear, which an engine fuses
+into them. Float stay the first product on the way from each input, the last on the way to an output, everything
 computed from w, the timestep and the grid alone, attention's products of two activations, normalisations, and the
 sampler's update.
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from typing import Any
 
 import onnx
@@ -24,7 +26,12 @@ Arrays = dict[str, NDArray[Any]]
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 _SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID})
-_INSTALL = "int8 is made by NNCF; install it with: pip install 'halfstep[int8]'"
+
+
+def check_installed() -> None:
+    """Raises: BackendError when NNCF is missing."""
+    if find_spec("nncf") is None or find_spec("onnxruntime") is None:
+        raise BackendError("int8 is made by NNCF on ONNX Runtime; install both with: pip install 'halfstep[int8]'")
 
 
 def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.ModelProto:
@@ -33,8 +40,7 @@ def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.Mo
     batches: inputs the graph meets in service; the ranges of its activations come from them.
     Raises: BackendError when NNCF is missing, or nothing but first and last products is there.
     """
-    if find_spec("nncf") is None:
-        raise BackendError(_INSTALL)
+    check_installed()
     import nncf  # noqa: PLC0415 - heavy, and optional
 
     named = _named(model)
@@ -44,13 +50,14 @@ def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.Mo
     others = [node.name for node in named.graph.node if node.name not in lowered]
     named.graph.value_info.extend(_shapes(named))
     nncf.set_log_level(logging.ERROR)
-    made: onnx.ModelProto = nncf.quantize(
-        named,
-        nncf.Dataset(list(batches)),
-        preset=nncf.QuantizationPreset.MIXED,  # activations after SiLU lie to one side of zero
-        subset_size=len(batches),
-        ignored_scope=nncf.IgnoredScope(names=others),
-    )
+    with redirect_stdout(StringIO()):  # its progress bars
+        made: onnx.ModelProto = nncf.quantize(
+            named,
+            nncf.Dataset(list(batches)),
+            preset=nncf.QuantizationPreset.MIXED,  # activations after SiLU lie to one side of zero
+            subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=others),
+        )
     del made.graph.value_info[:]
     return made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +14,25 @@ from engines.backends.openvino import OpenVinoBackend
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.calibration import BATCH, Recorded, record_trajectories
 from engines.errors import BundleError
-from engines.int8_graph import quantize_graph
-from engines.manifest import Evaluation, EvaluationRow, GraphSpec, Parity
+from engines.int8_graph import check_installed, quantize_graph
+from engines.manifest import BundleManifest, Evaluation, GraphSpec, Parity
 from engines.measure import Progress
 
 HELD_OUT = 8
-"""One image in this many is kept from calibration: the parity of the int8 graph is measured on its steps."""
+"""One call in this many is kept from calibration: on these the parity of the int8 graph is measured."""
 
 NOT_EVALUATED = "none: not evaluated in int8"
 
 
 @dataclass(frozen=True)
 class Int8Options:
-    """name: of the new bundle, empty for the old one's with ``-int8``. images: drawn by each student, for the
-    ranges of its activations. seed: of their noise and guidance."""
+    """batches: of 8 images that each student draws, for the ranges of its activations; at least 2. seed: of their
+    noise and guidance. name: of the new bundle; empty for the old one's with ``-int8``.
+    """
 
-    name: str = ""
-    images: int = 128
+    batches: int = 16
     seed: int = 0
+    name: str = ""
 
 
 def quantize_bundle(
@@ -40,14 +40,15 @@ def quantize_bundle(
 ) -> Bundle:
     """Write ``bundle`` with the step graphs of its students in int8, replacing a bundle at ``destination``.
 
-    All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation is left empty, as it
-    was of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights in a file of
+    All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation is left empty:
+    it was of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights in a file of
     their own; BackendError when NNCF is missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)
+    check_installed()
     _check_graphs(bundle)
-    recorded = record_trajectories(bundle, chosen.images, chosen.seed, progress)
+    recorded = record_trajectories(bundle, chosen.batches, chosen.seed, progress)
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".int8-", dir=destination.parent))
     try:
@@ -59,24 +60,20 @@ def quantize_bundle(
             if progress is not None:
                 progress(graph, len(calls.inputs) * BATCH)
             graphs[graph] = _quantize(bundle.graph_file(graph), staging, graphs[graph], calls)
-        was = bundle.manifest
-        manifest = was.model_copy(
-            update={
-                "name": chosen.name or f"{was.name}-int8",
-                "description": f"{was.description}; steps in int8".removeprefix("; "),
-                "graphs": graphs,
-                "files": file_records(staging),
-                "evaluation": Evaluation(metric=NOT_EVALUATED, samples=0, seeds=(), rows=()),
-            }
-        )
-        return write_bundle(staging, destination, manifest)
+        return write_bundle(staging, destination, _manifest(bundle.manifest, staging, graphs, chosen.name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def evaluated(bundle: Bundle, evaluation: Evaluation, rows: Sequence[EvaluationRow]) -> None:
-    """Put a table into the manifest of a bundle on disk: an evaluation with the rows of its int8 students."""
-    raise NotImplementedError
+def _manifest(was: BundleManifest, staging: Path, graphs: dict[str, GraphSpec], name: str) -> BundleManifest:
+    changed = {
+        "name": name or f"{was.name}-int8",
+        "description": f"{was.description}; steps in int8".removeprefix("; "),
+        "graphs": graphs,
+        "files": file_records(staging),
+        "evaluation": Evaluation(metric=NOT_EVALUATED, samples=0, seeds=(), rows=()),
+    }
+    return BundleManifest.model_validate({**was.model_dump(), **changed})
 
 
 def _check_graphs(bundle: Bundle) -> None:
@@ -85,7 +82,9 @@ def _check_graphs(bundle: Bundle) -> None:
         if spec.dtype != "float32":
             raise BundleError(f"{bundle.path}: {spec.file} is {spec.dtype}; int8 is made from float32")
         if bundle.data_files[spec.file]:
-            raise BundleError(f"{bundle.path}: {spec.file} keeps its weights beside it; int8 is for graphs below 1 GiB")
+            raise BundleError(
+                f"{bundle.path}: {spec.file} keeps its weights beside it; int8 is for graphs below 1 GiB"
+            )
 
 
 def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> GraphSpec:

@@ -9,6 +9,7 @@ from rich.table import Table
 from engines.bench import BenchResult
 from engines.compare import Difference
 from engines.cost import CostTable
+from engines.manifest import BundleManifest
 
 
 def cost_table(engine: str, costs: CostTable) -> Table:
@@ -58,4 +59,16 @@ def difference_table(differences: Sequence[Difference], tolerance: float) -> Tab
     for d in differences:
         verdicts = ("yes" if d.rows_equal else "NO", "yes" if d.within(tolerance) else "NO")
         table.add_row(d.graph, d.engine, f"{d.max_abs_error:.2g}", f"{d.mean_abs_error:.2g}", *verdicts)
+    return table
+
+
+def parity_table(manifest: BundleManifest) -> Table:
+    """How far each int8 graph is from what it was made from."""
+    table = Table(title=f"{manifest.name}: int8 against the float32 graph, on calls kept from calibration")
+    for heading in ("graph", "max error", "mean error", "rows"):
+        table.add_column(heading, justify="right")
+    for name, spec in manifest.graphs.items():
+        if spec.dtype == "int8":
+            of = spec.parity
+            table.add_row(name, f"{of.max_abs_error:.2g}", f"{of.mean_abs_error:.2g}", str(of.rows))
     return table

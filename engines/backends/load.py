@@ -28,6 +28,9 @@ LOWERING: frozenset[str] = ON_GPU | {"openvino"}
 BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
 
+INT8: frozenset[str] = frozenset({"openvino", "onnxruntime"})
+"""Backends that run int8 graphs."""
+
 # Fastest first, as measured on CPUs: what ``auto`` tries. A GPU is used where it is asked for by name.
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
 _INSTALL = {
@@ -103,6 +106,8 @@ def load_graph(
     backend = choose_backend(name)
     chosen = choose_precision(backend, precision)
     module = _import(backend)
+    if spec.dtype == "int8":
+        _check_int8(backend, chosen)
     if backend == "openvino":
         models = None if kept is None else kept[1].folder(kept[0]) / "models"
         engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=models)
@@ -130,6 +135,16 @@ def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, 
 def machine_of(backend: BackendName) -> str:
     """What a backend's engines run on, as cache keys and benchmarks spell it. Raises: BackendError with no GPU."""
     return str(find_device()) if backend in ON_GPU else machine_name()
+
+
+def _check_int8(backend: BackendName, precision: Precision) -> None:
+    if backend not in INT8:
+        choices = ", ".join(sorted(INT8))
+        raise BackendError(
+            f"The {backend} backend runs no int8 graphs; use --backend {choices}, or the float32 bundle."
+        )
+    if precision != "float32":
+        raise BackendError(f"This bundle is int8, and the rest of it float32: leave out --precision {precision}.")
 
 
 def _import(backend: str) -> ModuleType:

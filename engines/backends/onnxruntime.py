@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class OnnxRuntimeBackend(OfGraph):
 
     @property
     def name(self) -> str:
-        return engine_name("float32")
+        return engine_name("int8" if self._spec.dtype == "int8" else "float32")
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self._session is None:
@@ -48,6 +48,6 @@ class OnnxRuntimeBackend(OfGraph):
         self._session = None
 
 
-def engine_name(precision: Precision) -> str:
+def engine_name(precision: Precision | Literal["int8"]) -> str:
     """Backend, version and precision."""
     return f"onnxruntime {ort.__version__} {precision}"

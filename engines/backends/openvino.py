@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -73,7 +73,7 @@ class OpenVinoBackend(OfGraph):
 
     @property
     def name(self) -> str:
-        return engine_name(self._precision)
+        return engine_name("int8" if self._spec.dtype == "int8" else self._precision)
 
     def run(self, rows: Rows) -> Arrays:
         if self._model is None:
@@ -123,7 +123,7 @@ class OpenVinoBackend(OfGraph):
         return {tensor.name: results[tensor.name] for tensor in self._spec.outputs}
 
 
-def engine_name(precision: Precision) -> str:
+def engine_name(precision: Precision | Literal["int8"]) -> str:
     """Backend, version and precision."""
     return f"openvino {str(ov.get_version()).partition('-')[0]} {precision}"
 

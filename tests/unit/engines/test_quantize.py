@@ -1,0 +1,116 @@
+"""Int8: which products are lowered, what is written, and who runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from engines.backends.load import load_backend
+from engines.backends.openvino import OpenVinoBackend
+from engines.bundle import Bundle, verify_bundle
+from engines.calibration import BATCH, record_trajectories
+from engines.cli import app
+from engines.condition import load_tokenizer
+from engines.errors import BackendError, BundleError
+from engines.examples import example_inputs
+from engines.guidance import weight_from_scale
+from engines.int8_graph import PRODUCTS, body_products, quantize_graph
+from engines.manifest import GUIDANCE, TIMESTEP
+from engines.quantize import NOT_EVALUATED, quantize_bundle
+
+pytest.importorskip("nncf", reason="int8 needs halfstep[int8]")
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def lowered(toy: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The toy in int8, as the command makes it."""
+    folder = tmp_path_factory.mktemp("int8") / "small"
+    result = CliRunner().invoke(app, ["quantize", str(toy.path), str(folder), "--batches", "2", "--name", "small"])
+    assert result.exit_code == 0, result.output
+    assert "int8 against the float32 graph" in result.stdout
+    return verify_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Bundle:
+    """The embedded bundle: step graphs of a small stock UNet."""
+    return verify_bundle(ROOT / "server" / "bundles" / "default")
+
+
+def test_first_last_and_embedding_products_stay_float(digits: Bundle) -> None:
+    model = onnx.load(digits.graph_file("step_1"))
+    for i, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{i}"
+    chosen = body_products(model)
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    convolutions = [node.name for node in products if node.op_type == "Conv"]
+    assert convolutions[0] not in chosen
+    assert convolutions[-1] not in chosen
+    assert set(convolutions[1:-1]) <= chosen
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for node in products:
+        if any("time_emb" in name for name in node.input) or not weights & set(node.input):
+            assert node.name not in chosen, "of the embedding, or of two activations"
+
+
+def test_a_network_in_int8_is_near_and_its_rows_bit_equal(digits: Bundle, tmp_path: Path) -> None:
+    spec, original = digits.manifest.graphs["step_1"], digits.graph_file("step_1")
+    tokenizer = load_tokenizer(digits)
+    seen, others, rows = (example_inputs(digits.manifest, tokenizer, "step_1", 8, seed) for seed in range(3))
+    file = tmp_path / "int8.onnx"
+    onnx.save(quantize_graph(onnx.load(original), [seen, others]), file)
+    assert file.stat().st_size < 0.5 * original.stat().st_size
+    engine = OpenVinoBackend(file, spec.model_copy(update={"dtype": "int8"}))
+    assert engine.name.endswith(" int8")
+    got, want = engine.run(rows), OpenVinoBackend(original, spec).run(rows)
+    for name in want:
+        error = np.sqrt(np.mean((got[name] - want[name]) ** 2))
+        assert 0 < error < 0.1 * want[name].std()
+    alone = engine.run({name: array[3:4] for name, array in rows.items()})
+    for name, array in got.items():
+        assert alone[name].tobytes() == array[3:4].tobytes()
+
+
+def test_trajectories_visit_every_step_and_the_range_of_guidance(toy: Bundle) -> None:
+    recorded = record_trajectories(toy, 2, seed=0)
+    assert set(recorded) == {student.graph for student in toy.manifest.students}
+    for graph, calls in recorded.items():
+        served = [s for s in toy.manifest.students if s.graph == graph]
+        assert len(calls.inputs) == len(calls.outputs) == 2 * sum(s.steps for s in served)
+        seen = {int(t) for inputs in calls.inputs for t in inputs[TIMESTEP]}
+        assert seen == {t for s in served for t in s.timesteps}
+        w = np.concatenate([inputs[GUIDANCE] for inputs in calls.inputs])
+        assert weight_from_scale(toy.manifest.guidance.min) <= w.min() < w.max()
+        assert w.max() <= weight_from_scale(toy.manifest.guidance.max)
+        assert all(len(inputs[TIMESTEP]) == BATCH for inputs in calls.inputs)
+
+
+def test_the_int8_bundle_says_what_it_is(lowered: Bundle) -> None:
+    manifest = lowered.manifest
+    assert manifest.name == "small"
+    assert (manifest.evaluation.metric, manifest.evaluation.rows) == (NOT_EVALUATED, ())
+    steps = {student.graph for student in manifest.students}
+    for name, spec in manifest.graphs.items():
+        assert spec.dtype == ("int8" if name in steps else "float32")
+        if name in steps:
+            assert 0 < spec.parity.mean_abs_error <= spec.parity.max_abs_error
+            assert spec.parity.rows > 0
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "auto"), ("openvino", "bfloat16")])
+def test_who_cannot_run_it_says_so(lowered: Bundle, backend: str, precision: str) -> None:
+    graph = lowered.manifest.students[0].graph
+    with pytest.raises(BackendError, match="int8"):
+        load_backend(backend, lowered, graph, precision=precision)  # type: ignore[arg-type]
+
+
+def test_int8_is_made_from_float32_only(lowered: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is int8; int8 is made from float32"):
+        quantize_bundle(lowered, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
