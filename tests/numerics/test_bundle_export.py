@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,20 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import Digits, class_condition
 from distill_jobs.data.masks import half_masks
+from distill_jobs.errors import DivergedError, JobError
 from distill_jobs.export import export_run
 from distill_jobs.inpainting import painters
+from distill_jobs.int8 import engine_network, quantize_run
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
+from engines.backends.load import load_backend
 from engines.bundle import Bundle, verify_bundle
 from engines.errors import BundleError, RequestError
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, Evaluation
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
+from engines.quantize import Int8Options
 from engines.rows import Drawing
 from tests.numerics.conftest import EvaluatedRun
 from tests.support.tiny_run import spoil, tiny_recipe, tiny_student
@@ -192,3 +197,53 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(run_dir: Path, tmp_path: Pat
     with pytest.raises(BundleError, match="not a bundle"):
         export_run(run_dir, tmp_path, RECIPE, despite_gates=True)
     assert (tmp_path / "thesis.txt").exists()
+
+
+# ---- in int8
+
+
+@pytest.fixture(scope="module")
+def measured_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that may take further results."""
+    return Path(shutil.copytree(run_dir, tmp_path_factory.mktemp("int8") / "run"))
+
+
+def test_the_network_inside_a_step_graph_is_the_students(run_dir: Path, bundle: Bundle) -> None:
+    student = contenders(run_dir, RECIPE)[-1]
+    spec, engine = bundle.manifest.students[-1], load_backend("onnxruntime", bundle, "step_1")
+    noise, condition = request_noise(SEEDS, student.shape), class_condition(LABELS)
+    with torch.inference_mode():
+        want = student.network(student.load(), 3.0)(noise, 999, condition)
+    torch.testing.assert_close(engine_network(engine, spec, 2.0)(noise, 999, condition), want, atol=1e-5, rtol=0)
+
+
+def test_int8_has_its_own_rows_in_the_evaluation(
+    measured_run: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf", reason="int8 needs halfstep[int8]")
+    target, options = tmp_path / "int8", Int8Options(batches=2)
+    monkeypatch.setattr("distill_jobs.int8.MOST_DISTANCE", 0.0)
+    made, gates = quantize_run(measured_run, RECIPE, bundle, target, options, despite_gates=True)
+    manifest = verify_bundle(target).manifest
+    rows = [row for row in manifest.evaluation.rows if row.model == "student int8"]
+    assert [(row.steps, row.guidance_scale) for row in rows] == [(2, 1.0), (2, 2.0), (1, 1.0), (1, 2.0)]
+    assert manifest.evaluation.samples == bundle.manifest.evaluation.samples
+    ratios = [gate for gate in gates if "distance" in gate.name]
+    assert len(ratios) == len(rows)
+    assert all(0.5 < gate.value < 2 and not gate.passed for gate in ratios)
+
+    def made_before(_: Bundle, folder: Path, *rest: object) -> Bundle:
+        return replace(made, path=Path(shutil.copytree(target, folder)))
+
+    monkeypatch.setattr("distill_jobs.int8.quantize_bundle", made_before)
+    with pytest.raises(DivergedError, match="2-step student int8, guidance 1: distance"):
+        quantize_run(measured_run, RECIPE, bundle, tmp_path / "gated", options)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["int8"]
+
+
+def test_int8_of_another_runs_bundle_is_refused(measured_run: Path, bundle: Bundle, tmp_path: Path) -> None:
+    manifest = bundle.manifest.model_copy(
+        update={"evaluation": Evaluation(metric="", samples=0, seeds=(), rows=())}
+    )
+    with pytest.raises(JobError, match="was not exported from"):
+        quantize_run(measured_run, RECIPE, replace(bundle, manifest=manifest), tmp_path / "int8", Int8Options())
