@@ -40,9 +40,9 @@ def quantize_bundle(
 ) -> Bundle:
     """Write ``bundle`` with the step graphs of its students in int8, replacing a bundle at ``destination``.
 
-    All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation is left empty:
-    it was of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights in a file of
-    their own; BackendError when NNCF is missing.
+    All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation and the tables are
+    left empty: they were of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights
+    in a file of their own; BackendError when NNCF is missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)
@@ -72,6 +72,7 @@ def _manifest(was: BundleManifest, staging: Path, graphs: dict[str, GraphSpec], 
         "graphs": graphs,
         "files": file_records(staging),
         "evaluation": Evaluation(metric=NOT_EVALUATED, samples=0, seeds=(), rows=()),
+        "tables": {},
     }
     return BundleManifest.model_validate({**was.model_dump(), **changed})
 
@@ -93,7 +94,7 @@ def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> Gr
     seen = [rows for i, rows in enumerate(calls.inputs) if i not in held_out]
     target = staging / spec.file
     onnx.save_model(quantize_graph(onnx.load(file), seen), target)
-    lowered = spec.model_copy(update={"dtype": "int8"})
+    lowered = spec.model_copy(update={"dtype": "int8", "lowered": {}})
     engine = OpenVinoBackend(target, lowered)
     errors = []
     for i in held_out:
