@@ -41,8 +41,9 @@ def quantize_bundle(
     """Write ``bundle`` with the step graphs of its students in int8, replacing a bundle at ``destination``.
 
     All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation and the tables are
-    left empty: they were of other graphs. Raises: BundleError when a step graph is not float32, or keeps its weights
-    in a file of their own; BackendError when NNCF is missing.
+    left empty: they were of other graphs.
+    Raises: BundleError when a step graph is not float32, or keeps its weights in a file of their own; BackendError
+    when NNCF is missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)

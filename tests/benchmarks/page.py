@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16
+from tests.benchmarks.contenders import (
+    EAGER,
+    EAGER_BF16,
+    OPENVINO,
+    OPENVINO_BF16,
+    OPENVINO_INT8,
+    PIPELINE,
+    PIPELINE_BF16,
+)
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
 from tests.benchmarks.page_parts import is_quiet, origin, repeat, table
 from tests.benchmarks.results import Goodput, Overhead, Results, Row, Throughput, short
@@ -21,10 +29,12 @@ Benchmarks record; no test asserts a time.
 THROUGHPUT = """## One student on every backend
 
 {steps} denoising steps from noise to latents of {latent}, on one student of {million:.1f} M parameters with random
-weights, the same in every contender: no condition, decode or encode. *Eager torch* is the stock diffusers
-`UNet2DConditionModel` with the sampler's update, called as a diffusers pipeline calls it; the others run the
-bundle's exported step graph, update and inpainting blend included. Each figure is the median of {rounds}
-trajectories, each after one untimed step.
+weights, the same in every contender: no condition, decode or encode. *Diffusers pipeline* is the stock
+`StableDiffusionPipeline` with its DDIM scheduler and the student's `unet/`, given condition and noise, and the
+latents taken; *eager torch* is the same network with the sampler's update alone; the others run the bundle's
+exported step graph, update and inpainting blend included, *int8* after `python -m engines quantize`. One guidance
+for all rows, as the pipeline takes it. Each figure is the median of {rounds} trajectories, each after one untimed step.
+What int8 costs in quality: [decision 0007](decisions/0007-int8-is-a-bundle.md).
 """
 
 HTTP = """## What HTTP, jobs and batching cost
@@ -77,9 +87,7 @@ def targets(results: Results) -> list[Target]:
     """Of what was measured."""
     found = []
     if results.throughput is not None:
-        ours, eager = results.throughput.best(OPENVINO), results.throughput.best(EAGER)
-        what = "images/s of OpenVINO float32 over eager torch float32 (stock diffusers), each at its best batch"
-        found.append(_at_least(results.throughput, what, ours.images_per_s / eager.images_per_s, 2.0))
+        found += _throughput_targets(results.throughput)
     if results.random is not None:
         what = "images/s through HTTP over the raw loop, client apart"
         found.append(_at_least(results.random, what, results.random.http_over_raw_apart, 0.90))
@@ -92,6 +100,25 @@ def targets(results: Results) -> list[Target]:
         what = "goodput over LitServe's, its settings swept, mixed tasks, N and guidance"
         found.append(_at_least(results.goodput, what, over_litserve(results.goodput), 1.3))
     return found
+
+
+def _throughput_targets(of: Throughput) -> Iterator[Target]:
+    """Each contender at its best batch, the others in the faster of their types."""
+    others = {
+        "the stock diffusers pipeline": (_best(of, PIPELINE, PIPELINE_BF16), 2.0),
+        "eager torch": (_best(of, EAGER, EAGER_BF16), 1.5),
+    }
+    for ours in (OPENVINO_INT8, OPENVINO):
+        for name, (other, wanted) in others.items():
+            what = f"images/s of {ours} over {name} in the faster of its types, each at its best batch"
+            yield _at_least(of, what, _best(of, ours) / other, wanted)
+    what = f"images/s of {OPENVINO_INT8} over {OPENVINO_BF16}, each at its best batch"
+    yield _at_least(of, what, _best(of, OPENVINO_INT8) / _best(of, OPENVINO_BF16), 1.3)
+
+
+def _best(of: Throughput, *names: str) -> float:
+    """Most images/s of any of these."""
+    return max(of.best(name).images_per_s for name in names)
 
 
 def _at_least(of: Part, what: str, measured: float, wanted: float) -> Target:
@@ -143,7 +170,10 @@ def _ratio_rows(result: Throughput) -> list[tuple[str, ...]]:
 
 def _remarks(result: Throughput) -> list[str]:
     """What the figures say, computed from them."""
-    ratios = [r.ratio for r in result.ratios if (r.contender, r.over) == (OPENVINO, EAGER)]
+    over_eager = {
+        name: [r.ratio for r in result.ratios if (r.contender, r.over) == (name, EAGER)]
+        for name in (OPENVINO, OPENVINO_INT8)
+    }
     best = sorted((result.best(name) for name in result.contenders()), key=lambda row: -row.images_per_s)
     bf16 = result.best(OPENVINO_BF16).images_per_s / result.best(OPENVINO).images_per_s
     autocast = result.best(EAGER_BF16).images_per_s / result.best(EAGER).images_per_s
@@ -154,7 +184,9 @@ def _remarks(result: Throughput) -> list[str]:
         if name != EAGER
     }
     return [
-        f"- OpenVINO float32 gives {min(ratios):.2f} to {max(ratios):.2f} × the images/s of eager torch float32.",
+        "- Over the images/s of eager torch float32: "
+        + "; ".join(f"{name} {min(found):.2f} to {max(found):.2f} ×" for name, found in over_eager.items())
+        + ".",
         "- Best batch: "
         + "; ".join(f"{r.contender} {short(r.images_per_s)} images/s at {r.batch}" for r in best)
         + ".",

@@ -16,7 +16,7 @@ import psutil
 from engines.machine import machine_name
 from engines.manifest import Frozen
 
-LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "numpy")
+LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "nncf", "numpy")
 
 
 class Provenance(Frozen):

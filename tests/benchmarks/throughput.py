@@ -21,13 +21,16 @@ from rich.table import Table
 
 from distill_jobs.data.digits import WIDTH
 from engines.bundle import Bundle
+from engines.quantize import quantize_bundle
 from engines.sampler import Step
 from tests.benchmarks.contenders import (
     EAGER,
     EAGER_BF16,
     OPENVINO,
     OPENVINO_BF16,
+    OPENVINO_INT8,
     ORT,
+    PIPELINE,
     Batch,
     Contender,
     Floats,
@@ -47,7 +50,16 @@ from tests.benchmarks.results import Ratio, Row, Throughput, Watch, short
 
 MODULE = "tests.benchmarks.throughput"
 STEPS = 4
-RATIOS = ((OPENVINO, EAGER), (OPENVINO, ORT), (OPENVINO_BF16, EAGER), (OPENVINO_BF16, EAGER_BF16))
+RATIOS = (
+    (OPENVINO, PIPELINE),
+    (OPENVINO, EAGER),
+    (OPENVINO, ORT),
+    (OPENVINO_BF16, EAGER_BF16),
+    (OPENVINO_INT8, PIPELINE),
+    (OPENVINO_INT8, EAGER),
+    (OPENVINO_INT8, OPENVINO),
+    (OPENVINO_INT8, OPENVINO_BF16),
+)
 
 Times = Mapping[str, Sequence[float]]
 """Seconds of each round's trajectory, by contender."""
@@ -55,17 +67,21 @@ Times = Mapping[str, Sequence[float]]
 
 def measure(
     bundle: Bundle,
+    int8: Bundle,
     options: RandomOptions,
     batches: Sequence[int],
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Throughput:
-    """Time every contender at every batch size. options: those of the bundle; advance: told after each size."""
+    """Time every contender at every batch size.
+
+    int8: the bundle quantized; options: those it was made with; advance: told after each size.
+    """
     watch = Watch()
     unet, steps = random_student(options, STEPS), plan(STEPS).steps
     rows: list[Row] = []
     ratios: list[Ratio] = []
-    everyone = contenders(unet, bundle, graph_name(STEPS))
+    everyone = contenders(unet, bundle, int8, graph_name(STEPS))
     for size in batches:
         batch = draw_batch(size, options.latent, WIDTH, options.seed)
         latents = {name: run(batch, steps) for name, run in everyone.items()}
@@ -162,7 +178,8 @@ def main(
     ):
         task = progress.add_task("batch sizes", total=len(sizes))
         bundle = make_random_bundle(Path(folder) / "random", options)
-        report(measure(bundle, options, sizes, rounds, lambda: progress.advance(task)))
+        int8 = quantize_bundle(bundle, Path(folder) / "int8")
+        report(measure(bundle, int8, options, sizes, rounds, lambda: progress.advance(task)))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,19 @@ import torch
 
 from engines.bundle import Bundle
 from engines.open import open_pipeline
+from engines.quantize import Int8Options, quantize_bundle
 from tests.benchmarks import http_overhead, throughput
-from tests.benchmarks.contenders import EAGER, EAGER_BF16, OPENVINO, OPENVINO_BF16, ORT, TORCH
+from tests.benchmarks.contenders import (
+    EAGER,
+    EAGER_BF16,
+    OPENVINO,
+    OPENVINO_BF16,
+    OPENVINO_INT8,
+    ORT,
+    PIPELINE,
+    PIPELINE_BF16,
+    TORCH,
+)
 from tests.benchmarks.page import page
 from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle, random_student
 from tests.benchmarks.results import Overhead, Provenance, Results, Row, Throughput
@@ -25,11 +36,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def result(bundle: Bundle) -> Throughput:
+def result(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Throughput:
+    int8 = quantize_bundle(bundle, tmp_path_factory.mktemp("int8") / "bundle", Int8Options(batches=2))
     printed, threads = io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)  # so small a network only waits for its threads
     with contextlib.redirect_stdout(printed):
-        throughput.report(throughput.measure(bundle, OPTIONS, (1, 3), rounds=1))
+        throughput.report(throughput.measure(bundle, int8, OPTIONS, (1, 3), rounds=1))
     torch.set_num_threads(threads)
     return Throughput.model_validate_json(printed.getvalue().splitlines()[-1])
 
@@ -57,9 +69,13 @@ def on_a_quiet_machine(result: Throughput) -> Throughput:
 
 
 def test_every_contender_samples_the_same_student(result: Throughput) -> None:
-    assert set(result.contenders()) == {EAGER, EAGER_BF16, TORCH, ORT, OPENVINO, OPENVINO_BF16}
+    exactly, roughly = (
+        {PIPELINE, EAGER, TORCH, ORT, OPENVINO},
+        {PIPELINE_BF16, EAGER_BF16, OPENVINO_BF16, OPENVINO_INT8},
+    )
+    assert set(result.contenders()) == exactly | roughly
     assert result.batches() == (1, 3)
-    exact = [row for row in result.rows if row.contender not in {EAGER_BF16, OPENVINO_BF16}]
+    exact = [row for row in result.rows if row.contender in exactly]
     assert max(row.max_abs_difference for row in exact) < 1e-3
     assert max(row.max_abs_difference for row in result.rows) < 0.5
 
