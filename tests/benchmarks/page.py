@@ -33,8 +33,8 @@ weights, the same in every contender: no condition, decode or encode. *Diffusers
 `StableDiffusionPipeline` with its DDIM scheduler and the student's `unet/`, given condition and noise, and the
 latents taken; *eager torch* is the same network with the sampler's update alone; the others run the bundle's
 exported step graph, update and inpainting blend included, *int8* after `python -m engines quantize`. One guidance
-for all rows, as the pipeline takes it. Each figure is the median of {rounds} trajectories, each after one untimed step.
-What int8 costs in quality: [decision 0007](decisions/0007-int8-is-a-bundle.md).
+for all rows, as the pipeline takes it. Each figure is the median of {rounds} trajectories, each after one untimed
+step. What int8 costs in quality: [decision 0007](decisions/0007-int8-is-a-bundle.md).
 """
 
 HTTP = """## What HTTP, jobs and batching cost
