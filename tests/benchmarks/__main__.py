@@ -31,14 +31,15 @@ class Part(StrEnum):
     """What can be measured; each names a field of ``Results``."""
 
     THROUGHPUT = "throughput"
+    STREAMS = "streams"
     RANDOM = "random"
     DIGITS = "digits"
     GOODPUT = "goodput"
     GOODPUT_SEPARATE = "goodput_separate"
 
 
-DEFAULT = (Part.THROUGHPUT, Part.RANDOM, Part.DIGITS, Part.GOODPUT)
-"""Some 25 minutes, 16 of them goodput; the last part of all adds as many."""
+DEFAULT = (Part.THROUGHPUT, Part.STREAMS, Part.RANDOM, Part.DIGITS, Part.GOODPUT)
+"""Some 27 minutes, 16 of them goodput; the last part of all adds as many."""
 
 
 def run(module: str, *arguments: str) -> str:
@@ -65,6 +66,8 @@ def measure(part: Part, digits: Path, *, tiny: bool) -> dict[str, Any]:
     once = ["--rounds", "1", "--seconds", "1"] if tiny else []
     if part is Part.THROUGHPUT:
         last = run("throughput", *(["--batches", "1,2", "--rounds", "1", *small] if tiny else []))
+    elif part is Part.STREAMS:
+        last = run("streams", *(["--batches", "2", "--rounds", "1", *small] if tiny else []))
     elif part is Part.DIGITS:
         last = run("http_overhead", str(digits), *rounds)
     elif part is Part.GOODPUT:

@@ -16,6 +16,7 @@ from tests.benchmarks.contenders import (
 )
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
 from tests.benchmarks.page_parts import is_quiet, origin, repeat, table
+from tests.benchmarks.page_streams import streams_section
 from tests.benchmarks.results import Goodput, Overhead, Results, Row, Throughput, short
 
 HEAD = """# Benchmarks
@@ -77,6 +78,7 @@ def page(results: Results) -> str:
         "## Targets\n",
         table(("target", "wanted", "measured", ""), [(*t[:3], t.verdict) for t in targets(results)]),
         "" if results.throughput is None else _throughput_section(results.throughput),
+        "" if results.streams is None else streams_section(results.streams),
         _http_section(results),
         *(goodput_section(found) for found in (results.goodput, results.goodput_separate) if found is not None),
     ]

@@ -84,6 +84,34 @@ class Throughput(Frozen):
         return max((row for row in self.rows if row.contender == contender), key=lambda row: row.images_per_s)
 
 
+class Setting(Frozen):
+    """One arrangement of OpenVINO at one batch size. threads: of all streams together; ms_per_step: of the batch."""
+
+    dtype: str
+    streams: int
+    threads: int
+    batch: int
+    ms_per_step: float
+
+
+class Compilation(Frozen):
+    """Seconds to an engine's first result at one batch size, with and without its compiled model in the cache."""
+
+    dtype: str
+    batch: int
+    cold_s: float
+    cached_s: float
+
+
+class Streams(Frozen):
+    """What ``streams`` prints."""
+
+    provenance: Provenance
+    rounds: int
+    settings: tuple[Setting, ...]
+    compilations: tuple[Compilation, ...]
+
+
 class Overhead(Frozen, extra="ignore"):
     """What ``http_overhead`` prints of one bundle.
 
@@ -177,6 +205,7 @@ class Results(Frozen):
     """What the page is written from; None: not measured yet. random, digits: the HTTP overhead of those bundles."""
 
     throughput: Throughput | None = None
+    streams: Streams | None = None
     random: Overhead | None = None
     digits: Overhead | None = None
     goodput: Goodput | None = None

@@ -11,7 +11,7 @@ import torch
 from engines.bundle import Bundle
 from engines.open import open_pipeline
 from engines.quantize import Int8Options, quantize_bundle
-from tests.benchmarks import http_overhead, throughput
+from tests.benchmarks import http_overhead, streams, throughput
 from tests.benchmarks.contenders import (
     EAGER,
     EAGER_BF16,
@@ -80,6 +80,16 @@ def test_every_contender_samples_the_same_student(result: Throughput) -> None:
     assert max(row.max_abs_difference for row in result.rows) < 0.5
 
 
+def test_streams_share_a_batch_and_the_page_has_each_setting(bundle: Bundle) -> None:
+    found = streams.measure((bundle,), (1, 2), rounds=1, seed=0)
+    assert {(s.streams, s.threads, s.batch) for s in found.settings} == {
+        (count, threads, batch) for count, threads in streams.SETTINGS for batch in (1, 2) if batch % count == 0
+    }
+    written = page(Results(streams=found))
+    assert "| float32, 1 stream, 1 thread |" in written
+    assert "First run at batch 2, float32:" in written
+
+
 def test_the_page_says_what_was_met_missed_and_not_measured(result: Throughput) -> None:
     result = on_a_quiet_machine(result)
     origin = result.provenance
@@ -88,7 +98,7 @@ def test_the_page_says_what_was_met_missed_and_not_measured(result: Throughput) 
     assert "| digits: p50 overhead of HTTP over the bare chain, alone | ≤ 5 ms | 4.00 ms | met |" in written
     assert "random_bundle runs/benchmarks/random && " in written
     assert all(name in written for name in result.contenders())
-    assert "Not measured: goodput, goodput_separate." in written
+    assert "Not measured: streams, goodput, goodput_separate." in written
 
 
 def test_a_busy_machine_is_named(result: Throughput) -> None:
