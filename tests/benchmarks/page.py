@@ -15,9 +15,9 @@ from tests.benchmarks.contenders import (
     PIPELINE_BF16,
 )
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
-from tests.benchmarks.page_parts import is_quiet, origin, repeat, table
+from tests.benchmarks.page_parts import is_quiet, origin, repeat, short, table
 from tests.benchmarks.page_streams import streams_section
-from tests.benchmarks.results import Goodput, Overhead, Results, Row, Throughput, short
+from tests.benchmarks.results import Goodput, Overhead, Results, Row, Throughput
 
 HEAD = """# Benchmarks
 

@@ -41,3 +41,8 @@ def origin(of: Provenance, command: str, name: str = "") -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def short(figure: float) -> str:
+    """Three digits, and never an exponent for a large one."""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"

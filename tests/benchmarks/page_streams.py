@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tests.benchmarks.page_parts import origin, table
-from tests.benchmarks.results import Streams, short
+from tests.benchmarks.page_parts import origin, short, table
+from tests.benchmarks.results import Streams
 
 WORDS = """## Threads, streams and the model cache of OpenVINO
 
 One step of the student above, float32 and int8. *Streams*: one request on all threads, as the engine runs it, or
-the batch shared between streams of one thread each, at once. Each figure is the median of {rounds} rounds of 4 steps;
-settings alternate. A start without the cache compiles the graph for one batch size and runs it; a later one finds it
-compiled (`python -m engines build`, or the server's `--cache-dir`).
+the batch shared between streams of one thread each, at once. Each figure is the median of {rounds} rounds of 4
+steps; settings alternate. A start without the cache compiles the graph for one batch size and runs it; a later one
+finds it compiled (`python -m engines build`, or the server's `--cache-dir`).
 """
 
 
@@ -28,8 +28,9 @@ def streams_section(result: Streams) -> str:
             origin(result.provenance, result.provenance.command),
             table(("ms per step, at batch", *map(str, batches)), rows),
             *(
-                f"- First run at batch {c.batch}, {c.dtype}: {short(c.cold_s)} s, from the cache {short(c.cached_s)} s."
-                for c in result.compilations
+                f"- First run at batch {found.batch}, {found.dtype}: {short(found.cold_s)} s, "
+                f"from the cache {short(found.cached_s)} s."
+                for found in result.compilations
             ),
             "",
         )

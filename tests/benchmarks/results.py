@@ -85,7 +85,7 @@ class Throughput(Frozen):
 
 
 class Setting(Frozen):
-    """One arrangement of OpenVINO at one batch size. threads: of all streams together; ms_per_step: of the batch."""
+    """One arrangement of OpenVINO. threads: of all streams together; ms_per_step: of the whole batch."""
 
     dtype: str
     streams: int
@@ -238,11 +238,6 @@ class Watch:
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             others_cpu=round(self.others_cpu(), 3),
         )
-
-
-def short(figure: float) -> str:
-    """Three digits, and never an exponent for a large one."""
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 def _busy_s() -> float:

@@ -1,7 +1,7 @@
 """OpenVINO's threads and streams on one step graph, float32 and int8, and what its model cache saves at a start.
 
-A batch is one request on all threads, or one share of it for each stream, run at once: rows are independent. Settings
-alternate inside a run; the last line is JSON.
+A batch is one request on all threads, or one share of it for each stream, run at once: rows are independent.
+Settings alternate inside a run; the last line is JSON.
 Run: python -m tests.benchmarks.streams [--batches 2,4,8,16,32] [--rounds 7] [--seed 0] [--tiny]
 """
 

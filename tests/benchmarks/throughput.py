@@ -37,6 +37,7 @@ from tests.benchmarks.contenders import (
     contenders,
     draw_batch,
 )
+from tests.benchmarks.page_parts import short
 from tests.benchmarks.random_bundle import (
     TINY_UNET,
     UNET,
@@ -46,7 +47,7 @@ from tests.benchmarks.random_bundle import (
     plan,
     random_student,
 )
-from tests.benchmarks.results import Ratio, Row, Throughput, Watch, short
+from tests.benchmarks.results import Ratio, Row, Throughput, Watch
 
 MODULE = "tests.benchmarks.throughput"
 STEPS = 4
