@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from tests.benchmarks.page_parts import origin, repeat, table
-from tests.benchmarks.results import Goodput, short
+from tests.benchmarks.page_parts import origin, repeat, short, table
+from tests.benchmarks.results import Goodput
 
 WORDS = """## Goodput of a mixed load: {bundle}
 
