@@ -95,7 +95,7 @@ def quantize_run(
         students = [student for student in everyone if student.exported]
         judge = judge_of(run_dir, recipe, everyone[0], Digits.load(), ())
         rows = [row for student in students for row in _measure(judge, student, made, display)]
-        found = tuple(_gates(report.evaluation.rows, rows, students))
+        found = tuple(int8_gates(report.evaluation.rows, rows, students))
         missed = [gate for gate in found if not gate.passed]
         if missed and not despite_gates:
             first = f"{missed[0].name} is {missed[0].value:.3f}, the limit {missed[0].limit:g}"
@@ -163,7 +163,7 @@ def engine_network(engine: EngineBackend, spec: StudentSpec, w: float) -> Networ
     return network
 
 
-def _gates(
+def int8_gates(
     before: Sequence[EvaluationRow], after: Sequence[EvaluationRow], students: Sequence[Contender]
 ) -> Iterator[Gate]:
     """Every int8 row against the float32 row of the same student and guidance."""

@@ -11,20 +11,20 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from distill_jobs.contenders import contenders
+from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.digits import Digits, class_condition
 from distill_jobs.data.masks import half_masks
 from distill_jobs.errors import DivergedError, JobError
 from distill_jobs.export import export_run
 from distill_jobs.inpainting import painters
-from distill_jobs.int8 import engine_network, quantize_run
+from distill_jobs.int8 import engine_network, int8_gates, quantize_run
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.sampling import request_noise, sample
 from distill_jobs.student import guidance_embedding
 from engines.backends.load import load_backend
 from engines.bundle import Bundle, verify_bundle
 from engines.errors import BundleError, RequestError
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, Evaluation
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, Evaluation, EvaluationRow, Measured
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.quantize import Int8Options
@@ -217,6 +217,7 @@ def test_the_network_inside_a_step_graph_is_the_students(run_dir: Path, bundle: 
     torch.testing.assert_close(engine_network(engine, spec, 2.0)(noise, 999, condition), want, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_int8_has_its_own_rows_in_the_evaluation(
     measured_run: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +240,20 @@ def test_int8_has_its_own_rows_in_the_evaluation(
     with pytest.raises(DivergedError, match="2-step student int8, guidance 1: distance"):
         quantize_run(measured_run, RECIPE, bundle, tmp_path / "gated", options)
     assert [folder.name for folder in tmp_path.iterdir()] == ["int8"]
+
+
+def test_int8_is_held_against_float32_row_by_row() -> None:
+    def row(model: str, distance: float, agreement: float) -> EvaluationRow:
+        values = {"frechet_distance": distance, "class_agreement": agreement}
+        metrics = {name: Measured(mean=value, spread=0) for name, value in values.items()}
+        return EvaluationRow(model=model, steps=1, evaluations=1, guidance_scale=2, metrics=metrics)
+
+    student = Contender("student", 1, Path(), (1, 8, 8))
+    before = [row("teacher", 1.0, 1.0), row("student", 2.0, 0.95)]
+    good = list(int8_gates(before, [row("student int8", 2.09, 0.945)], [student]))
+    assert [(round(gate.value, 3), gate.passed) for gate in good] == [(1.045, True), (-0.005, True)]
+    bad = list(int8_gates(before, [row("student int8", 2.11, 0.935)], [student]))
+    assert [gate.passed for gate in bad] == [False, False]
 
 
 def test_int8_of_another_runs_bundle_is_refused(measured_run: Path, bundle: Bundle, tmp_path: Path) -> None:
