@@ -12,6 +12,7 @@ from rich.console import Console
 
 from distill_jobs.errors import JobError
 from engines.errors import HalfstepError
+from engines.manifest import DecoderKind
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True)
@@ -99,12 +100,15 @@ def export(
     despite_gates: Annotated[
         bool, typer.Option("--despite-gates", help="Export students that miss the report's targets, too.")
     ] = False,
+    decoder: Annotated[
+        DecoderKind, typer.Option(help="What decodes latents: the teacher's own autoencoder, or the tiny decoder.")
+    ] = "own",
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
 
-        commands.export(run_dir, bundle, despite_gates=despite_gates)
+        commands.export(run_dir, bundle, despite_gates=despite_gates, decoder=decoder)
 
 
 @app.command()

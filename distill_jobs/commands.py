@@ -33,7 +33,7 @@ from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.tables import gate_table
 from distill_jobs.taken import takeable
 from engines.bundle import Bundle, verify_bundle
-from engines.manifest import GuidanceRange
+from engines.manifest import DecoderKind, GuidanceRange
 from engines.quantize import Int8Options
 
 
@@ -87,11 +87,13 @@ def compare(runs: Sequence[str], out: Path) -> None:
     Console(stderr=True).print(f"Wrote {out / COMPARISON_MARKDOWN}")
 
 
-def export(run_dir: Path, bundle: Path, *, despite_gates: bool) -> None:
+def export(run_dir: Path, bundle: Path, *, despite_gates: bool, decoder: DecoderKind) -> None:
     """Turn an evaluated run into a bundle. Raises: JobError."""
     with _display() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
-        written = export_run(run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates)
+        written = export_run(
+            run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates, decoder=decoder
+        )
         _say_written(progress, written)
 
 

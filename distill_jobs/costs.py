@@ -6,15 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_jobs.adapters import adapter_parameters
 from distill_jobs.errors import RecipeError
-from distill_jobs.latent_sections import AutoencoderSection
+from distill_jobs.latent_sections import AutoencoderSection, DecoderSection
 from distill_jobs.making.autoencoder import AutoencoderTraining, new_autoencoder
+from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 
 TEXT_TOKENS = 77
+STOCK_AUTOENCODER: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+"""That of Stable Diffusion 1.x, 2.x and XL."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +70,25 @@ def autoencoder_cost(section: AutoencoderSection, side: int) -> NetworkCost:
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 3, side, side), torch.empty(1, section.latent_channels, latent, latent))
     return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
+
+
+def decoder_costs(
+    section: DecoderSection, made: AutoencoderSection | None, latent_side: int
+) -> tuple[NetworkCost, NetworkCost]:
+    """Of a tiny decoder, and of the autoencoder it learns from, decoding one latent.
+
+    made: the autoencoder of a pipeline that the recipe makes; None for a folder's, counted as the stock one.
+    """
+    with torch.device("meta"), torch.no_grad():
+        side = latent_side * (8 if made is None else made.pixels_per_latent)
+        vae = AutoencoderKL(**STOCK_AUTOENCODER) if made is None else new_autoencoder(made, side, 0)
+        channels, scale = int(vae.config.latent_channels), side // latent_side
+        tiny = TinyDecoder(new_tiny(section, channels, scale, 0))
+        latent, flops = torch.empty(1, channels, latent_side, latent_side), []
+        for decode in (tiny, vae.decode):
+            with FlopCounterMode(display=False) as counter:
+                decode(latent)
+            flops.append(float(counter.get_total_flops()))
+    counts = (sum(p.numel() for p in part.parameters()) for part in (tiny, vae))
+    found = [NetworkCost(count, each) for count, each in zip(counts, flops, strict=True)]
+    return found[0], found[1]

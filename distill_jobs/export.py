@@ -41,6 +41,7 @@ from engines.manifest import (
     DECODE_GRAPH,
     ENCODE_GRAPH,
     BundleManifest,
+    DecoderKind,
     GraphSpec,
     Latent,
     RecipeRecord,
@@ -63,12 +64,15 @@ def export_run(
     *,
     progress: Progress | None = None,
     despite_gates: bool = False,
+    decoder: DecoderKind = "own",
 ) -> Bundle:
     """Write the recipe's export.students and their evaluation as a bundle, replacing one at ``bundle_dir``.
 
     Nothing is written there unless every graph agrees with torch. despite_gates: write students that miss the
-    report's targets all the same. Raises: ExportError when a graph disagrees or gives NaN, a gate is missed, or
-    the run has no evaluation of these weights; JobError when a network is missing.
+    report's targets all the same. decoder: which one the bundle decodes latents with.
+
+    Raises: ExportError when a graph disagrees or gives NaN, a gate is missed, or the run has no evaluation of these
+    weights; RecipeError when it has no such decoder; JobError when a network is missing.
     """
     if recipe.stage_two.guidance == "at_sampling":
         raise ExportError("students of two networks, guided at sampling, are for comparison; a bundle has no place")
@@ -80,7 +84,7 @@ def export_run(
             f"the report of {run_dir} misses {len(missed)} of its gates, first: {missed[0]}; "
             "train longer, or export all the same with --despite-gates"
         )
-    around = _surroundings(run_dir, recipe)
+    around = _surroundings(run_dir, recipe, decoder)
     students, inverters = [c for c in everyone if c.exported], encoders(run_dir, recipe)
     display = progress or Progress(disable=True)
     step_graphs = len({_graph(student, recipe) for student in students}) + len(inverters)
@@ -93,15 +97,17 @@ def export_run(
         if run.sample_sheet.is_file():
             shutil.copyfile(run.sample_sheet, staging / SAMPLE_SHEET)
         graphs = _write_graphs(staging, run, recipe, students, around, advance)
-        manifest = _manifest(staging, recipe, report, students, inverters, around, graphs)
+        manifest = _manifest(staging, recipe, report, students, inverters, around, graphs, decoder)
         return write_bundle(staging, bundle_dir, manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
+def _surroundings(run_dir: Path, recipe: Recipe, decoder: DecoderKind) -> Surroundings:
     if isinstance(recipe.teacher, LatentTeacher):
-        return latent_surroundings(run_dir, recipe)
+        return latent_surroundings(run_dir, recipe, decoder)
+    if decoder == "tiny":
+        raise ExportError(f"recipe {recipe.name} works on pixels: there is nothing to decode with a tiny decoder")
     return digits_surroundings(recipe)
 
 
@@ -208,6 +214,7 @@ def _manifest(
     inverters: Sequence[Encoder],
     around: Surroundings,
     graphs: dict[str, GraphSpec],
+    decoder: DecoderKind,
 ) -> BundleManifest:
     channels, height, width = latent_shape(recipe)
     scale = around.scale
@@ -226,6 +233,7 @@ def _manifest(
         graphs=graphs,
         students=tuple(_student(student, recipe) for student in students),
         encoders=tuple(_encoder(encoder, recipe) for encoder in inverters),
+        decoder=decoder,
         default_steps=recipe.export.default_steps,
         evaluation=report.evaluation,
         tables=report.tasks,

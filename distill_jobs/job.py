@@ -22,6 +22,7 @@ from distill_jobs.loop import Trainer
 from distill_jobs.making.pipeline import made_teacher
 from distill_jobs.phases import Phases
 from distill_jobs.pipelines.teacher import open_teacher
+from distill_jobs.pipelines.tiny_decoder import train_decoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import Machine, RunFolder, stored_recipe
@@ -95,6 +96,7 @@ def _train(phases: Phases) -> None:
     train_stage_two(phases)
     train_consistency(phases)
     train_encoders(phases)
+    train_decoder(phases)
 
 
 def _check_source(taken_from: Path, folder: RunFolder) -> None:

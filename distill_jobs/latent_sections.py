@@ -114,6 +114,18 @@ class MadeTeacher(TeacherSection, LatentTeacher):
     text: TextSection = TextSection()
 
 
+class DecoderSection(Training):
+    """A tiny decoder (diffusers' AutoencoderTiny), trained to decode as the teacher's autoencoder does.
+
+    width: channels of its layers; blocks: of three convolutions each, at every size but the last; gradient: weight
+    of the differences between neighbouring pixels, at every scale of the loss.
+    """
+
+    width: int = Field(64, ge=1)
+    blocks: int = Field(3, ge=1)
+    gradient: float = Field(1.0, ge=0)
+
+
 def _form_of_data(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", value)
     return f"({kind})"

@@ -128,6 +128,10 @@ class Phases:
         null = self._source.null(batch).framed_as(data.condition)
         return Noisy(data.x, data.condition, null, noise, t, data.extra).to(self.device)
 
+    def clean(self, draws: Draws, update: int, batch: int) -> Tensor:
+        """(B, C, h, w) images or latents of the data: the rows of an update without noise."""
+        return self._source.batch(draws, update, batch).x.to(self.device)
+
     def weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
         """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""
         low, high = (weight_from_scale(s) for s in (self.recipe.guidance.min, self.recipe.guidance.max))

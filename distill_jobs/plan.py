@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from distill_jobs.costs import NetworkCost, autoencoder_cost, network_cost
+from distill_jobs.costs import NetworkCost, autoencoder_cost, decoder_costs, network_cost
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher, LatentTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
@@ -111,6 +111,10 @@ def plan_of(recipe: Recipe) -> Plan:
             PhasePlan(f"e{halving.steps}", recipe.encoder.training(halving), student, student, 2)
             for halving in recipe.encoder.halvings
         ]
+    if recipe.decoder is not None:
+        made = recipe.teacher.autoencoder if isinstance(recipe.teacher, MadeTeacher) else None
+        tiny, frozen = decoder_costs(recipe.decoder, made, int(recipe.unet["sample_size"]))
+        phases.append(PhasePlan("decoder", recipe.decoder, tiny, frozen, 1))
     return Plan(recipe, tuple(phases))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from distill_jobs.latent_sections import Data, GlyphData, LatentTeacher, MadeTeacher, Teacher
+from distill_jobs.latent_sections import Data, DecoderSection, GlyphData, LatentTeacher, MadeTeacher, Teacher
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
@@ -26,7 +26,8 @@ from engines.schedule import ScheduleSpec
 
 
 class Recipe(Section):
-    """A whole job: data, teacher, stage one, stage two, evaluation, export; consistency and encoder where wanted.
+    """A whole job: data, teacher, stage one, stage two, evaluation, export; and where wanted
+    consistency, encoder and decoder.
 
     unet: the arguments of diffusers' UNet2DConditionModel, without time_cond_proj_dim. Where the teacher is a
     folder, ``unet`` and ``schedule`` are the folder's (see ``distill_jobs.pipelines.teacher``).
@@ -45,6 +46,7 @@ class Recipe(Section):
     stage_two: StageTwoSection
     consistency: ConsistencySection | None = None
     encoder: EncoderSection | None = None
+    decoder: DecoderSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection
     compute: ComputeSection = ComputeSection()
@@ -89,6 +91,8 @@ class Recipe(Section):
     def _shares_or_shards(self) -> Recipe:
         if self.compute.shard and self.stage_two.weights == "shared":
             raise ValueError("compute.shard cannot go with stage_two.weights: shared")
+        if self.compute.shard and self.decoder is not None:
+            raise ValueError("compute.shard cannot go with decoder")
         if self.compute.shard and self.consistency is not None:
             raise ValueError("compute.shard cannot go with consistency")
         if self.compute.shard and (self.stage_two.on_policy or self.stage_two.lora):
@@ -130,6 +134,8 @@ class Recipe(Section):
             )
         if not latent and self.export.prompts:
             raise ValueError("export.prompts is for models of any text; a digits model shows its classes")
+        if not latent and self.decoder is not None:
+            raise ValueError("decoder is for teachers that work on latents; digits are pixels")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
         channels = self.unet.get("out_channels", 4)

@@ -100,6 +100,11 @@ class RunFolder:
     def encoder(self, steps: int) -> Path:
         return self.path / "encoders" / f"e{steps}"
 
+    @property
+    def decoder(self) -> Path:
+        """The tiny decoder."""
+        return self.path / "decoder"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder alone. Raises: LockedError when another job has it."""

@@ -195,9 +195,9 @@ def load_stock(folder: Path) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def weights_sha256(folder: Path) -> str:
-    """Hash of the weights of a stock folder. Raises: JobError when there are none."""
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+def weights_sha256(folder: Path, part: str = "unet") -> str:
+    """Hash of the weights of a part of a stock folder. Raises: JobError when there are none."""
+    file = folder / part / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
         raise JobError(f"{folder} holds no trained network; finish the job first, with --resume")
     with file.open("rb") as opened:

@@ -18,7 +18,7 @@ from distill_jobs.recipe_file import WITHOUT_EFFECT, differences
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection
 
-LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder"}
+LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder", "decoder"}
 """Fields that the teacher does not see."""
 
 
@@ -86,6 +86,9 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     own = {name: fields.pop(name) for name in LATER}
     found = [_autoencoder(fields)] if isinstance(recipe.teacher, MadeTeacher) else []
     found.append(Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields)))
+    if recipe.decoder is not None:
+        past = {**fields, "decoder": own["decoder"]}
+        found.append(Past("decoder", ("decoder",), "decoder/phase.json", past))
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
     chain = {**fields, "stage_two": own["stage_two"]}

@@ -18,6 +18,20 @@ class TaskTable:
 
 
 TABLES = {
+    "decoder": TaskTable(
+        "Decoder",
+        "The same latents, drawn at the default guidance, decoded by the teacher's autoencoder and by the tiny "
+        "decoder that was distilled from it. PSNR, in dB, and relative error (root mean square difference over "
+        "root mean square) are against the autoencoder's own pictures, of values in -1 … 1; the glyphs' measures, "
+        "where a run has them, are those of their table.",
+        {
+            "decoder_psnr": "PSNR",
+            "decoder_error": "relative error",
+            "glyph_top_1": "top 1",
+            "glyph_top_5": "top 5",
+            "frechet_distance": "Fréchet distance",
+        },
+    ),
     "glyphs": TaskTable(
         "Glyphs",
         "Pictures drawn for the names of glyphs, each twice; the nearest glyph is looked for in the features of an "
@@ -82,13 +96,14 @@ def task_lines(tables: Mapping[str, Sequence[EvaluationRow]]) -> list[str]:
 
 
 def _lines(table: TaskTable, rows: Sequence[EvaluationRow]) -> list[str]:
+    columns = {name: heading for name, heading in table.columns.items() if any(name in row.metrics for row in rows)}
     lines = [
         *(f"## {table.title}", "", table.text, ""),
-        f"| guidance_scale | model | steps | evaluations | {' | '.join(table.columns.values())} |",
-        f"|---:|---|---:|---:|{'---:|' * len(table.columns)}",
+        f"| guidance_scale | model | steps | evaluations | {' | '.join(columns.values())} |",
+        f"|---:|---|---:|---:|{'---:|' * len(columns)}",
     ]
     for row in rows:
-        cells = (f"{row.metrics[name].mean:.3f}" for name in table.columns)
+        cells = (f"{row.metrics[name].mean:.3f}" if name in row.metrics else "–" for name in columns)
         model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
         head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")

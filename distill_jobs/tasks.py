@@ -17,6 +17,8 @@ from distill_jobs.inpainting import INPAINTING, measure_inpainting, write_inpain
 from distill_jobs.inpainting import TEXT_AGREEMENT as FROM_TEXT
 from distill_jobs.inversion import AGREEMENT, INVERSION, RECONSTRUCTION, measure_inversion, write_edit_sheet
 from distill_jobs.recipe import Recipe
+from distill_jobs.run_folder import RunFolder
+from distill_jobs.student import weights_sha256
 from engines.manifest import EvaluationRow
 
 LEAST_EDIT_AGREEMENT = 0.9
@@ -46,7 +48,10 @@ def measure_tasks(
 def weights_of(run_dir: Path, recipe: Recipe, everyone: Sequence[Contender]) -> dict[str, str]:
     """Hashes of all networks that an evaluation is of, by name: the contenders', and those that only tasks use."""
     networks: list[Contender | Encoder] = [*everyone, *encoders(run_dir, recipe)]
-    return {network.key: network.weights_sha256() for network in networks}
+    hashes = {network.key: network.weights_sha256() for network in networks}
+    return (
+        hashes if recipe.decoder is None else {**hashes, "decoder": weights_sha256(RunFolder(run_dir).decoder, "")}
+    )
 
 
 def task_gates(tables: TaskRows) -> tuple[Gate, ...]:

@@ -39,6 +39,7 @@ ENCODE_GRAPH = "encode"
 """image: (B, H, W, 3) uint8 → latent: (B, C, h, w) float32, where editing and inpainting start from."""
 
 Task = Literal["text_to_image", "edit", "inpaint"]
+DecoderKind = Literal["own", "tiny"]
 DType = Literal["float32", "float16", "int64", "uint8"]
 Lowered = Literal["bfloat16", "float16"]
 
@@ -207,6 +208,7 @@ class BundleManifest(Frozen):
     graphs: dict[str, GraphSpec]
     students: tuple[StudentSpec, ...] = Field(min_length=1)
     encoders: tuple[StudentSpec, ...] = Field((), description="students that invert an image to its noise")
+    decoder: DecoderKind = Field("own", description="what decodes latents: the model's own, or a tiny one of it")
     default_steps: int
     evaluation: Evaluation
     tables: dict[str, tuple[EvaluationRow, ...]] = Field({}, description="quality besides ``evaluation``, by task")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
-from distill_jobs.latent_sections import GlyphData
 from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.decoders import DECODER, decoder_gates, measure_decoders
 from distill_jobs.pipelines.drawing import LatentSampler
-from distill_jobs.pipelines.glyph_table import glyph_table
+from distill_jobs.pipelines.encoders import Encoders
+from distill_jobs.pipelines.glyph_table import glyph_judge, glyph_table
 from distill_jobs.pipelines.glyphs import GLYPHS, glyph_gates
 from distill_jobs.pipelines.inpainting import (
     INSIDE,
@@ -31,6 +33,7 @@ from distill_jobs.pipelines.inpainting import (
 from distill_jobs.pipelines.inversion import LATENT_INVERSION, measure_latent_inversion
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
+from distill_jobs.pipelines.tiny_decoder import load_decoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
@@ -60,8 +63,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
     )
     rows = _quality(sampler, everyone, progress)
     tasks = _tasks(run_dir, sampler, source, everyone, progress)
-    if isinstance(recipe.data, GlyphData):
-        tasks[GLYPHS] = glyph_table(run_dir, recipe, processes, sampler, everyone, progress)
+    tasks |= _pictures(run_dir, sampler, everyone, processes, progress)
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -76,6 +78,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
             *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
             *inversion_gates(tasks.get(LATENT_INVERSION, ())),
             *glyph_gates(tasks.get(GLYPHS, ()), recipe.served.default, settings.teacher_steps),
+            *decoder_gates(tasks.get(DECODER, ())),
         ),
     )
     report.write(run_dir)
@@ -122,6 +125,25 @@ def _tasks(
         tables[LATENT_INVERSION] = measure_latent_inversion(
             run_dir, sampler, known, lambda: progress.advance(inverted)
         )
+    return tables
+
+
+def _pictures(
+    run_dir: Path, sampler: LatentSampler, everyone: Sequence[Contender], processes: Processes, progress: Progress
+) -> dict[str, tuple[EvaluationRow, ...]]:
+    """The tables of what decoded latents look like: of glyphs, and of the tiny decoder."""
+    recipe, folder, tables = sampler.recipe, RunFolder(run_dir), dict[str, tuple[EvaluationRow, ...]]()
+    judge = glyph_judge(run_dir, recipe, processes, progress)
+    if judge is None and recipe.decoder is None:
+        return tables
+    encoders = Encoders.load(open_folder(folder.teacher), processes.device)
+    if judge is not None:
+        sampler = replace(sampler, prompts=encoders.prompts.encode(judge.asking.prompts).to("cpu"))
+        tables[GLYPHS] = glyph_table(run_dir, judge, sampler, everyone, encoders.autoencoder, progress)
+    if recipe.decoder is not None:
+        tiny = load_decoder(folder.decoder).to(processes.device)
+        judged = None if judge is None else judge.measure
+        tables[DECODER] = measure_decoders(sampler, everyone, encoders.autoencoder, tiny, judged)
     return tables
 
 

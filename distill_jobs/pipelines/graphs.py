@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.text import TextEncoders
+from distill_jobs.pipelines.tiny_decoder import TinyDecoder
 from distill_jobs.pipelines.vae import Autoencoder
 from engines.manifest import CONDITION, IMAGE, LATENT, TOKENS, TensorSpec
 
@@ -31,23 +32,23 @@ class PromptGraph(nn.Module):
 
 
 class LatentDecodeGraph(nn.Module):
-    """Latents to images, by the autoencoder's decoder."""
+    """Latents to images, by the autoencoder's decoder or by a tiny one."""
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, decoder: Autoencoder | TinyDecoder) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.decoder = decoder
 
     def forward(self, latent: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 of latent: (B, C, h, w); rounded as diffusers' image processor does."""
-        levels = ((self.autoencoder.decode(latent) * 0.5 + 0.5).clamp(0, 1) * 255).round()
+        levels = ((self.decoder.decode(latent) * 0.5 + 0.5).clamp(0, 1) * 255).round()
         return levels.permute(0, 2, 3, 1).to(torch.uint8)
 
     def inputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
-        shape = (-1, self.autoencoder.channels, height, width)
+        shape = (-1, self.decoder.channels, height, width)
         return (TensorSpec(name=LATENT, dtype="float32", shape=shape),)
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
-        scale = self.autoencoder.pixels_per_latent
+        scale = self.decoder.pixels_per_latent
         return (TensorSpec(name=IMAGE, dtype="uint8", shape=(-1, height * scale, width * scale, 3)),)
 
 

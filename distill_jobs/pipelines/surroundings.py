@@ -15,12 +15,13 @@ from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.graphs import LatentDecodeGraph, LatentEncodeGraph, PromptGraph
 from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.pipelines.tiny_decoder import load_decoder
 from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.surroundings import TOKENIZER_FILE, Surroundings
 from engines.condition import ClipTokenizer
-from engines.manifest import ConditionSpec, Licences
+from engines.manifest import ConditionSpec, DecoderKind, Licences
 
 WORDS = ["a", "photograph", "of", "a", "red", "fox", "in", "the", "snow,", "seen", "from", "above", "at", "dusk"]
 
@@ -28,10 +29,11 @@ ENCODE_LIMIT = 5e-4
 """1e-4 of the largest latents, which reach 5; measured: 9e-5 for SD 1.5's autoencoder at 512²."""
 
 
-def latent_surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
+def latent_surroundings(run_dir: Path, recipe: Recipe, decoder: DecoderKind) -> Surroundings:
     """The text encoders and the autoencoder of the run's teacher, and the recipe's prompts to show.
 
-    Raises: TeacherError; RecipeError where a prompt is too long for the model too.
+    decoder: tiny for the run's own tiny one. Raises: TeacherError; RecipeError, also where a prompt is too long for
+    the model or the recipe has no such decoder; JobError where that is not trained.
     """
     teacher, data = recipe.teacher, recipe.data
     if not isinstance(teacher, LatentTeacher) or not isinstance(data, CaptionedData):
@@ -42,7 +44,12 @@ def latent_surroundings(run_dir: Path, recipe: Recipe) -> Surroundings:
         ClipTokenizer(around.tokenizer, around.spec.tokens, prompts)
     except ValueError as error:
         raise RecipeError(f"recipe {recipe.name}: export.prompts: {error}") from None
-    return replace(around, spec=around.spec.model_copy(update={"examples": prompts}))
+    around = replace(around, spec=around.spec.model_copy(update={"examples": prompts}))
+    if decoder == "own":
+        return around
+    if recipe.decoder is None:
+        raise RecipeError(f"recipe {recipe.name} has no decoder section, so no tiny decoder to export")
+    return replace(around, decode=LatentDecodeGraph(load_decoder(RunFolder(run_dir).decoder)))
 
 
 def surroundings_of(folder: PipelineFolder, licences: Licences) -> Surroundings:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
@@ -25,6 +25,7 @@ from distill_jobs.data import drawing
 from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.export import export_run
 from distill_jobs.job import run_job
+from distill_jobs.pipelines.decoders import DECODER
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.glyphs import GLYPHS
 from distill_jobs.pipelines.report import LatentReport
@@ -69,6 +70,7 @@ SMALL: dict[str, Any] = {
         "teacher_steps": 8,
         "batch_size": 60,
     },
+    "decoder": {"updates": 2, "batch_size": 4, "width": 8, "blocks": 1},
     "export": {"prompts": PROMPTS},
 }
 QUIET = Progress(disable=True)
@@ -96,7 +98,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe = read_recipe(small_recipe(work))
         run_job(recipe, work / "run", resume=False, progress=QUIET)
         evaluate_latent_run(work / "run", recipe, progress=QUIET)
-        export_run(work / "run", work / "bundle", recipe, despite_gates=True)
+        export_run(work / "run", work / "bundle", recipe, despite_gates=True, decoder="tiny")
     return work
 
 
@@ -116,6 +118,25 @@ def test_the_report_has_a_table_of_glyphs(work: Path) -> None:
         assert sheet.height > len(prompts) / 4 * SIDE
 
 
+def test_the_report_has_rows_of_both_decoders(work: Path) -> None:
+    report = LatentReport.read(work / "run")
+    rows = {row.model: row for row in report.tasks[DECODER]}
+    assert set(rows) == {"teacher", "teacher, tiny decoder", "student", "student, tiny decoder"}
+    assert {row.steps for row in rows.values()} == {8, 4}
+    full, tiny = rows["student"].metrics, rows["student, tiny decoder"].metrics
+    assert full["decoder_error"].mean == 0
+    assert "decoder_psnr" not in full
+    assert tiny["decoder_error"].mean > 0
+    for metric in ("glyph_top_1", "glyph_top_5", "frechet_distance"):
+        assert metric in full
+        assert metric in tiny
+    assert full["frechet_distance"] != tiny["frechet_distance"]
+    assert {gate.name.split(",")[0] for gate in report.gates} >= {"tiny decoder"}
+    [full_row] = [line for line in report.markdown().splitlines() if line.startswith("| 4 | student | 4 | 4 | – |")]
+    assert "0.000" in full_row
+    assert "decoder" in report.weights
+
+
 def test_pictures_of_another_side_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"data\.side_px is 32; .* make pictures of 16"):
         read_recipe(small_recipe(tmp_path, side_px=32))
@@ -132,11 +153,13 @@ def test_the_bundle_tells_how_it_was_made(work: Path) -> None:
     assert manifest.evaluation == report.evaluation
     assert {"glyph_top_1", "glyph_top_5"} <= manifest.tables[GLYPHS][0].metrics.keys()
     assert manifest.tables == report.tasks
+    assert manifest.decoder == "tiny"
     assert manifest.condition.examples == tuple(PROMPTS)
 
 
-def test_the_engine_draws_what_diffusers_draws_with_the_folded_student(work: Path) -> None:
+def test_the_engine_draws_what_diffusers_draws_with_the_folded_student_and_the_tiny_decoder(work: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(work / "run" / "students" / "d4", use_safetensors=True)
+    stock.vae = AutoencoderTiny.from_pretrained(work / "run" / "decoder", use_safetensors=True)
     stock.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(row_noise(3, (4, 8, 8), Purpose.INITIAL))[None]
     told = {"num_inference_steps": 4, "guidance_scale": 4.0, "latents": noise, "output_type": "np"}
@@ -157,7 +180,7 @@ def test_the_card_begins_as_the_recipes_and_keeps_what_people_wrote(work: Path, 
         )
     written = page.read_text()
     assert written.count("- It is tiny.") == 1
-    assert written.count("| 4 | student | 4 | 4 |") == 2  # distance to the teacher, and glyphs
+    assert written.count("| 4 | student | 4 | 4 |") == 3  # distance to the teacher, glyphs, decoder
     assert "| target | value | limit | |" in written
     assert "| parameters of text_encoder |" in written
     assert (page.parent / "images" / "emoji-prompts.png").is_file()

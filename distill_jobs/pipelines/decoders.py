@@ -1,0 +1,85 @@
+"""The tiny decoder beside the teacher's autoencoder: what the same latents look like decoded by either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distill_jobs.contenders import STUDENT, Contender
+from distill_jobs.gates import Gate
+from distill_jobs.pipelines.drawing import LatentSampler
+from distill_jobs.pipelines.glyphs import FRECHET, TOP_1
+from distill_jobs.pipelines.tiny_decoder import Decoder
+from engines.manifest import EvaluationRow
+
+DECODER = "decoder"
+PSNR, ERROR = "decoder_psnr", "decoder_error"
+WITH_TINY = "{}, tiny decoder"
+DECODED_ROWS = 64
+LEAST_PSNR, MOST_OF_DISTANCE, LEAST_OF_TOP_1 = 25.0, 1.1, 0.98
+PEAK = 2.0
+"""Between black and white in -1 … 1."""
+
+
+def decoded(decoder: Decoder, latents: Tensor, device: torch.device) -> Tensor:
+    """(n, 3, H, W) pictures on the CPU, of latents: (n, C, h, w)."""
+    with torch.inference_mode():
+        return torch.cat([decoder.decode(p.to(device)).cpu() for p in torch.split(latents, DECODED_ROWS)])
+
+
+def measure_decoders(
+    sampler: LatentSampler,
+    everyone: Sequence[Contender],
+    full: Decoder,
+    tiny: Decoder,
+    judged: Callable[[Tensor], Mapping[str, float]] | None,
+) -> tuple[EvaluationRow, ...]:
+    """Two rows, one a decoder, for the finest teacher and for the student of the default step count.
+
+    judged: further measures of the pictures of the sampler's prompts, if there are any.
+    """
+    rows, recipe = [], sampler.recipe
+    default, seeds = recipe.served.default, recipe.evaluation.seeds
+    students = [c for c in everyone if c.exported and c.steps == recipe.export.default_steps]
+    for contender in (everyone[0], *students[:1]):
+        unet = contender.load().to(sampler.device)
+        found: dict[str, list[dict[str, float]]] = {}
+        for seed in seeds:
+            latents = sampler.draw(contender, unet, default, seed)
+            wanted = decoded(full, latents, sampler.device)
+            for title, decoder in ((contender.title, full), (WITH_TINY.format(contender.title), tiny)):
+                pictures = wanted if decoder is full else decoded(decoder, latents, sampler.device)
+                measures = {**compared(pictures, wanted), **({} if judged is None else judged(pictures))}
+                found.setdefault(title, []).append(measures)
+        for title, each in found.items():
+            values = {name: [measures[name] for measures in each] for name in each[0]}
+            rows.append(contender.row(default, values, model=title))
+    return tuple(rows)
+
+
+def compared(pictures: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Both as they are shown, within -1 … 1. No PSNR where they are equal."""
+    shown, reference = pictures.clamp(-1, 1), wanted.clamp(-1, 1)
+    wrong = float((shown - reference).square().mean())
+    error = {ERROR: math.sqrt(wrong / max(float(reference.square().mean()), 1e-12))}
+    return {**error, PSNR: 10 * math.log10(PEAK**2 / wrong)} if wrong else error
+
+
+def decoder_gates(rows: Sequence[EvaluationRow]) -> Iterator[Gate]:
+    """What the tiny decoder must keep of the student's pictures."""
+    by_model = {row.model: row.metrics for row in rows}
+    full, tiny = by_model.get(STUDENT), by_model.get(WITH_TINY.format(STUDENT))
+    if full is None or tiny is None:
+        return
+    if PSNR in tiny:
+        yield Gate(name="tiny decoder, PSNR", value=tiny[PSNR].mean, limit=LEAST_PSNR, at_least=True)
+    if FRECHET in tiny:
+        ratio = tiny[FRECHET].mean / max(full[FRECHET].mean, 1e-12)
+        yield Gate(name="tiny decoder, Fréchet distance / autoencoder's", value=ratio, limit=MOST_OF_DISTANCE)
+    if TOP_1 in tiny:
+        ratio = tiny[TOP_1].mean / max(full[TOP_1].mean, 1e-12)
+        named = "tiny decoder, nearest glyph is the prompted one / with the autoencoder"
+        yield Gate(name=named, value=ratio, limit=LEAST_OF_TOP_1, at_least=True)
