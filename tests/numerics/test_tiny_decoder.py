@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ def test_it_is_of_the_published_size_and_a_fraction_of_the_autoencoders_cost() -
     assert small.parameters == 1_222_531
     assert full.parameters == 83_653_863
     assert full.flops == pytest.approx(2.5e12, rel=0.05)
-    assert small.flops < full.flops / 8
+    assert small.flops < full.flops / 15
 
 
 def test_it_learns_to_decode_as_the_autoencoder_does() -> None:
@@ -85,10 +84,9 @@ def test_a_decoder_without_place_is_refused(recipe: str, changes: list[str], mes
         read_recipe(recipe, changes)
 
 
-def test_its_phase_is_the_last_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {"data.path": "x", "decoder": "{updates: 7, batch_size: 2}"}
-    plan = plan_of(read_recipe("emoji", [f"{name}={value}" for name, value in told.items()]))
+def test_its_phase_is_the_last_of_the_plan() -> None:
+    plan = plan_of(read_recipe("emoji", ["decoder={updates: 7, width: 32}"]))
     last = plan.phases[-1]
     assert (last.name, last.training.updates, last.frozen_passes) == ("decoder", 7, 1)
     assert last.frozen is not None
-    assert last.trained.flops < last.frozen.flops
+    assert last.trained.flops < last.frozen.flops / 2
