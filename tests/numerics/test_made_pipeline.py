@@ -219,7 +219,7 @@ def test_the_autoencoder_learns_to_give_pictures_back(tmp_path: Path) -> None:
         ({"unet": {**UNET, "cross_attention_dim": 32}}, "unet.cross_attention_dim must be 16"),
         ({"unet": {**UNET, "sample_size": None}}, "unet.sample_size must be the side of the latents"),
         ({"schedule": {"kind": "cosine"}}, "squaredcos_cap_v2 is the same curve"),
-        ({"compute": {"shard": True}}, "goes without inpainting and compute.shard"),
+        ({"compute": {"shard": True}, "decoder": None}, "goes without inpainting and compute.shard"),
         ({"inpainting": {}, "unet": {**UNET, "in_channels": 9}}, "goes without inpainting"),
         ({"teacher": {**TEACHER, "text": {"width": 15, "heads": 2}}}, "unet.cross_attention_dim must be 15"),
         ({"data": "digits"}, "teacher.autoencoder to make one"),

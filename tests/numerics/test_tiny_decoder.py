@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill_jobs.contenders import STUDENT
-from distill_jobs.costs import decoder_costs
+from distill_jobs.costs import NetworkCost, decoder_costs
 from distill_jobs.errors import RecipeError
 from distill_jobs.latent_sections import DecoderSection
 from distill_jobs.making.autoencoder import difference
@@ -84,7 +84,8 @@ def test_a_decoder_without_place_is_refused(recipe: str, changes: list[str], mes
         read_recipe(recipe, changes)
 
 
-def test_its_phase_is_the_last_of_the_plan() -> None:
+def test_its_phase_is_the_last_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill_jobs.plan.network_cost", lambda config: NetworkCost(1, 1.0))
     plan = plan_of(read_recipe("emoji", ["decoder={updates: 7, width: 32}"]))
     last = plan.phases[-1]
     assert (last.name, last.training.updates, last.frozen_passes) == ("decoder", 7, 1)
