@@ -171,15 +171,12 @@ def test_the_engine_draws_what_diffusers_draws_with_the_folded_student_and_the_t
 
 def test_the_card_begins_as_the_recipes_and_keeps_what_people_wrote(work: Path, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "card.md"
-    for _ in range(2):
-        result = CliRunner().invoke(app, ["card", str(work / "run"), str(page)])
-        assert result.exit_code == 0, result.output
-        begun = page.read_text()
-        page.write_text(
-            begun.replace("## Limits\n", "## Limits\n\n- It is tiny.\n") if "tiny" not in begun else begun
-        )
+    command = ["card", str(work / "run"), str(page)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    page.write_text(page.read_text().replace("## Limits\n", "## Limits\n\n- It knows 8 glyphs.\n"))
+    assert CliRunner().invoke(app, command).exit_code == 0
     written = page.read_text()
-    assert written.count("- It is tiny.") == 1
+    assert written.count("- It knows 8 glyphs.") == 1
     assert written.count("| 4 | student | 4 | 4 |") == 3  # distance to the teacher, glyphs, decoder
     assert "| target | value | limit | |" in written
     assert "| parameters of text_encoder |" in written
