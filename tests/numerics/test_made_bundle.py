@@ -53,15 +53,17 @@ UNET: dict[str, Any] = {
     "norm_num_groups": 4,
 }
 ROWS = {"updates": 2, "batch_size": 4, "ema": 0.5}
+LEARNING = {"updates": 15, "batch_size": 8, "ema": 0.5, "lr": 0.02, "warmup": 0}
+"""Enough for words and guidance to matter."""
 SMALL: dict[str, Any] = {
     "base": "emoji",
     "unet": UNET,
     "teacher": {
-        **ROWS,
+        **LEARNING,
         "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4},
         "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
     },
-    "stage_one": {**ROWS, "max_relative_error": 10},
+    "stage_one": {**LEARNING, "max_relative_error": 10},
     "stage_two": {"batch_size": 4, "halvings": [{"steps": n, "updates": 1} for n in (8, 4, 2, 1)]},
     "evaluation": {
         "samples": 20,
@@ -70,7 +72,7 @@ SMALL: dict[str, Any] = {
         "teacher_steps": 8,
         "batch_size": 60,
     },
-    "decoder": {"updates": 2, "batch_size": 4, "width": 8, "blocks": 1},
+    "decoder": {"updates": 40, "batch_size": 8, "lr": 0.01, "warmup": 0, "width": 8, "blocks": 1},
     "export": {"prompts": PROMPTS},
 }
 QUIET = Progress(disable=True)
