@@ -10,6 +10,7 @@ sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.openvino_head import head_input, split_head
+from engines.backends.sealed_folder import SealedFolder
 from engines.errors import BackendError
 from engines.manifest import GraphSpec
 
@@ -55,6 +57,7 @@ class OpenVinoBackend(OfGraph):
     ) -> None:
         self._spec = spec
         self._precision = precision
+        self._kept = None if cache_dir is None else SealedFolder(cache_dir)
         self._head: Any = None
         self._body: Any = None
         try:
@@ -62,7 +65,7 @@ class OpenVinoBackend(OfGraph):
             weights = _weight_bytes(self._model)
             fits = precision == "float32" and weights <= MAX_STATIC_BYTES
             self._static = fits if static is None else static
-            self._config = _config(threads or int(weights < LONE_THREAD_BYTES), cache_dir)
+            self._config = _config(threads or int(weights < LONE_THREAD_BYTES), self._kept)
             if not self._static:
                 self._compile_dynamic()
         except BackendError:
@@ -109,7 +112,8 @@ class OpenVinoBackend(OfGraph):
 
     def _request(self, model: Any, precision: Precision) -> Any:
         config = {**self._config, "INFERENCE_PRECISION_HINT": _HINTS[precision]}
-        return _core().compile_model(model, "CPU", config).create_infer_request()
+        with nullcontext() if self._kept is None else self._kept.in_use():
+            return _core().compile_model(model, "CPU", config).create_infer_request()
 
     def _apply_head(self, inputs: Arrays) -> Arrays:
         wanted = {name for port in self._head.model_inputs for name in port.get_names()}
@@ -132,10 +136,10 @@ def _weight_bytes(model: Any) -> int:
     return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
 
 
-def _config(threads: int, cache_dir: Path | None) -> dict[str, Any]:
+def _config(threads: int, kept: SealedFolder | None) -> dict[str, Any]:
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
-    if cache_dir is not None:
-        config["CACHE_DIR"] = str(cache_dir)
+    if kept is not None:
+        config["CACHE_DIR"] = str(kept.path)
     return config
 
 

@@ -81,7 +81,7 @@ class PlanStore:
         """What is kept, or None where it is missing, damaged, made for something else, or writable by others."""
         try:
             with self.file(kind).open("rb") as file:
-                if not _is_ours(os.fstat(file.fileno())):
+                if not is_ours(os.fstat(file.fileno())):
                     return None
                 stamp = _Stamp.model_validate_json(file.readline(MAX_STAMP_BYTES))
                 data = file.read()
@@ -142,6 +142,6 @@ class PlanStore:
         )
 
 
-def _is_ours(status: os.stat_result) -> bool:
+def is_ours(status: os.stat_result) -> bool:
     """Whether nobody but this user and root can have written the file."""
     return status.st_uid in {0, os.geteuid()} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

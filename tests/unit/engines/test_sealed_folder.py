@@ -1,0 +1,90 @@
+"""What OpenVINO keeps of compiled models: run only as it was written, else made again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.backends.load import engine_key, load_backend
+from engines.backends.sealed_folder import SEAL
+from engines.bundle import verify_bundle
+from engines.condition import load_tokenizer
+from engines.examples import example_inputs
+
+GRAPH = "step_4"
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engines.backends.sealed_folder import SealedFolder
+
+with SealedFolder(Path(sys.argv[1])).in_use():
+    (Path(sys.argv[1]) / "half.blob").write_bytes(b"half a model")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run(bundle: Path, cache: Path) -> bytes:
+    """The next latents of two rows, from an engine that was just loaded."""
+    verified = verify_bundle(bundle)
+    engine = load_backend("openvino", verified, GRAPH, threads=1, cache_dir=cache)
+    inputs = example_inputs(verified.manifest, load_tokenizer(verified), GRAPH, 2)
+    return engine.run(inputs)["next_latent"].tobytes()
+
+
+def kept(bundle: Path, cache: Path) -> Path:
+    """The one compiled model of the graph."""
+    folder = engine_key(verify_bundle(bundle), GRAPH, "openvino", "auto", 1).folder(cache) / "models"
+    (file,) = (file for file in folder.iterdir() if file.suffix == ".blob")
+    return file
+
+
+@pytest.fixture
+def cached(toy_bundle: Path, tmp_path: Path) -> Path:
+    assert run(toy_bundle, tmp_path) == run(toy_bundle, tmp_path)
+    return tmp_path
+
+
+def test_a_kept_model_is_taken_as_it_is(toy_bundle: Path, cached: Path) -> None:
+    before = kept(toy_bundle, cached).stat()
+    run(toy_bundle, cached)
+    after = kept(toy_bundle, cached).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+@pytest.mark.parametrize("fault", ["altered", "cut", "no seal", "another seal", "writable by others"])
+def test_a_model_that_is_not_as_it_was_written_is_made_again(
+    toy_bundle: Path, cached: Path, fault: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = kept(toy_bundle, cached)
+    whole, seal, before = file.read_bytes(), file.with_name(f"{file.name}{SEAL}"), file.stat()
+    if fault == "altered":
+        at = len(whole) // 3
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+    if fault == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    if fault == "no seal":
+        seal.unlink()
+    if fault == "another seal":
+        seal.write_text("0" * 64)
+    if fault == "writable by others":
+        file.chmod(0o666)
+    assert run(toy_bundle, cached) == run(toy_bundle, tmp_path_factory.mktemp("fresh"))
+    after = kept(toy_bundle, cached)
+    assert (after.stat().st_ino, after.stat().st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
+    assert after.stat().st_mode & 0o022 == 0
+
+
+def test_a_killed_build_leaves_nothing_that_is_loaded(toy_bundle: Path, cached: Path) -> None:
+    folder = kept(toy_bundle, cached).parent
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert (folder / "half.blob").exists()
+    run(toy_bundle, cached)
+    assert not (folder / "half.blob").exists()
+    assert os.listdir(folder)
