@@ -253,6 +253,11 @@ class BundleManifest(Frozen):
         return any(spec.name == MASKED for student in self.students for spec in self.graphs[student.graph].inputs)
 
     @property
+    def in_int8(self) -> bool:
+        """Whether steps compute in int8, which engines round each in their own way."""
+        return any(spec.dtype == "int8" for spec in self.graphs.values())
+
+    @property
     def takes_images(self) -> bool:
         """Whether any of its tasks starts from a caller's image."""
         return bool({"edit", "inpaint"} & set(self.tasks))

@@ -120,7 +120,7 @@ class Metrics:
             self.takeovers.labels("engine", outcome)
         for outcome in ("taken_up", "refused"):
             self.takeovers.labels("bundle", outcome)
-        parity = "Largest difference of an exported graph from torch, measured at its export"
+        parity = "Largest difference of a graph from what it was made from: torch, or float32 where it is int8"
         self.parity = gauge("halfstep_parity_error", parity, ["model", "graph"])
         memory = "Memory of the engine: of its device, or of its process on a CPU"
         self.memory = gauge("halfstep_device_memory_bytes", memory, ["device"])

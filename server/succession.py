@@ -178,9 +178,11 @@ class Succession(EngineSwitch):
     async def _check(self, engine: Engine, samples: Sequence[Sample]) -> None:
         """Raises: BackendError when the engine fails on a sample, or makes something else of it."""
         precision = choose_precision(choose_backend(self._settings.backend), self._settings.precision)
+        manifests = [version.bundle.manifest for version in self._versions]
+        in_int8 = {manifest.name for manifest in manifests if manifest.in_int8}
         made = await self.ask(engine, [sample.request for sample in samples])
         for sample, pixels in zip(samples, made, strict=True):
-            check_like(sample, pixels, precision)
+            check_like(sample, pixels, "int8" if sample.request.model in in_int8 else precision)
 
     def _doubted_for(self, reason: str) -> None:
         _log.warning("engine_doubted", reason=reason)

@@ -94,6 +94,7 @@ def test_trajectories_visit_every_step_and_the_range_of_guidance(toy: Bundle) ->
 def test_the_int8_bundle_says_what_it_is(lowered: Bundle) -> None:
     manifest = lowered.manifest
     assert manifest.name == "small"
+    assert manifest.in_int8
     assert (manifest.evaluation.metric, manifest.evaluation.rows) == (NOT_EVALUATED, ())
     steps = {student.graph for student in manifest.students}
     for name, spec in manifest.graphs.items():
