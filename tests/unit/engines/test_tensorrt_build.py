@@ -8,7 +8,11 @@ from types import ModuleType
 
 import onnx
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
+from distill_jobs.parity import write_checked
 from engines.backends.base import Precision
 from engines.backends.tensorrt_build import Network
 from engines.bundle import Bundle
@@ -85,6 +89,28 @@ def test_text_encoders_and_autoencoder_compile(trt: ModuleType, work: Path) -> N
     for exported in all_surroundings(work):
         for precision in ("float32", "bfloat16"):
             check(trt, exported.file, exported.spec, precision)
+
+
+class MaskedAttention(nn.Module):
+    """As text encoders have it, with their true heads of 64: only such are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(128, 384), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.into(x).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        seen = torch.ones(77, 77, dtype=torch.bool).tril()
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def test_masked_attention_is_fused_in_bfloat16(trt: ModuleType, tmp_path: Path) -> None:
+    specs = [(TensorSpec(name=name, dtype="float32", shape=(-1, 77, 128)),) for name in ("x", "y")]
+    module, rows, file = MaskedAttention().requires_grad_(False), torch.randn(3, 77, 128), tmp_path / "masked.onnx"
+    spec = write_checked(module, [rows], *specs, file, 1e-5, (1, 2))
+    assert "IsNaN" not in {node.op_type for node in onnx.load(str(file)).graph.node}
+    check(trt, file, spec, "bfloat16")
 
 
 # ---- what is refused
