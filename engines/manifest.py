@@ -14,6 +14,7 @@ from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 SEAL_NAME = "manifest.sha256"
 """Holds the manifest's own hash, so that damage to it is found too: the manifest cannot list itself."""
 
@@ -194,7 +195,7 @@ class BundleManifest(Frozen):
     """Everything about a bundle that is not weights."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     description: str = ""
     created: int = Field(description="seconds since 1970, when the bundle was written")
     tasks: tuple[Task, ...]

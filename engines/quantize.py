@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.calibration import BATCH, Recorded, record_trajectories
 from engines.errors import BundleError
 from engines.int8_graph import check_installed, quantize_graph
-from engines.manifest import BundleManifest, Evaluation, GraphSpec, Parity
+from engines.manifest import NAME_PATTERN, BundleManifest, Evaluation, GraphSpec, Parity
 from engines.measure import Progress
 
 HELD_OUT = 8
@@ -42,13 +43,16 @@ def quantize_bundle(
 
     All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation and the tables are
     left empty: they were of other graphs.
-    Raises: BundleError when a step graph is not float32, or keeps its weights in a file of their own; BackendError
-    when NNCF is missing.
+    Raises: BundleError when a step graph is not float32, or keeps its weights in a file of their own, or the name is
+    none; BackendError when NNCF is missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)
     check_installed()
     _check_graphs(bundle)
+    name = chosen.name or f"{bundle.manifest.name}-int8"
+    if not re.match(NAME_PATTERN, name):
+        raise BundleError(f"{name!r} is no name of a bundle: 1 to 64 of a-z, 0-9, '.', '_' and '-'")
     recorded = record_trajectories(bundle, chosen.batches, chosen.seed, progress)
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".int8-", dir=destination.parent))
@@ -61,14 +65,14 @@ def quantize_bundle(
             if progress is not None:
                 progress(graph, len(calls.inputs) * BATCH)
             graphs[graph] = _quantize(bundle.graph_file(graph), staging, graphs[graph], calls)
-        return write_bundle(staging, destination, _manifest(bundle.manifest, staging, graphs, chosen.name))
+        return write_bundle(staging, destination, _manifest(bundle.manifest, staging, graphs, name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _manifest(was: BundleManifest, staging: Path, graphs: dict[str, GraphSpec], name: str) -> BundleManifest:
     changed = {
-        "name": name or f"{was.name}-int8",
+        "name": name,
         "description": f"{was.description}; steps in int8".removeprefix("; "),
         "graphs": graphs,
         "files": file_records(staging),

@@ -20,7 +20,7 @@ from engines.examples import example_inputs
 from engines.guidance import weight_from_scale
 from engines.int8_graph import PRODUCTS, body_products, quantize_graph
 from engines.manifest import GUIDANCE, TIMESTEP
-from engines.quantize import NOT_EVALUATED, quantize_bundle
+from engines.quantize import NOT_EVALUATED, Int8Options, quantize_bundle
 
 pytest.importorskip("nncf", reason="int8 needs halfstep[int8]")
 
@@ -109,6 +109,12 @@ def test_who_cannot_run_it_says_so(lowered: Bundle, backend: str, precision: str
     graph = lowered.manifest.students[0].graph
     with pytest.raises(BackendError, match="int8"):
         load_backend(backend, lowered, graph, precision=precision)  # type: ignore[arg-type]
+
+
+def test_a_bad_name_is_refused_before_anything_is_drawn(toy: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="'Big One' is no name of a bundle"):
+        quantize_bundle(toy, tmp_path / "named", Int8Options(name="Big One"))
+    assert not (tmp_path / "named").exists()
 
 
 def test_int8_is_made_from_float32_only(lowered: Bundle, tmp_path: Path) -> None:
