@@ -43,8 +43,8 @@ def quantize_bundle(
 
     All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation and the tables are
     left empty: they were of other graphs.
-    Raises: BundleError when a step graph is not float32, or keeps its weights in a file of their own, or the name is
-    none; BackendError when NNCF is missing.
+    Raises: BundleError when a step graph is not float32 or keeps its weights in a file of their own, or no bundle
+    may have the name; BackendError when NNCF is missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)
@@ -57,9 +57,9 @@ def quantize_bundle(
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".int8-", dir=destination.parent))
     try:
-        for name in bundle.manifest.files:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.file(name), staging / name)
+        for file in bundle.manifest.files:
+            (staging / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.file(file), staging / file)
         graphs = dict(bundle.manifest.graphs)
         for graph, calls in recorded.items():
             if progress is not None:
