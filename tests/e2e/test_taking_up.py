@@ -25,8 +25,13 @@ from engines.open import open_pipeline
 from tests.support.serving import ServerProcess, serving, until
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
+pytestmark = pytest.mark.long
+
 LIMIT_S = 400.0
 """For a build, which has low priority: on a busy machine it takes minutes."""
+
+PAUSE_S = 0.1
+"""Between two requests of a client, to leave the build its time."""
 
 SEEDS = (1, 2, 3)
 
@@ -41,7 +46,7 @@ class Load:
 
     def run(self, steps: int) -> None:
         with httpx.Client(base_url=self.url, timeout=LIMIT_S) as client:
-            while not self.stop.is_set():
+            while not self.stop.wait(PAUSE_S):
                 body = {"prompt": "seven", "n": len(SEEDS), "seed": SEEDS[0], "steps": steps}
                 answer = client.post("/v1/images/generations", json=body)
                 assert answer.status_code == 200, answer.text
@@ -139,7 +144,6 @@ def test_a_killed_build_is_tried_again_and_its_engine_taken_up_under_load(place:
     assert set(engines_of(load, one=one)) == {"one on onnxruntime", "one on openvino"}
 
 
-@pytest.mark.long
 def test_a_new_bundle_is_taken_up_under_load_and_a_bad_one_is_not(place: Path) -> None:
     shutil.copytree(place / "two", place / "bad")
     graph = (place / "bad" / "decode.onnx").read_bytes()
