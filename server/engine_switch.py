@@ -135,10 +135,10 @@ class EngineSwitch:
     def take_up(self, successor: Engine, on_doubt: Doubt | None, *, give_up: bool = False) -> None:
         """Send new jobs to an engine that was listened to.
 
-        give_up: hand it the unfinished ones as well, as of an engine that is doubted; on_doubt: called when the
-        successor fails; without one its failures are told as they are.
+        give_up: hand it the unfinished ones as well, as of an engine that is doubted or down; on_doubt: called when
+        the successor fails; without one its failures are told as they are.
         """
-        give_up |= self._doubted
+        give_up |= not self.up
         former, self._current = self._current, successor
         self._jobs[successor] = {}
         handed = list(self._jobs[former].values()) if give_up else []

@@ -59,8 +59,8 @@ class Settings(BaseSettings):
     )
     isolate_engine: bool = Field(
         False,
-        description="run the engine in a process of its own; a worker always does. "
-        "It is started again when it dies.",
+        description="run the engine in a process of its own; a worker always does, and so does `serve` with a "
+        "`start_backend`. It is started again when it dies.",
     )
     hang_s: float = Field(
         30.0,

@@ -219,6 +219,20 @@ async def test_a_new_version_is_taken_up_beside_the_old(tmp_path: Path) -> None:
         assert not on.value("halfstep_bundle_info", model="toy-digits", sha256=old)
 
 
+async def test_jobs_that_wait_for_an_engine_that_is_down_go_to_the_new_version(tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    async with stage(bundle, start=False) as on:
+        on.built.set()
+        on.first.bench.hold()
+        await on.submit("a", steps=8)
+        await until(lambda: bool(on.first.bench.batches))
+        on.first.away = True
+        replace(bundle, weights_seed=1)
+        on.makes.append(SpawnedThread(bundle, LATER))
+        await on.succession.renew()
+        assert engine_of(await on.ended("a")) == LATER
+
+
 async def test_a_new_version_begins_at_the_first_engine_and_is_built_again(
     toy_bundle: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,8 @@ from server.metrics import Metrics
 from server.parity import Sample, UnlikeError, check_like, probe_requests
 from server.renewal import Renewals
 from server.settings import Settings
-from server.versions import Version, hashes, new_versions
+from server.versions import Version, hashes, new_versions, offer
+from tests.support.offline import offline_service
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 
@@ -66,6 +67,21 @@ def test_a_version_with_a_narrower_manifest_is_refused(
     monkeypatch.setattr("server.versions.read_versions", lambda _: (narrow,))
     with pytest.raises(BundleError, match=said):
         new_versions(Settings(), [old])
+
+
+def test_an_api_offers_the_new_version(tmp_path: Path) -> None:
+    service = offline_service(make_toy_bundle(tmp_path / "old").path)
+    new = version(tmp_path / "new", stochastic=(4,), weights_seed=1)
+    offer([new], service)
+    assert service.catalogue.default.manifest is new.bundle.manifest
+    labels = {"model": "toy-digits", "sha256": new.bundle.sha256}
+    assert service.metrics.registry.get_sample_value("halfstep_bundle_info", labels) == 1
+
+
+def test_what_is_built_beside_needs_a_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="start_backend needs a cache_dir"):
+        Settings(start_backend="onnxruntime", cache_dir=None)
+    assert Settings(start_backend="onnxruntime", cache_dir=tmp_path).start_backend == "onnxruntime"
 
 
 def test_a_link_is_followed_once(tmp_path: Path) -> None:
