@@ -45,9 +45,9 @@ def throughput_table(result: BenchResult) -> Table:
     for heading in ("steps", "sampler", "batch", "images/s"):
         table.add_column(heading, justify="right")
     for row in result.throughput:
-        table.add_row(str(row.steps), row.sampler, str(row.batch), f"{row.images_per_s:.1f}")
+        table.add_row(str(row.steps), row.sampler, str(row.batch), f"{row.images_per_s:.3g}")
     whole = result.generate
-    table.add_row(f"{whole.steps}, timed whole", whole.sampler, str(whole.batch), f"{whole.images_per_s:.1f}")
+    table.add_row(f"{whole.steps}, timed whole", whole.sampler, str(whole.batch), f"{whole.images_per_s:.3g}")
     return table
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from engines.bench import BenchResult, Throughput
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.compare import Difference
 from engines.cost import COST_FILE
+from engines.tables import throughput_table
 
 FAST = ["--rungs", "1,2", "--repeats", "1"]
 
@@ -74,6 +76,13 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     step_s = figures["ms"]["step_4"]["2"] / 1e3
     reached = 2 * figures["flop"]["step_4"] / step_s / (1e9 * figures["ceiling_gflop_s"])
     assert figures["fraction"]["step_4"]["2"] == pytest.approx(reached)
+
+
+def test_slow_models_have_images_per_second_too() -> None:
+    slow = Throughput(steps=2, sampler="deterministic", batch=1, images_per_s=0.00413)
+    result = BenchResult.model_construct(throughput=(slow,), generate=slow, memory_mb=8000.0)
+    [*_, rates] = throughput_table(result).columns
+    assert list(rates.cells) == ["0.00413", "0.00413"]
 
 
 def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:
