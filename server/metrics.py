@@ -131,12 +131,17 @@ class Metrics:
 
     def offers(self, bundles: Sequence[Bundle]) -> None:
         """Note the models that requests may ask for, in place of those before."""
-        self.bundle.clear()
+        self.serves({bundle.manifest.name: bundle.sha256 for bundle in bundles})
         self.parity.clear()
         for bundle in bundles:
-            self.bundle.labels(bundle.manifest.name, bundle.sha256).set(1)
             for graph, spec in bundle.manifest.graphs.items():
                 self.parity.labels(bundle.manifest.name, graph).set(spec.parity.max_abs_error)
+
+    def serves(self, versions: Mapping[str, str]) -> None:
+        """Note the version of each model, by the sha256 of its manifest, in place of those before."""
+        self.bundle.clear()
+        for model, sha256 in versions.items():
+            self.bundle.labels(model, sha256).set(1)
 
     def uses(self, engines: Mapping[str, str], *, preferred: bool) -> None:
         """Note the engine of each model, in place of those before."""

@@ -32,7 +32,9 @@ def serve(settings: Settings) -> str | None:
     store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, metrics, isolated=settings.isolate_engine)
-    service = build_service(settings, store, metrics, files, [version.bundle for version in engine.versions])
+    bundles = [version.bundle for version in engine.versions]
+    service = build_service(settings, store, metrics, files, bundles)
+    metrics.offers(bundles)
     service.costs.update({own_name(): engine.offers})
     metrics.watch_memory(lambda: engine.pid)
     metrics.is_a("serve")

@@ -235,7 +235,7 @@ class Succession(EngineSwitch):
     def _note(self, what: Literal["engine", "bundle"] | None = None, outcome: str = "") -> None:
         engines = {name: offer.engine for name, offer in self.offers.items()}
         self._metrics.uses(engines, preferred=self._preferred)
-        self._metrics.offers([version.bundle for version in self._versions])
+        self._metrics.serves(hashes(self._versions))
         if what is not None:
             self._metrics.takeovers.labels(what, outcome).inc()
             _log.info("engine_in_use", **engines)
