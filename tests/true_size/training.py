@@ -33,7 +33,7 @@ def make_photos(folder: Path) -> None:
 
 def job(work: Path, model: str) -> list[str]:
     """Arguments of the job: recipe sd15 with few updates of one row, and no weight average."""
-    few = f"updates: {UPDATES}, batch_size: 1, accumulate: 1, warmup: 0"
+    few = f"updates: {UPDATES}, batch_size: 1, accumulate: 1, lr: 1.0e-5, warmup: 0"
     unet = ARCHITECTURES[model].unet | {"sample_size": ARCHITECTURES[model].side}
     sets = {
         "data.path": work / PHOTOS,
@@ -41,7 +41,7 @@ def job(work: Path, model: str) -> list[str]:
         "teacher.folder": work / TEACHER,
         "teacher.v_finetune": f"{{{few}}}",
         "stage_one": f"{{{few}, max_relative_error: 1.0e9}}",
-        "stage_two": f"{{batch_size: 1, accumulate: 1, halvings: [{{steps: 4, updates: {UPDATES}}}]}}",
+        "stage_two": f"{{batch_size: 1, accumulate: 1, lr: 1.0e-5, halvings: [{{steps: 4, updates: {UPDATES}}}]}}",
         "export.students": [4],
     }
     if model == "tiny":
