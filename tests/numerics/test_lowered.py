@@ -57,16 +57,16 @@ def test_the_products_of_attention_are_rounded_too() -> None:
     assert found.mean_abs_error < 1e-3
 
 
-def small_decoder() -> LatentDecodeGraph:
+def small_decoder() -> tuple[AutoencoderKL, LatentDecodeGraph]:
     torch.manual_seed(0)
     vae = AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4).eval().requires_grad_(False)
-    return LatentDecodeGraph(Autoencoder(vae, 0.18215))
+    return vae, LatentDecodeGraph(Autoencoder(vae, 0.18215))
 
 
 def test_a_decoder_that_gives_nan_is_refused_though_its_images_are_whole_numbers() -> None:
-    graph, latents = small_decoder(), parity_latents(2, (4, 8, 8))
+    (vae, graph), latents = small_decoder(), parity_latents(2, (4, 8, 8))
     reference_outputs(graph, [latents], "decode")
-    graph.autoencoder.vae.decoder.conv_in.bias[0] = float("nan")
+    vae.decoder.conv_in.bias[0] = float("nan")
     assert graph(latents).dtype == torch.uint8
     with pytest.raises(ExportError, match="decode: the model gives NaN or infinity"):
         reference_outputs(graph, [latents], "decode")
@@ -74,8 +74,8 @@ def test_a_decoder_that_gives_nan_is_refused_though_its_images_are_whole_numbers
 
 def test_an_autoencoder_beyond_float16_is_told_and_bfloat16_decodes_it(tmp_path: Path) -> None:
     """As SDXL's: activations that float16 cannot hold, between normalisations that bring them back."""
-    graph, latents = small_decoder(), parity_latents(32, (4, 8, 8))
-    first = graph.autoencoder.vae.decoder.conv_in
+    (vae, graph), latents = small_decoder(), parity_latents(32, (4, 8, 8))
+    first = vae.decoder.conv_in
     first.weight *= 1e6
     assert float(first(latents).abs().max()) > FLOAT16_MAX
     spec = write_checked(graph, [latents], graph.inputs(8, 8), graph.outputs(8, 8), tmp_path / "decode.onnx", 1)
