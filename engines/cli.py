@@ -83,6 +83,7 @@ def verify(
     students = ", ".join(f"{student.steps} ({student.sampler})" for student in manifest.students)
     _out.print(f"{manifest.name}: {len(manifest.files)} files, {size_mb:.1f} MB, all as the manifest says")
     _out.print(f"steps: {students}; guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}")
+    _out.print(f"decoder: {manifest.decoder}")
 
 
 @app.command()

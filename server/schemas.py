@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engines.manifest import Task
+from engines.manifest import DecoderKind, Task
 from engines.noise import MAX_SEED
 from server.fields import EncoderSteps, GuidanceAlias, GuidanceScale, SamplerName, SourcePrompt, Steps, StepsAlias
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
@@ -218,6 +218,9 @@ class ModelBody(BaseModel):
     samplers: dict[int, list[str]] = Field(description="By steps.")
     sizes: list[str]
     tasks: list[str] = Field(description="What this server offers of it.")
+    decoder: DecoderKind = Field(
+        description="What makes pixels of its latents: its own decoder, or a tiny one distilled from that."
+    )
     prompts: list[str] = Field(description="Prompts it knows; where there are too many to list, examples.")
 
 

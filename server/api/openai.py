@@ -156,5 +156,6 @@ def _model_body(model: Model) -> ModelBody:
         samplers={n: sorted(s.sampler for s in students if s.steps == n) for n in trained},
         sizes=[str(size) for size in manifest.sizes],
         tasks=list(manifest.tasks),
+        decoder=manifest.decoder,
         prompts=list(model.tokenizer.known()),
     )

@@ -109,6 +109,7 @@ def test_models_are_listed_with_what_they_can_do(sdk: OpenAI) -> None:
         "halfstep",
     )
     assert "seven" in model["prompts"]
+    assert model["decoder"] == "own"
 
 
 def test_a_stream_sends_previews_then_the_image(sdk: OpenAI) -> None:

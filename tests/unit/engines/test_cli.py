@@ -29,6 +29,7 @@ def test_verify_names_what_the_bundle_holds(toy: Bundle) -> None:
     assert result.exit_code == 0
     assert "toy-digits: 8 files" in result.stdout
     assert "guidance_scale 1 to 5" in result.stdout
+    assert "decoder: own" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["verify", "build", "bench", "compare"])
