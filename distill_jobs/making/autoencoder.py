@@ -98,6 +98,23 @@ def pictures(entries: Sequence[Captioned], side: int) -> Tensor:
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path, latents: Tensor) -> None:
-    """Write a stock folder whose scaling factor brings ``latents``, drawn from it, to unit standard deviation."""
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    """Write a stock folder in whose latents every channel has zero mean and unit deviation on those given.
+
+    latents: (N, C, h, w), drawn from it. One factor for all channels, which is all that a stock pipeline has,
+    leaves channels of colour so small beside those of shape that a network learns them last. So what a channel is
+    moved and scaled by is folded into the 1×1 convolutions around the latents; the pictures stay what they were.
+    """
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    into, out_of = vae.quant_conv, vae.post_quant_conv
+    assert isinstance(into, nn.Conv2d)
+    assert isinstance(out_of, nn.Conv2d)
+    assert into.bias is not None
+    assert out_of.bias is not None
+    with torch.no_grad():
+        into.weight[:channels] /= deviation.reshape(-1, 1, 1, 1)
+        into.bias[:channels] = (into.bias[:channels] - mean) / deviation
+        into.bias[channels:] -= 2 * deviation.log()
+        out_of.bias += out_of.weight[:, :, 0, 0] @ mean
+        out_of.weight *= deviation.reshape(1, -1, 1, 1)
     vae.save_pretrained(folder, safe_serialization=True)

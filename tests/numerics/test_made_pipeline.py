@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
@@ -29,6 +29,7 @@ from distill_jobs.making.autoencoder import (
     difference,
     new_autoencoder,
     pictures,
+    save_autoencoder,
 )
 from distill_jobs.making.prompted import PromptedNetwork, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
@@ -101,12 +102,31 @@ def test_what_is_made_is_a_stock_pipeline(work: Path) -> None:
         assert picture.size == (16, 16)
 
 
-def test_latents_are_scaled_to_unit_deviation(work: Path) -> None:
+def test_every_channel_of_the_latents_has_zero_mean_and_unit_deviation(work: Path) -> None:
     autoencoder = Autoencoder.load(open_folder(work / "run" / "teacher"))
     with torch.inference_mode():
         encoded = autoencoder.encode(pictures(index_folder(work / "images"), 16))
-    assert float(encoded.sample(torch.randn_like(encoded.mean)).std()) == pytest.approx(1, abs=0.05)
+    latents = encoded.sample(Draws(0, "scaling").normal(0, tuple(encoded.mean.shape)))
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(latents.shape[1]), rtol=0, atol=0.01)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(latents.shape[1]), rtol=0, atol=0.01)
     assert (work / "run" / "autoencoder" / "reconstructions.png").stat().st_size > 0
+
+
+def test_standardised_latents_are_of_the_same_pictures(tmp_path: Path) -> None:
+    vae = new_autoencoder(AutoencoderSection(updates=1, batch_size=1, lr=1e-3, block_out_channels=(16, 16)), 16, 0)
+    shown = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        before = vae.encode(shown).latent_dist
+        picture = vae.decode(before.mean).sample
+    latents = before.mean * torch.tensor([0.1, 1, 5, 30]).reshape(1, -1, 1, 1) + 7
+    save_autoencoder(vae, tmp_path, latents)
+    saved = AutoencoderKL.from_pretrained(tmp_path).eval()
+    deviation, mean = (part.reshape(1, -1, 1, 1) for part in (latents.std((0, 2, 3)), latents.mean((0, 2, 3))))
+    with torch.inference_mode():
+        after = saved.encode(shown).latent_dist
+        torch.testing.assert_close(after.mean, (before.mean - mean) / deviation, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after.std, before.std / deviation, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(saved.decode(after.mean).sample, picture, rtol=1e-3, atol=1e-4)
 
 
 def test_a_resumed_making_ends_in_the_same_bytes(
