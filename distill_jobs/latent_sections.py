@@ -115,11 +115,14 @@ class MadeTeacher(TeacherSection, LatentTeacher):
 
 
 class DecoderSection(Training):
-    """A tiny decoder (diffusers' AutoencoderTiny), trained to decode as the teacher's autoencoder does.
+    """A tiny decoder (diffusers' AutoencoderTiny), trained to decode the latents of the data.
 
-    width: channels of its layers; blocks: of three convolutions each, at every size but the last; gradient: weight
-    of the differences between neighbouring pixels, at every scale of the loss.
+    target: the pictures that the teacher's autoencoder makes of them, or those of the data themselves; width:
+    channels of its layers; blocks: of three convolutions each, at every size but the last; gradient: weight of the
+    differences between neighbouring pixels, at every scale of the loss.
     """
+
+    target: Literal["teacher", "data"] = "teacher"
 
     width: int = Field(64, ge=1)
     blocks: int = Field(3, ge=1)

@@ -13,6 +13,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.checkpoint import write_folder
+from distill_jobs.data.latents import LatentSource
+from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.source import Source
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.loop import Trainer
@@ -131,6 +133,11 @@ class Phases:
     def clean(self, draws: Draws, update: int, batch: int) -> Tensor:
         """(B, C, h, w) images or latents of the data: the rows of an update without noise."""
         return self._source.batch(draws, update, batch).x.to(self.device)
+
+    def pictures(self, draws: Draws, update: int, batch: int) -> Tensor:
+        """(B, 3, H, W) in -1 … 1: what the latents of the rows of an update were made from."""
+        assert isinstance(self._source, LatentSource | MaskedLatentSource)
+        return self._source.pixels(draws, update, batch).to(self.device)
 
     def weights(self, draws: Draws, update: int, batch: int, unguided_share: float) -> Tensor:
         """(B,) guidance weights, uniform over the range, with a share at its lowest exactly."""

@@ -114,7 +114,7 @@ def plan_of(recipe: Recipe) -> Plan:
     if recipe.decoder is not None:
         made = recipe.teacher.autoencoder if isinstance(recipe.teacher, MadeTeacher) else None
         tiny, frozen = decoder_costs(recipe.decoder, made, int(recipe.unet["sample_size"]))
-        phases.append(PhasePlan("decoder", recipe.decoder, tiny, frozen, 1))
+        phases.append(PhasePlan("decoder", recipe.decoder, tiny, frozen, int(recipe.decoder.target == "teacher")))
     return Plan(recipe, tuple(phases))
 
 

@@ -21,12 +21,13 @@ TABLES = {
     "decoder": TaskTable(
         "Decoder",
         "The same latents, drawn at the default guidance, decoded by the teacher's autoencoder and by the tiny "
-        "decoder that was distilled from it. PSNR, in dB, and relative error (root mean square difference over "
-        "root mean square) are against the autoencoder's own pictures, of values in -1 … 1; the glyphs' measures, "
-        "where a run has them, are those of their table.",
+        "one. PSNR, in dB, and relative error (root mean square difference over root mean square) are against the "
+        "autoencoder's own pictures, of values in -1 … 1; PSNR of the data is of its pictures, given back from "
+        "their latents; the glyphs' measures, where a run has them, are those of their table.",
         {
             "decoder_psnr": "PSNR",
             "decoder_error": "relative error",
+            "decoder_data_psnr": "PSNR of the data",
             "glyph_top_1": "top 1",
             "glyph_top_5": "top 5",
             "frechet_distance": "Fréchet distance",

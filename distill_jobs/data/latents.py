@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from distill_jobs.data.captioned import Captioned
+from distill_jobs.data.framing import frame
 from distill_jobs.data.latent_cache import LatentCache
 from distill_jobs.data.source import Batch, Condition
 from distill_jobs.draws import Draw, Draws
@@ -13,10 +17,15 @@ from distill_jobs.draws import Draw, Draws
 
 @dataclass(frozen=True)
 class LatentSource:
-    """Rows of a cache: every epoch a fresh permutation of all images."""
+    """Rows of a cache: every epoch a fresh permutation of all images.
+
+    entries: the images that the cache was made of, and perhaps could not read all of; side_px: of framed ones.
+    """
 
     cache: LatentCache
     shape: tuple[int, int, int]
+    entries: Sequence[Captioned]
+    side_px: int
 
     def batch(self, draws: Draws, update: int, size: int) -> Batch:
         encoded, condition = self.cache.rows(draws.indices(update, size, len(self.cache)))
@@ -27,6 +36,11 @@ class LatentSource:
         """(B, C, h, w) the latents of an update's rows without the autoencoder's noise."""
         encoded, _ = self.cache.rows(draws.indices(update, size, len(self.cache)))
         return encoded.mean
+
+    def pixels(self, draws: Draws, update: int, size: int) -> Tensor:
+        """(B, 3, H, W) the images of an update's rows, in -1 … 1."""
+        picked = self.cache.images(draws.indices(update, size, len(self.cache)))
+        return torch.stack([frame(self.entries[index].read(), self.side_px).pixels for index in picked])
 
     def null(self, size: int) -> Condition:
         return self.cache.null.expand(size)

@@ -6,14 +6,12 @@ encoder pass each, and read their images again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import frame
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masks import NUMBERS, random_masks
 from distill_jobs.data.source import Batch, Condition
@@ -24,15 +22,10 @@ from engines.masks import HIDDEN
 
 @dataclass(frozen=True)
 class MaskedLatentSource:
-    """Rows of ``source`` behind masks.
-
-    entries: all images; side_px: of framed ones; encode: latents (B, C, h, w) of pixels (B, 3, H, W), on the CPU.
-    """
+    """Rows of ``source`` behind masks. encode: latents (B, C, h, w) of pixels (B, 3, H, W), on the CPU."""
 
     source: LatentSource
     kinds: InpaintingSection
-    entries: Sequence[Captioned]
-    side_px: int
     encode: Callable[[Tensor], Tensor]
 
     @property
@@ -47,9 +40,7 @@ class MaskedLatentSource:
 
     def pixels(self, draws: Draws, update: int, size: int) -> Tensor:
         """(B, 3, H, W) the images of an update's rows, in -1 … 1."""
-        picked = draws.indices(update, size, len(self.source.cache))
-        images = [self.entries[index].read() for index in self.source.cache.images(picked)]
-        return torch.stack([frame(image, self.side_px).pixels for image in images])
+        return self.source.pixels(draws, update, size)
 
     def null(self, size: int) -> Condition:
         return self.source.null(size)
@@ -59,12 +50,12 @@ class MaskedLatentSource:
 
         pixels: (B, 3, H, W); masks: (B, 1, h, w).
         """
-        hidden = masks.repeat_interleave(self.side_px // masks.shape[-2], dim=-2)
-        hidden = hidden.repeat_interleave(self.side_px // masks.shape[-1], dim=-1)
+        hidden = masks.repeat_interleave(self.source.side_px // masks.shape[-2], dim=-2)
+        hidden = hidden.repeat_interleave(self.source.side_px // masks.shape[-1], dim=-1)
         return torch.cat([masks, self.encode(torch.where(hidden > 0, HIDDEN, pixels))], dim=1)
 
     def blank(self) -> Tensor:
         """(1, 1 + C, h, w): what a network sees of an image that is hidden as a whole."""
         _, height, width = self.shape
-        pixels = torch.zeros(1, 3, self.side_px, self.side_px)
+        pixels = torch.zeros(1, 3, self.source.side_px, self.source.side_px)
         return self.seen(pixels, torch.ones(1, 1, height, width))

@@ -37,9 +37,7 @@ def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Proce
     if recipe.inpainting is None:
         return latents
     encoders = Encoders.load(teacher, processes.device)
-    return MaskedLatentSource(
-        latents, recipe.inpainting, entries, teacher.size_px, lambda pixels: encoders.latents(pixels).mean
-    )
+    return MaskedLatentSource(latents, recipe.inpainting, lambda pixels: encoders.latents(pixels).mean)
 
 
 def _latents(
@@ -65,7 +63,7 @@ def _latents(
     if cache.skipped:
         progress.console.log(f"{cache.skipped} of {len(entries)} images cannot be read and are left out")
     side = teacher.size_px // teacher.pixels_per_latent
-    return LatentSource(cache, (teacher.channels, side, side))
+    return LatentSource(cache, (teacher.channels, side, side), entries, teacher.size_px)
 
 
 def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: Progress) -> tuple[Captioned, ...]:

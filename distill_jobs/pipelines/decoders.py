@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +18,12 @@ from engines.manifest import EvaluationRow
 
 DECODER = "decoder"
 PSNR, ERROR = "decoder_psnr", "decoder_error"
+DATA_PSNR = "decoder_data_psnr"
+"""Of the pictures of the data, given back from their latents."""
+
 WITH_TINY = "{}, tiny decoder"
 DECODED_ROWS = 64
-LEAST_PSNR, MOST_OF_DISTANCE, LEAST_OF_TOP_1 = 25.0, 1.1, 0.98
+LEAST_PSNR, MOST_LOST_DB, MOST_OF_DISTANCE, LEAST_OF_TOP_1 = 25.0, 0.5, 1.1, 0.98
 PEAK = 2.0
 """Between black and white in -1 … 1."""
 
@@ -35,14 +39,17 @@ def measure_decoders(
     everyone: Sequence[Contender],
     full: Decoder,
     tiny: Decoder,
+    known: tuple[Tensor, Tensor],
     judged: Callable[[Tensor], Mapping[str, float]] | None,
 ) -> tuple[EvaluationRow, ...]:
     """Two rows, one a decoder, for the finest teacher and for the student of the default step count.
 
-    judged: further measures of the pictures of the sampler's prompts, if there are any.
+    known: pictures of the data, (N, 3, H, W), and their latents, (N, C, h, w). judged: further measures of the
+    pictures of the sampler's prompts, if there are any.
     """
     rows, recipe = [], sampler.recipe
     default, seeds = recipe.served.default, recipe.evaluation.seeds
+    given_back = {d: compared(decoded(d, known[1], sampler.device), known[0])[PSNR] for d in (full, tiny)}
     students = [c for c in everyone if c.exported and c.steps == recipe.export.default_steps]
     for contender in (everyone[0], *students[:1]):
         unet = contender.load().to(sampler.device)
@@ -52,7 +59,8 @@ def measure_decoders(
             wanted = decoded(full, latents, sampler.device)
             for title, decoder in ((contender.title, full), (WITH_TINY.format(contender.title), tiny)):
                 pictures = wanted if decoder is full else decoded(decoder, latents, sampler.device)
-                measures = {**compared(pictures, wanted), **({} if judged is None else judged(pictures))}
+                of_glyphs = {} if judged is None else judged(pictures)
+                measures = {**compared(pictures, wanted), DATA_PSNR: given_back[decoder], **of_glyphs}
                 found.setdefault(title, []).append(measures)
         for title, each in found.items():
             values = {name: [measures[name] for measures in each] for name in each[0]}
@@ -68,13 +76,18 @@ def compared(pictures: Tensor, wanted: Tensor) -> dict[str, float]:
     return {**error, PSNR: 10 * math.log10(PEAK**2 / wrong)} if wrong else error
 
 
-def decoder_gates(rows: Sequence[EvaluationRow]) -> Iterator[Gate]:
-    """What the tiny decoder must keep of the student's pictures."""
+def decoder_gates(rows: Sequence[EvaluationRow], target: Literal["teacher", "data"]) -> Iterator[Gate]:
+    """What the tiny decoder must keep of the student's pictures. target: what it was trained to give."""
     by_model = {row.model: row.metrics for row in rows}
     full, tiny = by_model.get(STUDENT), by_model.get(WITH_TINY.format(STUDENT))
     if full is None or tiny is None:
         return
-    if PSNR in tiny:
+    if target == "data":
+        lost = full[DATA_PSNR].mean - tiny[DATA_PSNR].mean
+        yield Gate(
+            name="tiny decoder, PSNR of the data below the autoencoder's, dB", value=lost, limit=MOST_LOST_DB
+        )
+    elif PSNR in tiny:
         yield Gate(name="tiny decoder, PSNR", value=tiny[PSNR].mean, limit=LEAST_PSNR, at_least=True)
     if FRECHET in tiny:
         ratio = tiny[FRECHET].mean / max(full[FRECHET].mean, 1e-12)

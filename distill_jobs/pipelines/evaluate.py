@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
     )
     rows = _quality(sampler, everyone, progress)
     tasks = _tasks(run_dir, sampler, source, everyone, progress)
-    tasks |= _pictures(run_dir, sampler, everyone, processes, progress)
+    tasks |= _pictures(run_dir, sampler, _unmasked(source), everyone, processes, progress)
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -78,7 +79,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
             *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
             *inversion_gates(tasks.get(LATENT_INVERSION, ())),
             *glyph_gates(tasks.get(GLYPHS, ()), recipe.served.default, settings.teacher_steps),
-            *decoder_gates(tasks.get(DECODER, ())),
+            *decoder_gates(tasks.get(DECODER, ()), "teacher" if recipe.decoder is None else recipe.decoder.target),
         ),
     )
     report.write(run_dir)
@@ -129,7 +130,12 @@ def _tasks(
 
 
 def _pictures(
-    run_dir: Path, sampler: LatentSampler, everyone: Sequence[Contender], processes: Processes, progress: Progress
+    run_dir: Path,
+    sampler: LatentSampler,
+    source: LatentSource,
+    everyone: Sequence[Contender],
+    processes: Processes,
+    progress: Progress,
 ) -> dict[str, tuple[EvaluationRow, ...]]:
     """The tables of what decoded latents look like: of glyphs, and of the tiny decoder."""
     recipe, folder, tables = sampler.recipe, RunFolder(run_dir), dict[str, tuple[EvaluationRow, ...]]()
@@ -143,7 +149,8 @@ def _pictures(
     if recipe.decoder is not None:
         tiny = load_decoder(folder.decoder).to(processes.device)
         judged = None if judge is None else judge.measure
-        tables[DECODER] = measure_decoders(sampler, everyone, encoders.autoencoder, tiny, judged)
+        known = _originals(source, recipe), _latents(source, recipe)
+        tables[DECODER] = measure_decoders(sampler, everyone, encoders.autoencoder, tiny, known, judged)
     return tables
 
 
@@ -155,9 +162,18 @@ def _unmasked(source: Source) -> LatentSource:
 
 def _latents(source: LatentSource, recipe: Recipe) -> Tensor:
     """(samples, C, h, w) of the images whose captions are the prompts."""
+    return _whole(partial(source.means, _draws(recipe)), recipe)
+
+
+def _originals(source: LatentSource, recipe: Recipe) -> Tensor:
+    """(samples, 3, H, W) those images."""
+    return _whole(partial(source.pixels, _draws(recipe)), recipe)
+
+
+def _whole(batch: Callable[[int, int], Tensor], recipe: Recipe) -> Tensor:
+    """As many rows as the evaluation has samples. batch: of an update and a size."""
     samples, size = recipe.evaluation.samples, recipe.evaluation.batch_size
-    means = [source.means(_draws(recipe), update, size) for update in range(-(-samples // size))]
-    return torch.cat(means)[:samples]
+    return torch.cat([batch(update, size) for update in range(-(-samples // size))])[:samples]
 
 
 def _prompts(source: LatentSource, recipe: Recipe, side_px: int) -> Condition:

@@ -1,4 +1,4 @@
-"""The tiny decoder: diffusers' AutoencoderTiny, taught to decode latents as the teacher's own autoencoder does.
+"""The tiny decoder: diffusers' AutoencoderTiny, taught to decode the latents of the teacher's autoencoder.
 
 Only its decoder is trained. Source of the architecture: TAESD, https://github.com/madebyollin/taesd.
 """
@@ -82,7 +82,8 @@ def train_decoder(phases: Phases) -> None:
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         latents = phases.clean(draws, update, batch)
         with torch.no_grad():
-            wanted = teacher.decode(latents).clamp(-1, 1)
+            of_data = section.target == "data"
+            wanted = phases.pictures(draws, update, batch) if of_data else teacher.decode(latents).clamp(-1, 1)
         return RowLoss(difference(network(latents), wanted, section.gradient))
 
     def fill(staging: Path, weights: dict[str, Tensor]) -> None:

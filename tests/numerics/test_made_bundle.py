@@ -129,6 +129,7 @@ def test_the_report_has_rows_of_both_decoders(work: Path) -> None:
     assert full["decoder_error"].mean == 0
     assert "decoder_psnr" not in full
     assert tiny["decoder_error"].mean > 0
+    assert full["decoder_data_psnr"] == rows["teacher"].metrics["decoder_data_psnr"] != tiny["decoder_data_psnr"]
     for metric in ("glyph_top_1", "glyph_top_5", "frechet_distance"):
         assert metric in full
         assert metric in tiny

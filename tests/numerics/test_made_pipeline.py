@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import CLIPTokenizer
 
 from distill_jobs import stage_one
 from distill_jobs.data.captioned import index_folder
+from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
 from distill_jobs.errors import RecipeError
@@ -33,14 +35,19 @@ from distill_jobs.making.autoencoder import (
 )
 from distill_jobs.making.prompted import PromptedNetwork, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
+from distill_jobs.phases import Phases
+from distill_jobs.pipelines import tiny_decoder
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.pipelines.tiny_decoder import train_decoder
 from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.plan import plan_of
+from distill_jobs.processes import Processes
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.state import TrainingState
+from distill_jobs.sections import ComputeSection
+from distill_jobs.state import Phase, TrainingState
 from distill_jobs.student import predict
 from distill_jobs.taken import takeable
 from tests.support.latent_run import latent_recipe
@@ -68,7 +75,7 @@ TEACHER: dict[str, Any] = {
 SCHEDULE = {"kind": "squaredcos_cap_v2", "rescale_zero_terminal_snr": True}
 SHORT: dict[str, Any] = {
     "stage_two": {"batch_size": 4, "halvings": [{"steps": 4, "updates": 1}]},
-    "decoder": {"updates": 3, "batch_size": 4, "ema": 0.5, "width": 8, "blocks": 1},
+    "decoder": {"target": "data", "updates": 3, "batch_size": 4, "ema": 0.5, "width": 8, "blocks": 1},
     "evaluation": {"samples": 20, "seeds": [1], "guidance_scales": [5], "teacher_steps": 8},
     "export": {"name": "made", "students": [4], "default_steps": 4},
 }
@@ -110,6 +117,19 @@ def test_every_channel_of_the_latents_has_zero_mean_and_unit_deviation(work: Pat
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(latents.shape[1]), rtol=0, atol=0.01)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(latents.shape[1]), rtol=0, atol=0.01)
     assert (work / "run" / "autoencoder" / "reconstructions.png").stat().st_size > 0
+
+
+def test_a_decoder_of_the_data_is_taught_the_datas_own_pictures(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, teacher = read_recipe(work / "run" / "recipe.yaml"), open_folder(work / "run" / "teacher")
+    processes, caught = Processes(ComputeSection(), tmp_path), list[Phase]()
+    source = open_source(recipe, teacher, processes, QUIET)
+    monkeypatch.setattr(tiny_decoder, "train_into", lambda folder, trainer, phase, fill: caught.append(phase))
+    train_decoder(Phases(recipe, RunFolder(tmp_path), SimpleNamespace(processes=processes), source, teacher))
+    [phase], draws = caught, Draws(0, "decoder")
+    shown = source.pixels(draws, 3, 4)
+    assert float(phase.loss(lambda latents: shown, draws, 3, 4).loss.abs().max()) == 0
 
 
 def test_standardised_latents_are_of_the_same_pictures(tmp_path: Path) -> None:

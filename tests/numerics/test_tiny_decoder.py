@@ -64,12 +64,18 @@ def test_a_decoder_that_loses_the_picture_misses_its_gates() -> None:
         return EvaluationRow(model=model, steps=4, evaluations=4, guidance_scale=4, metrics=values)
 
     rows = [
-        row(STUDENT, decoder_error=0, glyph_top_1=0.9, frechet_distance=0.1),
-        row(WITH_TINY.format(STUDENT), decoder_psnr=30, glyph_top_1=0.5, frechet_distance=0.105),
+        row(STUDENT, decoder_error=0, decoder_data_psnr=26, glyph_top_1=0.9, frechet_distance=0.1),
+        row(
+            WITH_TINY.format(STUDENT),
+            decoder_psnr=30,
+            decoder_data_psnr=25,
+            glyph_top_1=0.5,
+            frechet_distance=0.105,
+        ),
     ]
-    verdicts = {gate.name: gate.passed for gate in decoder_gates(rows)}
-    assert list(verdicts.values()) == [True, True, False]
-    assert not list(decoder_gates(rows[:1]))
+    assert [gate.passed for gate in decoder_gates(rows, "teacher")] == [True, True, False]
+    assert [gate.passed for gate in decoder_gates(rows, "data")] == [False, True, False]
+    assert not list(decoder_gates(rows[:1], "teacher"))
 
 
 @pytest.mark.parametrize(

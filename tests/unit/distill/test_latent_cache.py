@@ -144,9 +144,10 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_batches_are_a_function_of_the_update(tmp_path: Path) -> None:
-    made = writer(tmp_path, index_folder(images.image_folder(tmp_path / "a", COUNT)))
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    made = writer(tmp_path, entries)
     filled(made)
-    source = LatentSource(made.finished(), (1, 4, 4))
+    source = LatentSource(made.finished(), (1, 4, 4), entries, 8)
     draws = Draws(3, "stage_one")
     whole = source.batch(draws, 5, 6)
     again = source.batch(Draws(3, "stage_one"), 5, 6)
@@ -166,8 +167,8 @@ def test_masks_hide_the_image_that_the_row_was_made_from(tmp_path: Path) -> None
     entries = index_folder(folder)
     made = writer(tmp_path, entries, skip=True)
     filled(made)
-    plain = LatentSource(made.finished(), (1, 4, 4))
-    source = MaskedLatentSource(plain, InpaintingSection(), entries, 8, lambda pixels: pixels[:, :1, ::2, ::2])
+    plain = LatentSource(made.finished(), (1, 4, 4), entries, 8)
+    source = MaskedLatentSource(plain, InpaintingSection(), lambda pixels: pixels[:, :1, ::2, ::2])
     draws = Draws(3, "stage_one")
     rows, extra = plain.batch(draws, 2, 6), source.batch(draws, 2, 6).extra
     assert extra is not None
