@@ -1,7 +1,7 @@
 """What a network gives where its products are in fewer bits: engines' way of lowering, emulated on any CPU.
 
 Engines cast before and after each convolution and matrix product, which sum in float32, and leave the rest alone
-(``engines.backends.bfloat16``). Rounding what goes in and what comes out is the same arithmetic, but for the order
+(``engines.backends.lowering``). Rounding what goes in and what comes out is the same arithmetic, but for the order
 of the sums.
 """
 
@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_map
 
 from engines.manifest import Lowered, Parity
 
+HEADROOM = 4
+"""How many times larger products of other rows may be than those of the rows at hand, and still fit a type."""
+
 _DTYPES: dict[Lowered, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _ATEN = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -36,19 +39,21 @@ _PRODUCTS = frozenset(
 class WatchedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether every product is finite, which an 8-bit image does not tell; rounds them where a type is given.
 
-    finite: False once a product was not. dtype: what inputs and outputs of products are rounded to.
+    finite: False once a product was not, or left the type less than HEADROOM. dtype: what inputs and outputs of
+    products are rounded to.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.finite = True
         self._dtype = dtype
+        self._largest = torch.finfo(dtype).max / HEADROOM if dtype else torch.finfo(torch.float32).max
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _PRODUCTS:
             return func(*args, **(kwargs or {}))
         out = self._rounded(func(*tree_map(self._rounded, args), **(kwargs or {})))
-        self.finite = self.finite and bool(torch.isfinite(out).all())
+        self.finite = self.finite and bool((out.abs() <= self._largest).all())
         return out
 
     def _rounded(self, value: Any) -> Any:
@@ -59,7 +64,7 @@ class WatchedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def lowered_parity(
     module: nn.Module, rows: Sequence[Tensor], expected: Sequence[NDArray[np.float64]], dtype: Lowered
 ) -> Parity | None:
-    """How far the module is from its float32 outputs with its products in ``dtype``; None where it is not finite.
+    """How far the module is from its float32 outputs with its products in ``dtype``; None where that overflows.
 
     rows: one tensor an input; expected: one array an output.
     """

@@ -50,7 +50,7 @@ class Settings(BaseSettings):
         "nothing is served before `backend` is ready; see [serve now, faster later]"
         "(engines.md#serve-now-faster-later).",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the network body")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the network body")
     threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
     cache_dir: Path | None = Field(
         DEFAULT_CACHE,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.manifest import GraphSpec, TensorSpec
 
 Rows = Mapping[str, NDArray[Any]]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 RUNGS = (1, 2, 4, 8, 16, 32)
 """Batch sizes to be ready for, unless told otherwise."""

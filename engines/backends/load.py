@@ -19,11 +19,11 @@ from engines.machine import machine_name
 from engines.manifest import GraphSpec
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"]
-PrecisionName = Literal["auto", "float32", "bfloat16"]
+PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda"})
 LOWERING: frozenset[str] = ON_GPU | {"openvino"}
-"""Backends that can run the network body in bfloat16."""
+"""Backends that can run the network body in 16 bits."""
 
 BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
@@ -62,11 +62,28 @@ def choose_precision(backend: BackendName, precision: PrecisionName) -> Precisio
     Measured on AVX512-BF16 without AMX: bfloat16 is no faster than float32 compiled per batch size.
     Raises: BackendError when the backend does not offer it.
     """
-    if precision == "bfloat16" and backend not in LOWERING:
+    chosen: Precision = "float32" if precision == "auto" else precision
+    if chosen != "float32" and backend not in LOWERING:
         raise BackendError(
-            f"The {backend} backend runs float32 only; for bfloat16 use --backend {', '.join(sorted(LOWERING))}."
+            f"The {backend} backend runs float32 only; for {chosen} use --backend {', '.join(sorted(LOWERING))}."
         )
-    return "float32" if precision == "auto" else precision
+    return chosen
+
+
+def graph_precision(spec: GraphSpec, precision: Precision) -> Precision:
+    """What a graph computes in where ``precision`` is asked for.
+
+    Where its export found that it overflows in float16, as SDXL's decoder does, that is bfloat16, whose range is
+    float32's. Raises: BackendError when the export did not look.
+    """
+    if precision != "float16" or spec.dtype == "int8":
+        return precision
+    if "float16" not in spec.lowered:
+        raise BackendError(
+            f"The bundle does not say whether {spec.file} overflows in float16: export it again, or leave out "
+            "--precision float16."
+        )
+    return "float16" if spec.lowered["float16"] is not None else "bfloat16"
 
 
 def load_backend(
@@ -82,8 +99,9 @@ def load_backend(
     """One graph of a verified bundle, loaded and ready to run.
 
     name: openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto. precision: of the network body, float32 for
-    auto. threads: CPU threads of one run, 0 for one per core. cache_dir: the engine cache, which holds compiled
-    models by ``engine_key``, or None to keep nothing. rungs: batch sizes a GPU is made ready for.
+    auto, and see ``graph_precision``. threads: CPU threads of one run, 0 for one per core. cache_dir: the engine
+    cache, which holds compiled models by ``engine_key``, or None to keep nothing. rungs: batch sizes a GPU is made
+    ready for.
     Raises: BackendError when the library or device is missing, the graph cannot be loaded, or the precision is not
     offered.
     """
@@ -104,7 +122,7 @@ def load_graph(
 ) -> EngineBackend:
     """One graph from its file, as ``load_backend``. kept: the engine cache and the graph's key in it."""
     backend = choose_backend(name)
-    chosen = choose_precision(backend, precision)
+    chosen = graph_precision(spec, choose_precision(backend, precision))
     module = _import(backend)
     if spec.dtype == "int8":
         _check_int8(backend, chosen)
@@ -128,7 +146,8 @@ def load_graph(
 def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, threads: int) -> EngineKey:
     """What an engine made with these arguments depends on. Raises: BackendError as ``load_backend`` does."""
     backend = choose_backend(name)
-    engine = _import(backend).engine_name(choose_precision(backend, precision))
+    chosen = graph_precision(bundle.manifest.graphs[graph], choose_precision(backend, precision))
+    engine = _import(backend).engine_name(chosen)
     return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads)
 
 

@@ -1,8 +1,8 @@
 """From a bundle's ONNX graph to a TensorRT plan, with ``tensorrt`` or ``tensorrt_rtx``, whichever is installed.
 
 Networks are strongly typed: they compute in the graph's own types, which is float32 without TF32 here, or the
-graph with its products in bfloat16 (``engines.backends.bfloat16``). One plan holds one optimisation profile a
-rung, each of exactly that batch size: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
+graph with its products in 16 bits (``engines.backends.lowering``). One plan holds one optimisation profile a rung,
+each of exactly that batch size: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from engines.backends.base import Precision
-from engines.backends.bfloat16 import lower_products
 from engines.backends.cuda import Device
+from engines.backends.lowering import lower_products
 from engines.errors import BackendError
 from engines.manifest import DType, GraphSpec, TensorSpec
 
@@ -125,8 +125,8 @@ class Network:
 
     def _parse(self, precision: Precision) -> None:
         self.log.errors.clear()
-        if precision == "bfloat16":
-            model = lower_products(_read(self._file))
+        if precision != "float32":
+            model = lower_products(_read(self._file), precision)
             parsed = self._parser.parse(model.SerializeToString(), str(self._file))
         else:
             parsed = self._parser.parse_from_file(str(self._file))

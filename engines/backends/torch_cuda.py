@@ -1,8 +1,8 @@
 """torch on an NVIDIA GPU: the bundle's ONNX graphs with torch operators, one CUDA graph a rung.
 
 What runs where TensorRT is not installed, or makes nothing for the GPU: nothing is built, so it starts at once.
-Weights lie with channels last, the layout of the tensor cores' convolutions; bfloat16 lowers products alone
-(``engines.backends.bfloat16``), float32 is without TF32.
+Weights lie with channels last, the layout of the tensor cores' convolutions; bfloat16 and float16 lower products
+alone (``engines.backends.lowering``), float16's summed in float32; float32 is without TF32.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from engines.backends.base import RUNGS, OfGraph, Precision, Rows
-from engines.backends.bfloat16 import lower_products
 from engines.backends.cuda import find_device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
+from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule
 from engines.errors import BackendError
 from engines.manifest import GraphSpec
@@ -44,12 +44,13 @@ class TorchCudaBackend(OfGraph):
         if device == "cuda":
             find_device()
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         try:
             model = onnx.load(str(file))
         except Exception as error:  # protobuf raises its own, undocumented types
             raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
-        if precision == "bfloat16":
-            model = lower_products(model)
+        if precision != "float32":
+            model = lower_products(model, precision)
         self._spec = spec
         self._precision = precision
         self._module: OnnxModule | None = OnnxModule(model, device).eval()

@@ -136,7 +136,7 @@ def diffusers_calls(
     architecture: Architecture, graph: str, rung: int, device: str, precision: Precision, compiled: bool
 ) -> dict[str, Call]:
     """The stock network alone, its inputs on the device already: eager, and compiled."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype: torch.dtype = getattr(torch, precision)
     module = architecture.step.unet if graph == "step" else architecture.decode.decoder.vae.decoder
     module = module.to(device, dtype, memory_format=torch.channels_last)
     latent = torch.randn(rung, 4, architecture.side, architecture.side, device=device, dtype=dtype)

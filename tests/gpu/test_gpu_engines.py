@@ -43,7 +43,7 @@ def test_every_graph_agrees_with_the_reference(backend: BackendName, toy: Bundle
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05), ("float16", 0.01)])
 def test_an_exported_unet_agrees_with_the_reference(
     backend: BackendName, unet_file: Path, precision: Precision, tolerance: float
 ) -> None:

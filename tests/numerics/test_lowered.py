@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -16,10 +17,17 @@ from distill_jobs.onnx_export import ExportError, reference_outputs
 from distill_jobs.parity import parity_latents, write_checked
 from distill_jobs.pipelines.graphs import LatentDecodeGraph
 from distill_jobs.pipelines.vae import Autoencoder
+from engines.backends.base import Precision
+from engines.backends.load import graph_precision
+from engines.backends.lowering import lower_products
 from engines.backends.openvino import OpenVinoBackend
-from engines.manifest import IMAGE, LATENT, Lowered
+from engines.backends.torch import OnnxModule
+from engines.backends.torch_cuda import TorchCudaBackend
+from engines.manifest import IMAGE, LATENT, GraphSpec, Lowered
 
 FLOAT16_MAX = 65_504
+MOST_LEVELS = 8
+"""Of 255, that an image may be from its float32 self in 16 bits."""
 
 
 class Attention(nn.Module):
@@ -82,6 +90,54 @@ def test_an_autoencoder_beyond_float16_is_told_and_bfloat16_decodes_it(tmp_path:
     assert spec.lowered["float16"] is None
     lowered = spec.lowered["bfloat16"]
     assert lowered is not None
-    assert lowered.max_abs_error <= 8  # grey levels
+    assert lowered.max_abs_error <= MOST_LEVELS
     images = OpenVinoBackend(tmp_path / "decode.onnx", spec, precision="bfloat16").run({LATENT: latents.numpy()})
-    assert np.abs(images[IMAGE].astype(int) - graph(latents).numpy()).max() <= 8
+    assert np.abs(images[IMAGE].astype(int) - graph(latents).numpy()).max() <= MOST_LEVELS
+
+
+def written(graph: LatentDecodeGraph, latents: Tensor, file: Path) -> GraphSpec:
+    return write_checked(graph, [latents], graph.inputs(8, 8), graph.outputs(8, 8), file, 1)
+
+
+def levels_off(file: Path, spec: GraphSpec, precision: Precision, latents: Tensor, image: Tensor) -> int:
+    """Largest difference from ``image`` where the graph's products really are computed in ``precision``."""
+    engine = TorchCudaBackend(file, spec, precision=precision, device="cpu")
+    return int(np.abs(engine.run({LATENT: latents.numpy()})[IMAGE].astype(int) - image.numpy()).max())
+
+
+def pixels_are_finite(file: Path, dtype: Lowered, latents: Tensor) -> bool:
+    """Whether what becomes whole numbers at a decoder's end is finite."""
+    model = onnx.load(str(file))
+    [to_levels] = [
+        n for n in model.graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.UINT8
+    ]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(to_levels.input[0], onnx.TensorProto.FLOAT, None))
+    outputs = OnnxModule(lower_products(model, dtype))({LATENT: latents})
+    return bool(torch.isfinite(outputs[to_levels.input[0]]).all())
+
+
+def test_asked_for_float16_an_autoencoder_beyond_it_runs_in_bfloat16(tmp_path: Path) -> None:
+    (vae, graph), latents, file = small_decoder(), parity_latents(32, (4, 8, 8)), tmp_path / "decode.onnx"
+    vae.decoder.conv_in.weight *= 1e6
+    spec, image, few = written(graph, latents, file), graph(latents[:4]), latents[:4]
+    chosen = graph_precision(spec, "float16")
+    assert chosen == "bfloat16"
+    assert pixels_are_finite(file, chosen, few)
+    assert levels_off(file, spec, chosen, few, image) <= MOST_LEVELS
+    assert not pixels_are_finite(file, "float16", few)
+    assert levels_off(file, spec, "float16", few, image) > 4 * MOST_LEVELS
+
+
+def test_asked_for_float16_an_ordinary_autoencoder_runs_in_it(tmp_path: Path) -> None:
+    (_, graph), latents, file = small_decoder(), parity_latents(32, (4, 8, 8)), tmp_path / "decode.onnx"
+    spec, image = written(graph, latents, file), graph(latents[:4])
+    assert graph_precision(spec, "float16") == "float16"
+    assert levels_off(file, spec, "float16", latents[:4], image) <= 1
+
+
+def test_a_product_that_comes_near_the_end_of_float16_counts_as_beyond_it() -> None:
+    layer, x = nn.Linear(1, 1, bias=False).requires_grad_(False), torch.ones(2, 1)
+    for largest, fits in ((FLOAT16_MAX / 5, True), (FLOAT16_MAX / 3, False)):
+        layer.weight.fill_(largest)
+        found = lowered_parity(layer, [x], reference_outputs(layer, [x], "x"), "float16")
+        assert (found is not None) is fits

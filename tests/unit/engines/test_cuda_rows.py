@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from engines.backends.bfloat16 import lower_products
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
+from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule, TorchBackend
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.bundle import Bundle
 from engines.condition import load_tokenizer
 from engines.errors import BackendError
 from engines.examples import example_inputs
-from engines.manifest import LATENT, GraphSpec, Parity, TensorSpec
+from engines.manifest import LATENT, GraphSpec, Lowered, Parity, TensorSpec
 from tests.support.step_rows import random_rows, step_spec
 
 SPEC = GraphSpec(
@@ -119,9 +119,9 @@ def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
         assert {tensor.device.type for tensor in outputs.values()} == {"meta"}
 
 
-@pytest.mark.parametrize("lowered", [False, True])
-def test_a_unet_reads_no_value_back(unet_file: Path, lowered: bool) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_a_unet_reads_no_value_back(unet_file: Path, dtype: Lowered | None) -> None:
     model = onnx.load(str(unet_file))
-    outputs = run_on_meta(lower_products(model) if lowered else model, random_rows(2, seed=0))
+    outputs = run_on_meta(lower_products(model, dtype) if dtype else model, random_rows(2, seed=0))
     assert {tuple(tensor.shape) for tensor in outputs.values()} == {(2, 1, 8, 8)}
     assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}

@@ -13,10 +13,18 @@ import onnx
 import pytest
 
 from engines.backends import load
-from engines.backends.load import BACKENDS, choose_backend, choose_precision, engine_key, load_backend
+from engines.backends.base import Precision
+from engines.backends.load import (
+    BACKENDS,
+    choose_backend,
+    choose_precision,
+    engine_key,
+    graph_precision,
+    load_backend,
+)
 from engines.bundle import Bundle, file_records, verify_bundle, write_bundle
 from engines.errors import BackendError
-from engines.manifest import MANIFEST_NAME, SEAL_NAME
+from engines.manifest import MANIFEST_NAME, SEAL_NAME, Parity
 
 
 def uninstall(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -56,12 +64,36 @@ def test_other_names_are_refused() -> None:
         choose_backend("tenflow")
 
 
-def test_bfloat16_is_for_backends_that_lower() -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_16_bits_are_for_backends_that_lower(precision: Precision) -> None:
     assert choose_precision("openvino", "auto") == "float32"
     for name in ("openvino", "tensorrt", "torch-cuda"):
-        assert choose_precision(name, "bfloat16") == "bfloat16"
-    with pytest.raises(BackendError, match="runs float32 only; for bfloat16 use --backend openvino, tensorrt"):
-        choose_precision("torch", "bfloat16")
+        assert choose_precision(name, precision) == precision
+    for name in ("onnxruntime", "torch"):
+        with pytest.raises(
+            BackendError, match=f"{name} .* float32 only; for {precision} use --backend openvino, te"
+        ):
+            choose_precision(name, precision)
+
+
+def test_a_graph_that_overflows_in_float16_runs_in_bfloat16(toy: Bundle) -> None:
+    spec, parity = toy.manifest.graphs["decode"], Parity(reference="", max_abs_error=0, mean_abs_error=0, rows=1)
+    holds = spec.model_copy(update={"lowered": {"bfloat16": parity, "float16": parity}})
+    overflows = spec.model_copy(update={"lowered": {"bfloat16": parity, "float16": None}})
+    assert [graph_precision(holds, p) for p in ("float32", "bfloat16", "float16")] == [
+        "float32",
+        "bfloat16",
+        "float16",
+    ]
+    assert graph_precision(overflows, "float16") == "bfloat16"
+    assert graph_precision(overflows, "float32") == "float32"
+
+
+def test_float16_of_a_bundle_that_does_not_say_whether_it_overflows_is_refused(toy: Bundle) -> None:
+    with pytest.raises(
+        BackendError, match=r"does not say whether decode\.onnx overflows in float16: export it again"
+    ):
+        load_backend("openvino", toy, "decode", precision="float16")
 
 
 def test_opening_on_openvino_imports_neither_torch_nor_onnxruntime(toy: Bundle) -> None:

@@ -23,6 +23,8 @@ from tests.support.step_rows import step_spec
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 RUNGS = (1, 4)
+PRECISIONS: dict[Precision, str] = {"float32": "FLOAT", "bfloat16": "BF16", "float16": "HALF"}
+PRODUCTS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,14 @@ def trt() -> ModuleType:
 
 
 def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision) -> None:
-    """The parsed network takes and gives what the manifest says, and compiles."""
+    """The parsed network takes and gives what the manifest says, multiplies in the precision, and compiles."""
     network = Network(trt, file, spec, precision)
     for found, described in ((network.inputs(), spec.inputs), (network.outputs(), spec.outputs)):
         assert {tensor.name: tensor.dtype for tensor in found} == {t.name: t.dtype for t in described}
         assert {tensor.name: tensor.shape for tensor in found} == {t.name: t.shape for t in described}
+    layers = [network.definition.get_layer(i) for i in range(network.definition.num_layers)]
+    products = [layer.get_output(0).dtype.name for layer in layers if layer.type.name in PRODUCTS]
+    assert set(products) <= {PRECISIONS[precision]}
     assert len(network.build(RUNGS, for_this_gpu=False).plan) > 1000
 
 
@@ -57,7 +62,7 @@ def test_every_graph_of_a_bundle_compiles(trt: ModuleType, tmp_path: Path, optio
         check(trt, bundle.graph_file(graph), spec, "float32")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_exported_unet_compiles(trt: ModuleType, unet_file: Path, precision: Precision) -> None:
     check(trt, unet_file, step_spec(unet_file), precision)
 
@@ -74,7 +79,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl", "inpaint"])
 def test_every_step_graph_compiles(trt: ModuleType, work: Path, kind: str) -> None:
     exported = step_of(kind, work)
-    for precision in ("float32", "bfloat16"):
+    for precision in PRECISIONS:
         check(trt, exported.file, exported.spec, precision)
 
 
@@ -87,7 +92,7 @@ def all_surroundings(work: Path) -> Iterator[Exported]:
 @pytest.mark.long
 def test_text_encoders_and_autoencoder_compile(trt: ModuleType, work: Path) -> None:
     for exported in all_surroundings(work):
-        for precision in ("float32", "bfloat16"):
+        for precision in PRECISIONS:
             check(trt, exported.file, exported.spec, precision)
 
 
@@ -105,12 +110,13 @@ class MaskedAttention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-def test_masked_attention_is_fused_in_bfloat16(trt: ModuleType, tmp_path: Path) -> None:
+def test_masked_attention_is_fused_in_16_bits(trt: ModuleType, tmp_path: Path) -> None:
     specs = [(TensorSpec(name=name, dtype="float32", shape=(-1, 77, 128)),) for name in ("x", "y")]
     module, rows, file = MaskedAttention().requires_grad_(False), torch.randn(3, 77, 128), tmp_path / "masked.onnx"
     spec = write_checked(module, [rows], *specs, file, 1e-5, (1, 2))
     assert "IsNaN" not in {node.op_type for node in onnx.load(str(file)).graph.node}
-    check(trt, file, spec, "bfloat16")
+    for precision in ("bfloat16", "float16"):
+        check(trt, file, spec, precision)
 
 
 # ---- what is refused
