@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
 from distill_jobs.lowered import WatchedProducts
+from engines.bundle import INLINE_LIMIT_BYTES
 from engines.manifest import Parity, TensorSpec
 
 OPSET = 21
-INLINE_LIMIT_BYTES = 1 << 30
-"""Graphs with more weights than this keep them in a .onnx.data file beside them: protobuf ends at 2 GiB."""
 
 
 class ExportError(JobError):

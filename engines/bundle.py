@@ -17,6 +17,8 @@ from engines.errors import BundleError
 from engines.manifest import FORMAT_VERSION, MANIFEST_NAME, SEAL_NAME, BundleManifest, FileRecord
 
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+INLINE_LIMIT_BYTES = 1 << 30
+"""Graphs with more weights than this keep them in a .onnx.data file beside them: protobuf ends at 2 GiB."""
 ALLOWED_SUFFIXES = frozenset({".onnx", ".data", ".json", ".txt", ".yaml", ".md", ".png"})
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -34,14 +35,16 @@ def check_installed() -> None:
         raise BackendError("int8 is made by NNCF on ONNX Runtime; install both with: pip install 'halfstep[int8]'")
 
 
-def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.ModelProto:
-    """A copy of ``model`` whose body computes in int8.
+def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays], folder: Path) -> onnx.ModelProto:
+    """A copy of ``model`` whose body computes in int8, with all its weights inside.
 
-    batches: inputs the graph meets in service; the ranges of its activations come from them.
+    batches: inputs the graph meets in service; the ranges of its activations come from them. folder: holds the
+    weights that ``model`` keeps in a file of their own.
     Raises: BackendError when NNCF is missing, or nothing but first and last products is there.
     """
     check_installed()
     import nncf  # noqa: PLC0415 - heavy, and optional
+    from nncf.onnx.quantization.backend_parameters import BackendParameters  # noqa: PLC0415
 
     named = _named(model)
     lowered = body_products(named)
@@ -57,6 +60,9 @@ def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays]) -> onnx.Mo
             preset=nncf.QuantizationPreset.MIXED,  # activations after SiLU lie to one side of zero
             subset_size=len(batches),
             ignored_scope=nncf.IgnoredScope(names=others),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                backend_params={BackendParameters.EXTERNAL_DATA_DIR: str(folder.resolve())}
+            ),
         )
     del made.graph.value_info[:]
     return made

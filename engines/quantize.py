@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from engines.backends.openvino import OpenVinoBackend
-from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
+from engines.bundle import INLINE_LIMIT_BYTES, Bundle, check_replaceable, file_records, write_bundle
 from engines.calibration import BATCH, Recorded, record_trajectories
 from engines.errors import BundleError
 from engines.int8_graph import check_installed, quantize_graph
@@ -43,8 +43,8 @@ def quantize_bundle(
 
     All else stays as it is: condition, decode, encode, and encoders that invert. The evaluation and the tables are
     left empty: they were of other graphs.
-    Raises: BundleError when a step graph is not float32 or keeps its weights in a file of their own, or no bundle
-    may have the name; BackendError when NNCF is missing.
+    Raises: BundleError when a step graph is not float32, or no bundle may have the name; BackendError when NNCF is
+    missing.
     """
     chosen = options or Int8Options()
     check_replaceable(destination)
@@ -57,10 +57,13 @@ def quantize_bundle(
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".int8-", dir=destination.parent))
     try:
+        graphs = dict(bundle.manifest.graphs)
+        steps = [graphs[graph].file for graph in recorded]
+        made_anew = {name for file in steps for name in (file, *bundle.data_files[file])}
         for file in bundle.manifest.files:
             (staging / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.file(file), staging / file)
-        graphs = dict(bundle.manifest.graphs)
+            if file not in made_anew:
+                shutil.copyfile(bundle.file(file), staging / file)
         for graph, calls in recorded.items():
             if progress is not None:
                 progress(graph, len(calls.inputs) * BATCH)
@@ -87,18 +90,14 @@ def _check_graphs(bundle: Bundle) -> None:
         spec = bundle.manifest.graphs[student.graph]
         if spec.dtype != "float32":
             raise BundleError(f"{bundle.path}: {spec.file} is {spec.dtype}; int8 is made from float32")
-        if bundle.data_files[spec.file]:
-            raise BundleError(
-                f"{bundle.path}: {spec.file} keeps its weights beside it; int8 is for graphs below 1 GiB"
-            )
 
 
 def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> GraphSpec:
-    """Write the int8 graph over its copy in ``staging``, and measure it on the calls held out."""
+    """Write the int8 graph into ``staging``, and measure it on the calls held out."""
     held_out = range(0, len(calls.inputs), HELD_OUT)
     seen = [rows for i, rows in enumerate(calls.inputs) if i not in held_out]
     target = staging / spec.file
-    onnx.save_model(quantize_graph(onnx.load(file), seen), target)
+    _save(quantize_graph(onnx.load(file, load_external_data=False), seen, file.parent), target)
     lowered = spec.model_copy(update={"dtype": "int8", "lowered": {}})
     engine = OpenVinoBackend(target, lowered)
     errors = []
@@ -113,3 +112,8 @@ def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> Gr
         rows=len(held_out) * BATCH,
     )
     return lowered.model_copy(update={"parity": parity})
+
+
+def _save(model: onnx.ModelProto, file: Path) -> None:
+    beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INLINE_LIMIT_BYTES
+    onnx.save_model(model, str(file), save_as_external_data=beside, location=f"{file.name}.data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from engines.backends.load import load_backend
 from engines.backends.openvino import OpenVinoBackend
-from engines.bundle import Bundle, verify_bundle
+from engines.bundle import Bundle, file_records, verify_bundle, write_bundle
 from engines.calibration import BATCH, record_trajectories
 from engines.cli import app
 from engines.condition import load_tokenizer
@@ -19,8 +20,9 @@ from engines.errors import BackendError, BundleError
 from engines.examples import example_inputs
 from engines.guidance import weight_from_scale
 from engines.int8_graph import PRODUCTS, body_products, quantize_graph
-from engines.manifest import GUIDANCE, TIMESTEP
+from engines.manifest import GUIDANCE, MANIFEST_NAME, SEAL_NAME, TIMESTEP
 from engines.quantize import NOT_EVALUATED, Int8Options, quantize_bundle
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 pytest.importorskip("nncf", reason="int8 needs halfstep[int8]")
 
@@ -64,7 +66,7 @@ def test_a_network_in_int8_is_near_and_its_rows_bit_equal(digits: Bundle, tmp_pa
     tokenizer = load_tokenizer(digits)
     seen, others, rows = (example_inputs(digits.manifest, tokenizer, "step_1", 8, seed) for seed in range(3))
     file = tmp_path / "int8.onnx"
-    onnx.save(quantize_graph(onnx.load(original), [seen, others]), file)
+    onnx.save(quantize_graph(onnx.load(original), [seen, others], original.parent), file)
     assert file.stat().st_size < 0.5 * original.stat().st_size
     engine = OpenVinoBackend(file, spec.model_copy(update={"dtype": "int8"}))
     assert engine.name.endswith(" int8")
@@ -121,3 +123,30 @@ def test_int8_is_made_from_float32_only(lowered: Bundle, tmp_path: Path) -> None
     with pytest.raises(BundleError, match="is int8; int8 is made from float32"):
         quantize_bundle(lowered, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def with_weights_beside(bundle: Bundle, destination: Path) -> Bundle:
+    """The bundle with the weights of its one step graph in a file of their own."""
+    staging = Path(shutil.copytree(bundle.path, destination.with_suffix(".staging")))
+    file = str(staging / "step_1.onnx")
+    onnx.save_model(
+        onnx.load(file), file, save_as_external_data=True, location="step_1.onnx.data", size_threshold=64
+    )
+    for name in (MANIFEST_NAME, SEAL_NAME):
+        (staging / name).unlink()
+    return write_bundle(staging, destination, bundle.manifest.model_copy(update={"files": file_records(staging)}))
+
+
+def test_a_graph_with_its_weights_beside_it_becomes_the_same_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_toy_bundle(tmp_path / "whole", ToyOptions(steps=(1,), default_steps=1))
+    options = Int8Options(batches=2)
+    inside = quantize_bundle(whole, tmp_path / "inside", options)
+    monkeypatch.setattr("engines.quantize.INLINE_LIMIT_BYTES", 64)
+    beside = quantize_bundle(with_weights_beside(whole, tmp_path / "split"), tmp_path / "beside", options)
+    assert verify_bundle(beside.path).data_files["step_1.onnx"] == ("step_1.onnx.data",)
+    assert inside.data_files["step_1.onnx"] == ()
+    same = [onnx.load(bundle.graph_file("step_1")) for bundle in (inside, beside)]
+    assert same[0].SerializeToString(deterministic=True) == same[1].SerializeToString(deterministic=True)
+    assert beside.manifest.graphs["step_1"] == inside.manifest.graphs["step_1"]
