@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.base import EngineBackend
-from engines.backends.load import BACKENDS, LOWERING, PrecisionName, load_backend
+from engines.backends.load import (
+    BACKENDS,
+    OFFERED,
+    PrecisionName,
+    choose_backend,
+    choose_precision,
+    load_backend,
+)
 from engines.bundle import Bundle
 from engines.condition import load_tokenizer
 from engines.examples import example_inputs
@@ -52,10 +59,12 @@ def compare_backends(
     """Differences of each backend (None: all installed for CPUs) on every graph.
 
     rows: random rows a graph, over its students' timesteps and the trained range of w. precision: of backends
-    that offer it. Raises: BackendError when the reference or a named backend is not installed.
+    that offer it. Raises: BackendError when none does, or the reference or a named backend is not installed.
     """
     tokenizer = load_tokenizer(bundle)
-    names = list(backends or (name for name in BACKENDS if find_spec(name) is not None))
+    names = [choose_backend(name) for name in backends or [n for n in BACKENDS if find_spec(n) is not None]]
+    if not any(precision in ("auto", *OFFERED[name]) for name in names):
+        choose_precision(names[0], precision)  # says who offers it
     differences = []
     for graph in bundle.manifest.graphs:
         inputs = example_inputs(bundle.manifest, tokenizer, graph, rows, seed)
@@ -64,7 +73,7 @@ def compare_backends(
         for name in names:
             if progress is not None:
                 progress(f"{graph} on {name}", rows)
-            offered: PrecisionName = precision if name in LOWERING else "auto"
+            offered: PrecisionName = precision if precision in OFFERED[name] else "auto"
             engine = load_backend(name, bundle, graph, precision=offered)
             differences.append(_difference(graph, engine, inputs, expected))
             engine.close()

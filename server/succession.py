@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import structlog
 
-from engines.backends.load import BUILT, LOWERING, ON_GPU, choose_backend, choose_precision
+from engines.backends.load import BUILT, OFFERED, ON_GPU, choose_backend, choose_precision
 from engines.errors import BackendError, HalfstepError
 from server.engine import Engine, Report
 from server.engine_build import build
@@ -245,7 +245,7 @@ def _settings_on(settings: Settings, backend: str) -> Settings:
     """The settings of an engine on a backend, which may lack what the other one has."""
     chosen = choose_backend(backend)
     update: dict[str, object] = {"backend": backend}
-    if chosen not in LOWERING:
+    if settings.precision not in OFFERED[chosen]:
         update["precision"] = "auto"
     if chosen in ON_GPU:
         update["threads"] = 0

@@ -22,8 +22,14 @@ BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "t
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
 ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda"})
-LOWERING: frozenset[str] = ON_GPU | {"openvino"}
-"""Backends that can run the network body in 16 bits."""
+OFFERED: dict[BackendName, tuple[Precision, ...]] = {
+    "openvino": ("float32", "bfloat16"),
+    "onnxruntime": ("float32",),
+    "torch": ("float32",),
+    "tensorrt": ("float32", "bfloat16", "float16"),
+    "torch-cuda": ("float32", "bfloat16", "float16"),
+}
+"""Precisions of the network body. Told float16, OpenVINO's CPU plugin computes the sampler's update in it, too."""
 
 BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
@@ -63,10 +69,10 @@ def choose_precision(backend: BackendName, precision: PrecisionName) -> Precisio
     Raises: BackendError when the backend does not offer it.
     """
     chosen: Precision = "float32" if precision == "auto" else precision
-    if chosen != "float32" and backend not in LOWERING:
-        raise BackendError(
-            f"The {backend} backend runs float32 only; for {chosen} use --backend {', '.join(sorted(LOWERING))}."
-        )
+    if chosen not in OFFERED[backend]:
+        own = " and ".join(OFFERED[backend])
+        others = ", ".join(sorted(name for name, offered in OFFERED.items() if chosen in offered))
+        raise BackendError(f"The {backend} backend runs {own} only; for {chosen} use --backend {others}.")
     return chosen
 
 

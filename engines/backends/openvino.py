@@ -4,8 +4,8 @@ float32: one model per batch size, each compiled for exactly that size. Rows com
 batch size or the companions, and a step takes about half the time of one model with a free batch size (group
 normalisation fuses only when shapes are known). A graph too large to hold once per rung keeps its batch free.
 
-bfloat16 and float16: a free batch, because models compiled per size are not bit-equal in bfloat16, and two models:
-the sinusoids of w and the timestep in float32, the rest in 16 bits (see ``openvino_head``).
+bfloat16: a free batch, because models compiled per size are not bit-equal in bfloat16, and two models: the
+sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``).
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ MAX_STATIC_BYTES = 128 * 1024 * 1024
 LONE_THREAD_BYTES = 1024 * 1024
 """A graph with less weights than this runs on the calling thread: waking others costs more than they save."""
 
-_HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_CAPABILITIES: dict[Precision, str] = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+_HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVinoBackend(OfGraph):
@@ -43,7 +42,7 @@ class OpenVinoBackend(OfGraph):
     precision: of the network body. threads: worker threads of one run; 0 takes one per core, or one alone for
     a tiny graph. cache_dir: folder where compiled models are kept, or None. static: compile once per batch
     size; None decides by size.
-    Raises: BackendError when the graph cannot be compiled, or the processor has no arithmetic of the precision.
+    Raises: BackendError when the graph cannot be compiled.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class OpenVinoBackend(OfGraph):
     ) -> None:
         self._spec = spec
         self._precision = precision
-        _check_offered(precision)
         self._kept = None if cache_dir is None else SealedFolder(cache_dir)
         self._head: Any = None
         self._body: Any = None
@@ -100,7 +98,7 @@ class OpenVinoBackend(OfGraph):
     def _compile_dynamic(self) -> None:
         """Make the requests of a free batch; no head in float32 and in graphs without sinusoids."""
         body = self._model
-        if self._precision != "float32" and (parts := split_head(self._model)):
+        if self._precision == "bfloat16" and (parts := split_head(self._model)):
             self._head, body = self._request(parts[0], "float32"), parts[1]
         self._body = self._request(body, self._precision)
 
@@ -132,12 +130,6 @@ class OpenVinoBackend(OfGraph):
 def engine_name(precision: Precision | Literal["int8"]) -> str:
     """Backend, version and precision."""
     return f"openvino {str(ov.get_version()).partition('-')[0]} {precision}"
-
-
-def _check_offered(precision: Precision) -> None:
-    """Raises: BackendError where the plugin would compute in float32 instead, and say nothing."""
-    if _CAPABILITIES[precision] not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise BackendError(f"OpenVINO does not compute in {precision} on this processor; use --precision float32.")
 
 
 def _weight_bytes(model: Any) -> int:

@@ -16,6 +16,7 @@ from engines.backends import load
 from engines.backends.base import Precision
 from engines.backends.load import (
     BACKENDS,
+    BackendName,
     choose_backend,
     choose_precision,
     engine_key,
@@ -64,16 +65,22 @@ def test_other_names_are_refused() -> None:
         choose_backend("tenflow")
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_16_bits_are_for_backends_that_lower(precision: Precision) -> None:
-    assert choose_precision("openvino", "auto") == "float32"
-    for name in ("openvino", "tensorrt", "torch-cuda"):
-        assert choose_precision(name, precision) == precision
-    for name in ("onnxruntime", "torch"):
-        with pytest.raises(
-            BackendError, match=f"{name} .* float32 only; for {precision} use --backend openvino, te"
-        ):
+@pytest.mark.parametrize(
+    ("precision", "lowering", "others"),
+    [
+        ("bfloat16", ["openvino", "tensorrt", "torch-cuda"], ["onnxruntime", "torch"]),
+        ("float16", ["tensorrt", "torch-cuda"], ["openvino", "onnxruntime", "torch"]),
+    ],
+)
+def test_16_bits_are_for_backends_that_offer_them(
+    precision: Precision, lowering: list[BackendName], others: list[BackendName]
+) -> None:
+    assert [choose_precision(name, precision) for name in lowering] == [precision] * len(lowering)
+    for name in others:
+        said = f"The {name} backend runs float32.* only; for {precision} use --backend {', '.join(lowering)}"
+        with pytest.raises(BackendError, match=said):
             choose_precision(name, precision)
+        assert choose_precision(name, "auto") == "float32"
 
 
 def test_a_graph_that_overflows_in_float16_runs_in_bfloat16(toy: Bundle) -> None:
@@ -93,7 +100,7 @@ def test_float16_of_a_bundle_that_does_not_say_whether_it_overflows_is_refused(t
     with pytest.raises(
         BackendError, match=r"does not say whether decode\.onnx overflows in float16: export it again"
     ):
-        load_backend("openvino", toy, "decode", precision="float16")
+        graph_precision(toy.manifest.graphs["decode"], "float16")
 
 
 def test_opening_on_openvino_imports_neither_torch_nor_onnxruntime(toy: Bundle) -> None:

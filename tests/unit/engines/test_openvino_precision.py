@@ -1,4 +1,4 @@
-"""16 bits on OpenVINO are the network body's and nothing else's: not w's, not the timestep's, not the update's."""
+"""bfloat16 on OpenVINO lowers the network body and nothing else: not w, not the timestep, not the update."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.backends import openvino
-from engines.backends.base import Precision
 from engines.backends.onnxruntime import OnnxRuntimeBackend
 from engines.backends.openvino import OpenVinoBackend
-from engines.errors import BackendError
 from engines.manifest import CLEAN_ESTIMATE, COEFFICIENTS, GUIDANCE, TIMESTEP
 from tests.support.step_rows import random_rows, step_spec
 
@@ -24,18 +21,9 @@ def exact(unet_file: Path) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(unet_file, step_spec(unet_file))
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
-def precision(request: pytest.FixtureRequest) -> Precision:
-    chosen: Precision = request.param
-    return chosen
-
-
 @pytest.fixture(scope="module")
-def lowered(unet_file: Path, precision: Precision) -> OpenVinoBackend:
-    try:
-        return OpenVinoBackend(unet_file, step_spec(unet_file), precision=precision)
-    except BackendError as reason:
-        pytest.skip(str(reason))
+def lowered(unet_file: Path) -> OpenVinoBackend:
+    return OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")
 
 
 def error(engine: OpenVinoBackend, exact: OnnxRuntimeBackend, w: float, timestep: float) -> float:
@@ -51,20 +39,20 @@ def error(engine: OpenVinoBackend, exact: OnnxRuntimeBackend, w: float, timestep
 def test_the_error_does_not_grow_with_w_or_the_timestep(
     lowered: OpenVinoBackend, exact: OnnxRuntimeBackend, w: float, timestep: float
 ) -> None:
-    # At w = 0 every sinusoid argument is 0, exact in 16 bits: that error is the body's alone.
+    # At w = 0 every sinusoid argument is 0, exact in bfloat16: that error is the body's alone.
     floor = error(lowered, exact, 0.0, 0.0)
     assert error(lowered, exact, w, timestep) < 1.5 * floor
 
 
-def test_w_as_a_number_of_16_bits_would_be_seen(
-    unet_file: Path, exact: OnnxRuntimeBackend, lowered: OpenVinoBackend, precision: Precision
+def test_w_as_a_bfloat16_number_would_be_seen(
+    unet_file: Path, exact: OnnxRuntimeBackend, lowered: OpenVinoBackend
 ) -> None:
     """The teeth of the test above: the same graph unsplit is several times worse."""
     rows = random_rows(8, seed=1)
     rows[GUIDANCE].fill(14.0)
     rows[TIMESTEP].fill(999)
     rows[COEFFICIENTS][:] = ONLY_NETWORK
-    unsplit = OpenVinoBackend(unet_file, step_spec(unet_file), precision=precision, static=True)
+    unsplit = OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", static=True)
     wrong = np.abs(unsplit.run(rows)[CLEAN_ESTIMATE] - exact.run(rows)[CLEAN_ESTIMATE]).mean()
     assert wrong > 4 * error(lowered, exact, 14.0, 999)
 
@@ -83,19 +71,6 @@ def test_lowered_rows_are_bit_equal_in_any_batch(lowered: OpenVinoBackend) -> No
     for order in ([0], [9, 4], list(range(8)), list(range(15, -1, -1))):
         part = lowered.run({name: array[order] for name, array in rows.items()})
         assert all(array.tobytes() == whole[name][order].tobytes() for name, array in part.items()), order
-
-
-def test_a_processor_without_float16_is_told_so(unet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Core:
-        def get_property(self, device: str, name: str) -> list[str]:
-            assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
-            return ["FP32", "BF16", "INT8"]
-
-    monkeypatch.setattr(openvino, "_core", Core)
-    with pytest.raises(
-        BackendError, match="does not compute in float16 on this processor; use --precision float32"
-    ):
-        OpenVinoBackend(unet_file, step_spec(unet_file), precision="float16")
 
 
 def test_a_large_graph_keeps_its_batch_free_and_agrees(unet_file: Path, exact: OnnxRuntimeBackend) -> None:
