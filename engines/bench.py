@@ -9,15 +9,17 @@ import time
 import numpy as np
 import psutil
 
+from engines.calls import call_of, calls, row_shapes
 from engines.flops import product_flops
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, StudentSpec
+from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, Size, StudentSpec
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
 
 
 class Throughput(Frozen):
-    """One student at its best batch size."""
+    """One student at its best batch size. size: of its images."""
 
+    size: str = ""
     steps: int
     sampler: str
     batch: int
@@ -27,7 +29,7 @@ class Throughput(Frozen):
 class BenchResult(Frozen):
     """All figures of a run.
 
-    ms: median of a call by graph and batch size. flop: arithmetic of one row of each graph, products alone;
+    ms: median by call (``engines.calls``) and batch size. flop: arithmetic of one row of each, products alone;
     ceiling_gflop_s: of square products in the same engine; fraction: what of it each call reaches. throughput: each
     student, what those medians add up to; generate: the default student, whole batches timed from prompt to image.
     """
@@ -63,9 +65,15 @@ def bench(
     ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size; machine: what its engines run
     on. Raises: BackendError when the arithmetic of a graph cannot be counted.
     """
-    flop = {graph: product_flops(pipeline.bundle.graph_file(graph)) for graph in pipeline.manifest.graphs}
+    graphs = pipeline.manifest.graphs
+    flop = {
+        str(call): product_flops(
+            pipeline.bundle.graph_file(call.graph), row_shapes(graphs[call.graph], (call.size,))[0]
+        )
+        for call in calls(pipeline.manifest)
+    }
     pipeline.costs = measure_costs(pipeline, repeats, progress)
-    ms = {graph: dict(costs) for graph, costs in pipeline.costs.ms.items()}
+    ms = {call: dict(costs) for call, costs in pipeline.costs.ms.items()}
     return BenchResult(
         bundle=pipeline.manifest.name,
         engine=pipeline.engine_name,
@@ -79,36 +87,48 @@ def bench(
         flop=flop,
         ceiling_gflop_s=ceiling_gflop_s,
         fraction={
-            graph: {rung: rung * flop[graph] / (1e6 * taken * ceiling_gflop_s) for rung, taken in costs.items()}
-            for graph, costs in ms.items()
+            call: {rung: rung * flop[call] / (1e6 * taken * ceiling_gflop_s) for rung, taken in costs.items()}
+            for call, costs in ms.items()
         },
-        throughput=tuple(_best(pipeline, student) for student in pipeline.manifest.students),
+        throughput=tuple(
+            _best(pipeline, student, size)
+            for size in pipeline.manifest.sizes
+            for student in pipeline.manifest.students
+        ),
         generate=_generate(pipeline, repeats),
         memory_mb=psutil.Process().memory_info().rss / 1e6,
     )
 
 
-def _best(pipeline: Pipeline, student: StudentSpec) -> Throughput:
+def _best(pipeline: Pipeline, student: StudentSpec, size: Size) -> Throughput:
     """The batch size at which condition, steps and decode of whole batches give most images per second."""
-    rates = {rung: 1e3 * rung / _image_ms(pipeline, student, rung) for rung in pipeline.rungs}
+    rates = {rung: 1e3 * rung / _image_ms(pipeline, student, size, rung) for rung in pipeline.rungs}
     batch = max(rates, key=lambda rung: rates[rung])
-    return Throughput(steps=student.steps, sampler=student.sampler, batch=batch, images_per_s=rates[batch])
+    return _throughput(student, size, batch, rates[batch])
 
 
-def _image_ms(pipeline: Pipeline, student: StudentSpec, rung: int) -> float:
-    assert pipeline.costs is not None
-    once = pipeline.costs.step_ms(CONDITION_GRAPH, rung) + pipeline.costs.step_ms(DECODE_GRAPH, rung)
-    return once + student.steps * pipeline.costs.step_ms(student.graph, rung)
+def _throughput(student: StudentSpec, size: Size, batch: int, rate: float) -> Throughput:
+    return Throughput(size=str(size), steps=student.steps, sampler=student.sampler, batch=batch, images_per_s=rate)
+
+
+def _image_ms(pipeline: Pipeline, student: StudentSpec, size: Size, rung: int) -> float:
+    costs = pipeline.costs
+    assert costs is not None
+    condition, step, decode = (
+        costs.step_ms(str(call_of(pipeline.manifest, graph, size)), rung)
+        for graph in (CONDITION_GRAPH, student.graph, DECODE_GRAPH)
+    )
+    return condition + student.steps * step + decode
 
 
 def _generate(pipeline: Pipeline, repeats: int) -> Throughput:
-    student = pipeline.student(None)
-    batch = _best(pipeline, student).batch
+    """At the first size."""
+    student, size = pipeline.student(None), pipeline.manifest.sizes[0]
+    batch = _best(pipeline, student, size).batch
     prompts, seeds = [pipeline.tokenizer.known()[0]] * batch, list(range(batch))
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         pipeline.generate(prompts, pipeline.manifest.guidance.default, seeds)
         times.append(time.perf_counter() - started)
-    rate = batch / statistics.median(times)
-    return Throughput(steps=student.steps, sampler=student.sampler, batch=batch, images_per_s=rate)
+    return _throughput(student, size, batch, batch / statistics.median(times))

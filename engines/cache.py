@@ -16,14 +16,18 @@ DEFAULT_CACHE = Path("~/.cache/halfstep")
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything an engine depends on. engine: backend, version and precision; threads: 0 for one per core."""
+    """Everything an engine depends on. engine: backend, version and precision; threads: 0 for one per core.
+
+    size: of images, for what is measured of an engine at one of the sizes it takes; else empty.
+    """
 
     graph_sha256: str
     engine: str
     machine: str
     threads: int
+    size: str = ""
 
     def folder(self, cache_dir: Path) -> Path:
         """This key's folder under the cache; it need not exist."""
-        text = "\n".join(str(part) for part in astuple(self))
+        text = "\n".join(str(part) for part in astuple(self) if part != "")
         return cache_dir / hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.backends.base import EngineBackend, OfGraph, Rows
 from engines.backends.load import load_backend
 from engines.bundle import Bundle
-from engines.manifest import GraphSpec, StudentSpec
+from engines.manifest import GraphSpec, Size, StudentSpec
 from engines.measure import Progress
 from engines.pipeline import Pipeline
 
@@ -54,8 +54,8 @@ def record_trajectories(
 ) -> dict[str, Recorded]:
     """By step graph, the calls that draw this many batches of images with every student.
 
-    Prompts are the known ones in turn; noise and guidance_scale come from ``seed``, the scale from the whole
-    trained range. Raises: BackendError.
+    Prompts are the known ones in turn, and so are sizes; noise and guidance_scale come from ``seed``, the scale
+    from the whole trained range. Raises: BackendError.
     """
     kept: dict[str, Recorded] = {}
 
@@ -71,17 +71,18 @@ def record_trajectories(
         for number in range(batches):
             if progress is not None:
                 progress(student.graph, number * BATCH)
-            _draw(pipeline, student, number * BATCH, rng)
+            size = bundle.manifest.sizes[number % len(bundle.manifest.sizes)]
+            _draw(pipeline, student, size, number * BATCH, rng)
     pipeline.close()
     return kept
 
 
-def _draw(pipeline: Pipeline, student: StudentSpec, first: int, rng: np.random.Generator) -> None:
+def _draw(pipeline: Pipeline, student: StudentSpec, size: Size, first: int, rng: np.random.Generator) -> None:
     """One batch to its end. first: number of its first image, which decides the prompts."""
     known, guidance = pipeline.tokenizer.known(), pipeline.manifest.guidance
     conditions = pipeline.condition([known[(first + i) % len(known)] for i in range(BATCH)])
     rows = [
-        pipeline.start(condition, rng.uniform(guidance.min, guidance.max), int(rng.integers(2**53)), student)
+        pipeline.start(condition, rng.uniform(guidance.min, guidance.max), int(rng.integers(2**53)), student, size)
         for condition in conditions
     ]
     while not rows[0].done:

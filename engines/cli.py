@@ -82,6 +82,7 @@ def verify(
     size_mb = sum(record.bytes for record in manifest.files.values()) / 1e6
     students = ", ".join(f"{student.steps} ({student.sampler})" for student in manifest.students)
     _out.print(f"{manifest.name}: {len(manifest.files)} files, {size_mb:.1f} MB, all as the manifest says")
+    _out.print(f"sizes: {', '.join(map(str, manifest.sizes))}")
     _out.print(f"steps: {students}; guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}")
     _out.print(f"decoder: {manifest.decoder}")
 
@@ -174,7 +175,7 @@ def compare(
     failed = [difference for difference in differences if not difference.within(tolerance)]
     if failed:
         raise BackendError(
-            f"{failed[0].engine} fails on graph {failed[0].graph!r}: serve with --backend onnxruntime, or pass a "
+            f"{failed[0].engine} fails on graph {failed[0].call!r}: serve with --backend onnxruntime, or pass a "
             "--tolerance you accept."
         )
 

@@ -20,6 +20,7 @@ from engines.backends.load import (
     load_backend,
 )
 from engines.bundle import Bundle
+from engines.calls import calls
 from engines.condition import load_tokenizer
 from engines.examples import example_inputs
 from engines.measure import Progress
@@ -31,12 +32,12 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One graph on one engine. Errors are absolute, over all outputs; 8-bit images count in levels.
+    """One call on one engine. Errors are absolute, over all outputs; 8-bit images count in levels.
 
     rows_equal: rows come out bit-equal whatever their batch.
     """
 
-    graph: str
+    call: str
     engine: str
     max_abs_error: float
     mean_abs_error: float
@@ -56,9 +57,9 @@ def compare_backends(
     seed: int,
     progress: Progress | None = None,
 ) -> list[Difference]:
-    """Differences of each backend (None: all installed for CPUs) on every graph.
+    """Differences of each backend (None: all installed for CPUs) on every graph, at every size.
 
-    rows: random rows a graph, over its students' timesteps and the trained range of w. precision: of backends
+    rows: random rows a call, over its students' timesteps and the trained range of w. precision: of backends
     that offer it. Raises: BackendError when none does, or the reference or a named backend is not installed.
     """
     tokenizer = load_tokenizer(bundle)
@@ -66,26 +67,26 @@ def compare_backends(
     if not any(precision in ("auto", *OFFERED[name]) for name in names):
         choose_precision(names[0], precision)  # says who offers it
     differences = []
-    for graph in bundle.manifest.graphs:
-        inputs = example_inputs(bundle.manifest, tokenizer, graph, rows, seed)
-        reference = load_backend(REFERENCE, bundle, graph)
+    for call in calls(bundle.manifest):
+        inputs = example_inputs(bundle.manifest, tokenizer, call.graph, rows, seed, call.size)
+        reference = load_backend(REFERENCE, bundle, call.graph)
         expected = reference.run(inputs)
         for name in names:
             if progress is not None:
-                progress(f"{graph} on {name}", rows)
+                progress(f"{call} on {name}", rows)
             offered: PrecisionName = precision if precision in OFFERED[name] else "auto"
-            engine = load_backend(name, bundle, graph, precision=offered)
-            differences.append(_difference(graph, engine, inputs, expected))
+            engine = load_backend(name, bundle, call.graph, precision=offered)
+            differences.append(_difference(str(call), engine, inputs, expected))
             engine.close()
         reference.close()
     return differences
 
 
-def _difference(graph: str, engine: EngineBackend, inputs: Arrays, expected: Arrays) -> Difference:
+def _difference(call: str, engine: EngineBackend, inputs: Arrays, expected: Arrays) -> Difference:
     got = engine.run(inputs)
     errors = [np.abs(got[name].astype(np.float64) - want) for name, want in expected.items()]
     return Difference(
-        graph=graph,
+        call=call,
         engine=engine.name,
         max_abs_error=max(float(error.max()) for error in errors),
         mean_abs_error=float(np.mean([error.mean() for error in errors])),

@@ -1,4 +1,4 @@
-"""What a call costs: milliseconds per (graph, batch size), measured here and kept beside the engine.
+"""What a call costs: milliseconds per (graph, size of image, batch size), measured here, kept beside the engine.
 
 The batcher asks it which batch size to run; the bundle cannot say, for it depends on the machine.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,23 +22,23 @@ MAX_COST_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class CostTable:
-    """ms: by graph, then by rung, the median time of one call."""
+    """ms: by call (``engines.calls``), then by rung, the median time of one."""
 
     ms: Mapping[str, Mapping[int, float]]
 
-    def step_ms(self, graph: str, rung: int) -> float:
-        """Milliseconds of one call of ``graph`` with ``rung`` rows. Raises: KeyError when it was not measured."""
-        return self.ms[graph][rung]
+    def step_ms(self, call: str, rung: int) -> float:
+        """Milliseconds of one call with ``rung`` rows. Raises: KeyError when it was not measured."""
+        return self.ms[call][rung]
 
-    def row_ms(self, graph: str) -> float:
-        """Milliseconds a row of ``graph`` takes at the rung that makes most of them. Raises: KeyError."""
-        return min(ms / rung for rung, ms in self.ms[graph].items())
+    def row_ms(self, call: str) -> float:
+        """Milliseconds a row takes at the rung that makes most of them. Raises: KeyError."""
+        return min(ms / rung for rung, ms in self.ms[call].items())
 
-    def best_rung(self, graph: str, waiting: int) -> int:
+    def best_rung(self, call: str, waiting: int) -> int:
         """The rung that advances most rows per millisecond when ``waiting`` rows could go; the larger of equals."""
         if waiting < 1:
             raise ValueError(f"best_rung needs a row that waits, not {waiting}")
-        costs = self.ms[graph]
+        costs = self.ms[call]
         return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
 
 
@@ -49,32 +49,26 @@ class _Record(Frozen):
     engine: str
     machine: str
     threads: int
+    size: str = ""
     repeats: int
     ms: dict[int, float]
 
 
 def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path) -> CostTable | None:
-    """The kept table of these graphs and rungs, or None where any of it is missing, foreign or damaged."""
+    """The kept table of these calls and rungs, or None where any of it is missing, foreign or damaged."""
     table = {}
-    for graph, key in keys.items():
+    for call, key in keys.items():
         record = _read(key.folder(cache_dir) / COST_FILE)
         if record is None or not _fits(record, key, rungs):
             return None
-        table[graph] = {rung: record.ms[rung] for rung in rungs}
+        table[call] = {rung: record.ms[rung] for rung in rungs}
     return CostTable(table)
 
 
 def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
-    """Keep a table, one file a graph, each replaced whole."""
-    for graph, key in keys.items():
-        record = _Record(
-            graph_sha256=key.graph_sha256,
-            engine=key.engine,
-            machine=key.machine,
-            threads=key.threads,
-            repeats=repeats,
-            ms=dict(table.ms[graph]),
-        )
+    """Keep a table, one file a call, each replaced whole."""
+    for call, key in keys.items():
+        record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]))
         folder = key.folder(cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{COST_FILE}.{os.getpid()}"
@@ -92,6 +86,6 @@ def _read(file: Path) -> _Record | None:
 
 
 def _fits(record: _Record, key: EngineKey, rungs: Sequence[int]) -> bool:
-    if EngineKey(record.graph_sha256, record.engine, record.machine, record.threads) != key:
+    if EngineKey(record.graph_sha256, record.engine, record.machine, record.threads, record.size) != key:
         return False
     return all(rung in record.ms and math.isfinite(record.ms[rung]) and record.ms[rung] > 0 for rung in rungs)

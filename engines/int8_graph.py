@@ -21,12 +21,12 @@ import onnx
 from numpy.typing import NDArray
 
 from engines.errors import BackendError
-from engines.manifest import GRID, GUIDANCE, TIMESTEP
+from engines.manifest import GRID, GUIDANCE, TIME_IDS, TIMESTEP
 
 Arrays = dict[str, NDArray[Any]]
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
-_SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID})
+_SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID, TIME_IDS})
 
 
 def check_installed() -> None:

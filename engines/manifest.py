@@ -29,6 +29,7 @@ KNOWN = "known"
 MASKED = "masked"
 MASK = "mask"
 GRID = "grid"
+TIME_IDS = "time_ids"
 NEXT_LATENT = "next_latent"
 CLEAN_ESTIMATE = "clean"
 TOKENS = "tokens"
@@ -38,6 +39,10 @@ CONDITION_GRAPH = "condition"
 DECODE_GRAPH = "decode"
 ENCODE_GRAPH = "encode"
 """image: (B, H, W, 3) uint8 → latent: (B, C, h, w) float32, where editing and inpainting start from."""
+
+FREE: Final = -1
+"""In a shape: the batch, and height and width where a graph takes several sizes."""
+MAX_SIZES: Final = 16
 
 Task = Literal["text_to_image", "edit", "inpaint"]
 DecoderKind = Literal["own", "tiny"]
@@ -50,11 +55,26 @@ class Frozen(BaseModel):
 
 
 class TensorSpec(Frozen):
-    """One graph input or output. shape: the first axis is the batch, written as -1."""
+    """One graph input or output. shape: the first axis is the batch, written as -1.
+
+    So are height and width of latents (B, C, -1, -1) and images (B, -1, -1, 3) that come in several sizes.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+
+    @property
+    def free(self) -> bool:
+        """Whether its rows come in several sizes."""
+        return FREE in self.shape[1:]
+
+    @model_validator(mode="after")
+    def _free_in_both_or_none(self) -> TensorSpec:
+        where = [axis for axis, length in enumerate(self.shape) if axis and length == FREE]
+        if where and (len(self.shape) != 4 or where != ([1, 2] if self.name == IMAGE else [2, 3])):
+            raise ValueError(f"{self.name} of shape {self.shape} leaves more or less free than height and width")
+        return self
 
 
 class Parity(Frozen):
@@ -72,8 +92,9 @@ class Parity(Frozen):
 class GraphSpec(Frozen):
     """One ONNX file. dtype: the precision of the network body (inputs and updates stay float32).
 
-    lowered: by type, how far the network is from its float32 self with its products in that type, emulated when it
-    was exported; null where it overflows, or comes near. Engines asked for float16 then run it in bfloat16.
+    parity: over all sizes; parity_by_size: of each, where the graph takes several. lowered: by type, how far the
+    network is from its float32 self with its products in that type, emulated when it was exported, at the first
+    size; null where it overflows, or comes near. Engines asked for float16 then run it in bfloat16.
     """
 
     file: str
@@ -81,7 +102,13 @@ class GraphSpec(Frozen):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: Parity
+    parity_by_size: dict[str, Parity] = {}
     lowered: dict[Lowered, Parity | None] = {}
+
+    @property
+    def free(self) -> bool:
+        """Whether its rows come in several sizes."""
+        return any(tensor.free for tensor in (*self.inputs, *self.outputs))
 
 
 class StudentSpec(Frozen):
@@ -119,7 +146,7 @@ class Latent(Frozen):
 
 
 class Size(Frozen):
-    """A trained size: image pixels and the latent it decodes from."""
+    """A size that images are drawn in: their pixels, and the latent they decode from."""
 
     width: int
     height: int
@@ -204,7 +231,7 @@ class BundleManifest(Frozen):
     clip: float | None = Field(None, description="bound on the clean estimate while sampling; null in latents")
     guidance: GuidanceRange
     latent: Latent
-    sizes: tuple[Size, ...] = Field(min_length=1)
+    sizes: tuple[Size, ...] = Field(min_length=1, max_length=MAX_SIZES, description="the first is the default")
     condition: ConditionSpec
     graphs: dict[str, GraphSpec]
     students: tuple[StudentSpec, ...] = Field(min_length=1)
@@ -237,6 +264,7 @@ class BundleManifest(Frozen):
         for name in (self.condition.tokenizer, *(g.file for g in self.graphs.values())):
             if name not in self.files:
                 raise ValueError(f"file {name!r} is used but not listed")
+        self._check_sizes()
         for student in self.students:
             if self.plan(student).timesteps != student.timesteps:
                 raise ValueError(f"the timesteps of the {student.steps}-step student are not its schedule's grid")
@@ -247,6 +275,20 @@ class BundleManifest(Frozen):
         if len(set(keys)) != len(keys) or self.default_steps not in {s.steps for s in self.students}:
             raise ValueError("students must be distinct in (steps, sampler) and include default_steps")
         return self
+
+    def _check_sizes(self) -> None:
+        scales = {
+            divmod(pixels, cells)
+            for size in self.sizes
+            for pixels, cells in ((size.width, size.latent_width), (size.height, size.latent_height))
+        }
+        if len({str(size) for size in self.sizes}) != len(self.sizes):
+            raise ValueError("sizes must be distinct")
+        if len(scales) != 1 or scales.pop()[1] != 0:
+            raise ValueError("sizes must have the same whole number of pixels for every position of a latent")
+        fixed = (name for name, graph in self.graphs.items() if name != CONDITION_GRAPH and not graph.free)
+        if len(self.sizes) > 1 and (name := next(fixed, None)):
+            raise ValueError(f"graph {name!r} takes one size, and the bundle has {len(self.sizes)}")
 
     @property
     def sees_masks(self) -> bool:

@@ -6,29 +6,30 @@ import statistics
 import time
 from collections.abc import Callable
 
+from engines.calls import Call, calls
 from engines.cost import CostTable
 from engines.examples import example_inputs
 from engines.pipeline import Pipeline
 
 Progress = Callable[[str, int], None]
-"""Told the graph and batch size about to be measured."""
+"""Told the call and batch size about to be measured."""
 
 
 def measure_costs(pipeline: Pipeline, repeats: int = 5, progress: Progress | None = None) -> CostTable:
-    """Median of ``repeats`` calls of every graph at every rung, after one call to warm up."""
+    """Median of ``repeats`` calls of every graph at every size and rung, after one to warm up."""
     table: dict[str, dict[int, float]] = {}
-    for graph in pipeline.manifest.graphs:
-        table[graph] = {}
+    for call in calls(pipeline.manifest):
+        costs = table.setdefault(str(call), {})
         for rung in pipeline.rungs:
             if progress is not None:
-                progress(graph, rung)
-            table[graph][rung] = _median_ms(pipeline, graph, rung, repeats)
+                progress(str(call), rung)
+            costs[rung] = _median_ms(pipeline, call, rung, repeats)
     return CostTable(table)
 
 
-def _median_ms(pipeline: Pipeline, graph: str, rung: int, repeats: int) -> float:
-    engine = pipeline.engine(graph)
-    inputs = example_inputs(pipeline.manifest, pipeline.tokenizer, graph, rung)
+def _median_ms(pipeline: Pipeline, call: Call, rung: int, repeats: int) -> float:
+    engine = pipeline.engine(call.graph)
+    inputs = example_inputs(pipeline.manifest, pipeline.tokenizer, call.graph, rung, size=call.size)
     engine.run(inputs)
     times = []
     for _ in range(repeats):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engines.backends.base import RUNGS, EngineBackend
 from engines.backends.load import PrecisionName, choose_backend, engine_key, load_backend
 from engines.bundle import Bundle, verify_bundle
 from engines.cache import EngineKey
+from engines.calls import calls
 from engines.cost import CostTable, load_costs, save_costs
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
 
 QUICK_REPEATS = 3
-"""Calls per (graph, rung) where nothing was measured before; ``python -m engines build`` takes more."""
+"""Times that each call is timed where nothing was measured before; ``python -m engines build`` takes more."""
 
 
 def open_pipeline(
@@ -121,4 +123,10 @@ def kept_costs(
 
 
 def _keys(bundle: Bundle, backend: str, precision: PrecisionName, threads: int) -> dict[str, EngineKey]:
-    return {graph: engine_key(bundle, graph, backend, precision, threads) for graph in bundle.manifest.graphs}
+    """By call, what its costs depend on."""
+    return {
+        str(call): replace(
+            engine_key(bundle, call.graph, backend, precision, threads), size=str(call.size) if call.free else ""
+        )
+        for call in calls(bundle.manifest)
+    }

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from engines.backends.base import RUNGS, EngineBackend
 from engines.bundle import Bundle
+from engines.calls import Call, call_of, calls
 from engines.condition import Tokenizer, load_tokenizer
 from engines.cost import CostTable
 from engines.errors import RequestError
 from engines.examples import example_inputs
+from engines.framing import whole_image
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
@@ -35,6 +37,7 @@ from engines.manifest import (
     MASKED,
     NEXT_LATENT,
     NOISE,
+    TIME_IDS,
     TIMESTEP,
     TOKENS,
     BundleManifest,
@@ -107,6 +110,10 @@ class Pipeline:
             self._blanks[size] = self.encode([blank(size)])[0]
         return self._blanks[size]
 
+    def next_call(self, row: Row) -> Call:
+        """What the row's next step is a call of."""
+        return call_of(self.manifest, row.leg.student.graph, self._size(row))
+
     def step(self, rows: Sequence[Row]) -> None:
         """Advance every row by one denoising step. rows: one batch_key, at most max_rows."""
         graph = rows[0].leg.student.graph
@@ -133,19 +140,22 @@ class Pipeline:
         seeds: Sequence[int],
         steps: int | None = None,
         sampler: Sampler | None = None,
+        size: Size | None = None,
     ) -> NDArray[np.uint8]:
         """(B, H, W, 3) images, one a prompt: the plain loop, for tools and tests. At most max_rows prompts."""
         student = self.student(steps, sampler)
         conditions = self.condition(prompts)
-        rows = [self.start(c, guidance_scale, seed, student) for c, seed in zip(conditions, seeds, strict=True)]
+        pairs = zip(conditions, seeds, strict=True)
+        rows = [self.start(condition, guidance_scale, seed, student, size) for condition, seed in pairs]
         while not rows[0].done:
             self.step(rows)
         return self.decode([row.latent for row in rows])
 
     def warm(self) -> None:
-        """Run every graph once at every rung, so that no request pays for a first run."""
-        for graph, rung in product(self.manifest.graphs, self.rungs):
-            self._engines[graph].run(example_inputs(self.manifest, self.tokenizer, graph, rung))
+        """Run every graph once at every size and rung, so that no request pays for a first run."""
+        for call, rung in product(calls(self.manifest), self.rungs):
+            inputs = example_inputs(self.manifest, self.tokenizer, call.graph, rung, size=call.size)
+            self._engines[call.graph].run(inputs)
 
     def rung(self, n: int) -> int:
         """The smallest rung that holds n rows."""
@@ -172,10 +182,16 @@ class Pipeline:
             del inputs[GUIDANCE]
         if GRID in declared:
             inputs[GRID] = np.array([leg.student.grid for leg in legs], np.float32)
+        if TIME_IDS in declared:
+            inputs[TIME_IDS] = np.stack([whole_image(self._size(row)) for row in rows])
         if MASKED in declared:
             inputs[MASKED] = np.stack([_seen(row) for row in rows])
             del inputs[KNOWN]
         return inputs
+
+    def _size(self, row: Row) -> Size:
+        cells = row.latent.shape[1:]
+        return next(size for size in self.manifest.sizes if (size.latent_height, size.latent_width) == cells)
 
     def _run(self, graph: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Pad to a rung by repeating the first row, run, and cut the padding off."""

@@ -16,11 +16,11 @@ from engines.bundle import INLINE_LIMIT_BYTES, Bundle, check_replaceable, file_r
 from engines.calibration import BATCH, Recorded, record_trajectories
 from engines.errors import BundleError
 from engines.int8_graph import check_installed, quantize_graph
-from engines.manifest import NAME_PATTERN, BundleManifest, Evaluation, GraphSpec, Parity
+from engines.manifest import LATENT, NAME_PATTERN, BundleManifest, Evaluation, GraphSpec, Parity
 from engines.measure import Progress
 
 HELD_OUT = 8
-"""One call in this many is kept from calibration: on these the parity of the int8 graph is measured."""
+"""One call in this many of each size is kept from calibration: on these the int8 graph's parity is measured."""
 
 NOT_EVALUATED = "none: not evaluated in int8"
 
@@ -94,11 +94,11 @@ def _check_graphs(bundle: Bundle) -> None:
 
 def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> GraphSpec:
     """Write the int8 graph into ``staging``, and measure it on the calls held out."""
-    held_out = range(0, len(calls.inputs), HELD_OUT)
+    held_out = _held_out(calls)
     seen = [rows for i, rows in enumerate(calls.inputs) if i not in held_out]
     target = staging / spec.file
     _save(quantize_graph(onnx.load(file, load_external_data=False), seen, file.parent), target)
-    lowered = spec.model_copy(update={"dtype": "int8", "lowered": {}})
+    lowered = spec.model_copy(update={"dtype": "int8", "parity_by_size": {}, "lowered": {}})
     engine = OpenVinoBackend(target, lowered)
     errors = []
     for i in held_out:
@@ -117,3 +117,11 @@ def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> Gr
 def _save(model: onnx.ModelProto, file: Path) -> None:
     beside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INLINE_LIMIT_BYTES
     onnx.save_model(model, str(file), save_as_external_data=beside, location=f"{file.name}.data")
+
+
+def _held_out(calls: Recorded) -> list[int]:
+    """Numbers of the calls that measure the int8 graph."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for number, rows in enumerate(calls.inputs):
+        by_shape.setdefault(rows[LATENT].shape, []).append(number)
+    return sorted(number for numbers in by_shape.values() for number in numbers[::HELD_OUT])

@@ -13,14 +13,14 @@ from engines.manifest import BundleManifest
 
 
 def cost_table(engine: str, costs: CostTable) -> Table:
-    """Milliseconds of a call, graphs down, batch sizes across."""
+    """Milliseconds of a call, graphs and sizes down, batch sizes across."""
     rungs = list(next(iter(costs.ms.values())))
     table = Table(title=f"{engine}: ms per call, median, by batch size")
     table.add_column("graph")
     for rung in rungs:
         table.add_column(str(rung), justify="right")
-    for graph, row in costs.ms.items():
-        table.add_row(graph, *(f"{row[rung]:.3g}" for rung in rungs))
+    for call, row in costs.ms.items():
+        table.add_row(call, *(f"{row[rung]:.3g}" for rung in rungs))
     return table
 
 
@@ -33,21 +33,22 @@ def fraction_table(result: BenchResult) -> Table:
     table.add_column("GFLOP a row", justify="right")
     for rung in next(iter(result.ms.values())):
         table.add_column(str(rung), justify="right")
-    for graph, row in result.fraction.items():
-        if flop := result.flop[graph]:
-            table.add_row(graph, f"{1e-9 * flop:.3g}", *(f"{100 * reached:.3g}" for reached in row.values()))
+    for call, row in result.fraction.items():
+        if flop := result.flop[call]:
+            table.add_row(call, f"{1e-9 * flop:.3g}", *(f"{100 * reached:.3g}" for reached in row.values()))
     return table
 
 
 def throughput_table(result: BenchResult) -> Table:
     """Images per second of each student at its best batch size."""
     table = Table(title=f"condition, steps and decode; {result.memory_mb:.0f} MB resident")
-    for heading in ("steps", "sampler", "batch", "images/s"):
+    for heading in ("size", "steps", "sampler", "batch", "images/s"):
         table.add_column(heading, justify="right")
     for row in result.throughput:
-        table.add_row(str(row.steps), row.sampler, str(row.batch), f"{row.images_per_s:.3g}")
+        table.add_row(row.size, str(row.steps), row.sampler, str(row.batch), f"{row.images_per_s:.3g}")
     whole = result.generate
-    table.add_row(f"{whole.steps}, timed whole", whole.sampler, str(whole.batch), f"{whole.images_per_s:.3g}")
+    steps = f"{whole.steps}, timed whole"
+    table.add_row(whole.size, steps, whole.sampler, str(whole.batch), f"{whole.images_per_s:.3g}")
     return table
 
 
@@ -58,7 +59,7 @@ def difference_table(differences: Sequence[Difference], tolerance: float) -> Tab
         table.add_column(heading)
     for d in differences:
         verdicts = ("yes" if d.rows_equal else "NO", "yes" if d.within(tolerance) else "NO")
-        table.add_row(d.graph, d.engine, f"{d.max_abs_error:.2g}", f"{d.mean_abs_error:.2g}", *verdicts)
+        table.add_row(d.call, d.engine, f"{d.max_abs_error:.2g}", f"{d.mean_abs_error:.2g}", *verdicts)
     return table
 
 

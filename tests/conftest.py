@@ -41,6 +41,14 @@ def poison_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three sizes: square, wide and high; one step graph."""
+    path = tmp_path_factory.mktemp("bundles") / "sized"
+    options = ToyOptions(name="toy-sized", shared=True, sizes=((64, 64), (96, 64), (64, 128)))
+    return make_toy_bundle(path, options).path
+
+
+@pytest.fixture(scope="session")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight steps of some 10 ms."""
     path = tmp_path_factory.mktemp("bundles") / "slow"

@@ -1,9 +1,9 @@
-"""Calls of fixed batch sizes on a CUDA device: rows at fixed addresses, one stream, one CUDA graph a rung."""
+"""Calls of fixed batch sizes on a CUDA device: rows at fixed addresses, one stream, graphs by rung and size."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from engines.backends.base import Rows
+from engines.calls import Shapes, row_shapes
 from engines.errors import BackendError
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, Size
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "uint8": torch.uint8}
 _log = logging.getLogger(__name__)
@@ -23,17 +24,19 @@ Enqueue = Callable[[], None]
 
 
 class CudaRows:
-    """Inputs and outputs of a graph for ``rung`` rows.
+    """Inputs and outputs of a graph for ``rung`` rows of images of one size.
 
+    shapes: of one row. size: number of it among those that the engine is made ready for.
     inputs, outputs: where the engine reads and writes, on the device; each has a page-locked copy on the host, so
     that both ways are asynchronous. None of them ever moves: a CUDA graph holds their addresses.
     """
 
-    def __init__(self, spec: GraphSpec, rung: int, device: str) -> None:
+    def __init__(self, spec: GraphSpec, rung: int, device: str, shapes: Shapes, size: int = 0) -> None:
         self.rung = rung
+        self.size = size
         pinned = device == "cuda"
         host = {
-            tensor.name: torch.zeros((rung, *tensor.shape[1:]), dtype=_DTYPES[tensor.dtype], pin_memory=pinned)
+            tensor.name: torch.zeros((rung, *shapes[tensor.name]), dtype=_DTYPES[tensor.dtype], pin_memory=pinned)
             for tensor in (*spec.inputs, *spec.outputs)
         }
         self.inputs = {tensor.name: torch.zeros_like(host[tensor.name], device=device) for tensor in spec.inputs}
@@ -62,7 +65,8 @@ class CudaRows:
 class Ladder:
     """Runs any number of rows as calls of fixed batch sizes, each made ready when it first comes.
 
-    make: prepares the engine for rows of one batch size and gives its call. capture: keep each call as a CUDA
+    sizes: of images to be ready for, where the graph takes several. make: prepares the engine for rows of one batch
+    size, of images of one size, and gives its call. capture: keep each call as a CUDA
     graph, which replays with one launch. device: cuda, or cpu to rehearse without graphs.
     """
 
@@ -73,23 +77,26 @@ class Ladder:
         make: Callable[[CudaRows], Enqueue],
         *,
         capture: bool,
+        sizes: Sequence[Size] = (),
         device: str = "cuda",
     ) -> None:
         self._spec = spec
+        self._shapes = row_shapes(spec, sizes)
         self._rungs = tuple(rungs)
         self._make = make
         self._capture = capture
         self._device = device
         self.stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
-        self._calls: dict[int, tuple[CudaRows, Enqueue]] = {}
+        self._calls: dict[tuple[int, int], tuple[CudaRows, Enqueue]] = {}
         self.captured: dict[int, bool] = {}
-        """Whether each batch size that came so far replays a graph."""
+        """Whether each batch size that came so far replays a graph, at every size of image that it came in."""
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         """All outputs of the rows. Raises: BackendError naming an input of another dtype or shape."""
-        count, largest = check_rows(self._spec, rows), self._rungs[-1]
+        count, largest = len(rows[self._spec.inputs[0].name]), self._rungs[-1]
+        size = check_rows(self._spec, self._shapes, rows)
         pieces = [
-            self._run({t.name: rows[t.name][first : first + largest] for t in self._spec.inputs})
+            self._run(size, {t.name: rows[t.name][first : first + largest] for t in self._spec.inputs})
             for first in range(0, count, largest)
         ]
         if len(pieces) == 1:
@@ -102,13 +109,13 @@ class Ladder:
             self.stream.synchronize()
         self._calls.clear()
 
-    def _run(self, piece: Rows) -> dict[str, NDArray[Any]]:
+    def _run(self, size: int, piece: Rows) -> dict[str, NDArray[Any]]:
         count = len(piece[self._spec.inputs[0].name])
         rung = next(rung for rung in self._rungs if rung >= count)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            if rung not in self._calls:
-                self._calls[rung] = self._ready(rung)
-            rows, enqueue = self._calls[rung]
+            if (rung, size) not in self._calls:
+                self._calls[rung, size] = self._ready(rung, size)
+            rows, enqueue = self._calls[rung, size]
             rows.upload(piece)
             enqueue()
             rows.download()
@@ -116,12 +123,16 @@ class Ladder:
             self.stream.synchronize()
         return rows.taken(count)
 
-    def _ready(self, rung: int) -> tuple[CudaRows, Enqueue]:
-        rows = CudaRows(self._spec, rung, self._device)
-        enqueue = self._make(rows)
-        self.captured[rung] = False
+    def _ready(self, rung: int, size: int) -> tuple[CudaRows, Enqueue]:
+        rows = CudaRows(self._spec, rung, self._device, self._shapes[size], size)
+        replay = self._captured(rows, enqueue := self._make(rows))
+        self.captured[rung] = replay is not None and self.captured.get(rung, True)
+        return rows, replay or enqueue
+
+    def _captured(self, rows: CudaRows, enqueue: Enqueue) -> Enqueue | None:
+        """The call as a graph's replay; None where it is not to be, or cannot be, captured."""
         if self.stream is None or not self._capture:
-            return rows, enqueue
+            return None
         enqueue()  # what a first call allocates and compiles is not to be captured
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -129,19 +140,24 @@ class Ladder:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 enqueue()
         except RuntimeError as error:
-            _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rung, error)
-            return rows, enqueue
-        self.captured[rung] = True
-        return rows, graph.replay
+            _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rows.rung, error)
+            return None
+        replay: Enqueue = graph.replay
+        return replay
 
 
-def check_rows(spec: GraphSpec, rows: Rows) -> int:
-    """How many rows there are. Raises: BackendError naming an input of another dtype or shape."""
+def check_rows(spec: GraphSpec, shapes: Sequence[Shapes], rows: Rows) -> int:
+    """Which of the shapes the rows have. Raises: BackendError naming an input of another dtype or shape."""
+    wrong = [list(_wrong(spec, each, rows)) for each in shapes]
+    if [] in wrong:
+        return wrong.index([])
+    reason = min(wrong, key=len)[0]
+    raise BackendError(reason if len(shapes) == 1 else f"rows are of none of the {len(shapes)} sizes: {reason}")
+
+
+def _wrong(spec: GraphSpec, shapes: Shapes, rows: Rows) -> Iterator[str]:
     count = len(rows[spec.inputs[0].name])
     for tensor in spec.inputs:
-        array, shape = rows[tensor.name], (count, *tensor.shape[1:])
+        array, shape = rows[tensor.name], (count, *shapes[tensor.name])
         if array.shape != shape or array.dtype != np.dtype(tensor.dtype):
-            raise BackendError(
-                f"{tensor.name} must be {tensor.dtype} of {shape}, not {array.dtype} of {array.shape}"
-            )
-    return count
+            yield f"{tensor.name} must be {tensor.dtype} of {shape}, not {array.dtype} of {array.shape}"

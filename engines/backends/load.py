@@ -16,7 +16,7 @@ from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.errors import BackendError
 from engines.machine import machine_name
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, Size
 
 BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -113,7 +113,16 @@ def load_backend(
     """
     kept = None if cache_dir is None else (cache_dir, engine_key(bundle, graph, name, precision, threads))
     file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
-    return load_graph(name, file, spec, precision=precision, threads=threads, kept=kept, rungs=rungs)
+    return load_graph(
+        name,
+        file,
+        spec,
+        precision=precision,
+        threads=threads,
+        kept=kept,
+        rungs=rungs,
+        sizes=bundle.manifest.sizes if spec.free else (),
+    )
 
 
 def load_graph(
@@ -125,8 +134,13 @@ def load_graph(
     threads: int = 0,
     kept: tuple[Path, EngineKey] | None = None,
     rungs: Sequence[int] = RUNGS,
+    sizes: Sequence[Size] = (),
 ) -> EngineBackend:
-    """One graph from its file, as ``load_backend``. kept: the engine cache and the graph's key in it."""
+    """One graph from its file, as ``load_backend``.
+
+    kept: the engine cache and the graph's key in it. sizes: of images to be ready for, where the graph takes
+    several.
+    """
     backend = choose_backend(name)
     chosen = graph_precision(spec, choose_precision(backend, precision))
     module = _import(backend)
@@ -134,14 +148,16 @@ def load_graph(
         _check_int8(backend, chosen)
     if backend == "openvino":
         models = None if kept is None else kept[1].folder(kept[0]) / "models"
-        engine = module.OpenVinoBackend(file, spec, precision=chosen, threads=threads, cache_dir=models)
+        engine = module.OpenVinoBackend(
+            file, spec, precision=chosen, threads=threads, cache_dir=models, sizes=max(1, len(sizes))
+        )
     elif backend in ON_GPU and threads:
         raise BackendError(f"The {backend} backend has no CPU threads to set; leave threads at 0.")
     elif backend == "torch-cuda":
-        engine = module.TorchCudaBackend(file, spec, precision=chosen, rungs=rungs)
+        engine = module.TorchCudaBackend(file, spec, precision=chosen, rungs=rungs, sizes=sizes)
     elif backend == "tensorrt":
-        store = None if kept is None else PlanStore(*kept, sorted(rungs))
-        engine = module.TensorRtBackend(file, spec, precision=chosen, rungs=rungs, store=store)
+        store = None if kept is None else PlanStore(*kept, sorted(rungs), [str(size) for size in sizes])
+        engine = module.TensorRtBackend(file, spec, precision=chosen, rungs=rungs, sizes=sizes, store=store)
     elif backend == "onnxruntime":
         engine = module.OnnxRuntimeBackend(file, spec, threads)
     else:

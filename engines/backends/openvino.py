@@ -1,10 +1,11 @@
 """OpenVINO on the CPU: the fastest backend there, and the default.
 
-float32: one model per batch size, each compiled for exactly that size. Rows come out bit-equal whatever the
+float32: one model per batch and image size, each compiled for exactly those. Rows come out bit-equal whatever the
 batch size or the companions, and a step takes about half the time of one model with a free batch size (group
-normalisation fuses only when shapes are known). A graph too large to hold once per rung keeps its batch free.
+normalisation fuses only when shapes are known). A graph too large to hold once per rung keeps its batch free, and
+where it takes several image sizes, those too.
 
-bfloat16: a free batch, because models compiled per size are not bit-equal in bfloat16, and two models: the
+bfloat16: likewise, because models compiled per size are not bit-equal in bfloat16, and two models: the
 sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``).
 """
 
@@ -28,7 +29,8 @@ from engines.manifest import GraphSpec
 Arrays = dict[str, NDArray[Any]]
 
 MAX_STATIC_BYTES = 128 * 1024 * 1024
-"""Most weights of a graph that is compiled once per batch size; each copy takes about twice its size in memory."""
+"""Most weights of a graph that is compiled once per batch size, times its image sizes; each copy takes about twice
+its size in memory."""
 
 LONE_THREAD_BYTES = 1024 * 1024
 """A graph with less weights than this runs on the calling thread: waking others costs more than they save."""
@@ -40,8 +42,8 @@ class OpenVinoBackend(OfGraph):
     """One graph, compiled.
 
     precision: of the network body. threads: worker threads of one run; 0 takes one per core, or one alone for
-    a tiny graph. cache_dir: folder where compiled models are kept, or None. static: compile once per batch
-    size; None decides by size.
+    a tiny graph. cache_dir: folder where compiled models are kept, or None. static: compile once per batch and
+    image size; None decides by the weights. sizes: how many image sizes it will be given.
     Raises: BackendError when the graph cannot be compiled.
     """
 
@@ -54,6 +56,7 @@ class OpenVinoBackend(OfGraph):
         threads: int = 0,
         cache_dir: Path | None = None,
         static: bool | None = None,
+        sizes: int = 1,
     ) -> None:
         self._spec = spec
         self._precision = precision
@@ -63,7 +66,7 @@ class OpenVinoBackend(OfGraph):
         try:
             self._model: Any = _core().read_model(file)
             weights = _weight_bytes(self._model)
-            fits = precision == "float32" and weights <= MAX_STATIC_BYTES
+            fits = precision == "float32" and weights * sizes <= MAX_STATIC_BYTES
             self._static = fits if static is None else static
             self._config = _config(threads or int(weights < LONE_THREAD_BYTES), self._kept)
             if not self._static:
@@ -96,7 +99,7 @@ class OpenVinoBackend(OfGraph):
         self._requests.clear()
 
     def _compile_dynamic(self) -> None:
-        """Make the requests of a free batch; no head in float32 and in graphs without sinusoids."""
+        """Make the requests of free shapes; no head in float32 and in graphs without sinusoids."""
         body = self._model
         if self._precision == "bfloat16" and (parts := split_head(self._model)):
             self._head, body = self._request(parts[0], "float32"), parts[1]

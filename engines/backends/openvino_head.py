@@ -14,9 +14,9 @@ from typing import Any
 import openvino as ov
 
 from engines.errors import BackendError
-from engines.manifest import GRID, GUIDANCE, TIMESTEP
+from engines.manifest import GRID, GUIDANCE, TIME_IDS, TIMESTEP
 
-_SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID})
+_SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID, TIME_IDS})
 _PRODUCTS = frozenset({"MatMul", "Convolution", "GroupConvolution"})
 
 

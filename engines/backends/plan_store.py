@@ -1,8 +1,8 @@
 """Engines that were built on this machine, kept under their key: whole and unaltered, or not at all.
 
-A plan is executable code for one graph, library, GPU, driver and ladder of batch sizes. Every file begins with a
-line that says what the rest was made from and for, with its hash. What is not exactly what was asked for is never
-handed out; its owner builds it again.
+A plan is executable code for one graph, library, GPU, driver, ladder of batch sizes and sizes of image. Every file
+begins with a line that says what the rest was made from and for, with its hash. What is not exactly what was asked
+for is never handed out; its owner builds it again.
 """
 
 from __future__ import annotations
@@ -40,17 +40,22 @@ class _Stamp(Frozen):
     engine: str
     machine: str
     rungs: tuple[int, ...]
+    sizes: tuple[str, ...] = ()
     sha256: str
     bytes: int
 
 
 class PlanStore:
-    """What is kept for one engine key and one ladder of batch sizes, in the key's folder under ``cache_dir``."""
+    """What is kept for one engine key and ladder of batch sizes, in the key's folder under ``cache_dir``.
 
-    def __init__(self, cache_dir: Path, key: EngineKey, rungs: Sequence[int]) -> None:
+    sizes: of images, where the graph takes several.
+    """
+
+    def __init__(self, cache_dir: Path, key: EngineKey, rungs: Sequence[int], sizes: Sequence[str] = ()) -> None:
         self._cache_dir = cache_dir
         self._key = key
         self._rungs = tuple(rungs)
+        self._sizes = tuple(sizes)
         self._folder = key.folder(cache_dir) / "models"
 
     def of_every_graph(self) -> PlanStore:
@@ -124,7 +129,7 @@ class PlanStore:
 
     def file(self, kind: Kind) -> Path:
         """Where ``kind`` is kept; it need not exist."""
-        return self._folder / f"{'-'.join(map(str, ('engine', *self._rungs)))}.{kind}"
+        return self._folder / f"{'-'.join(map(str, ('engine', *self._rungs, *self._sizes)))}.{kind}"
 
     def _loaded(self, load: Callable[[bytes], Engine | None]) -> Engine | None:
         plan = self.load("plan")
@@ -137,6 +142,7 @@ class PlanStore:
             engine=self._key.engine,
             machine=self._key.machine,
             rungs=self._rungs,
+            sizes=self._sizes,
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
         )

@@ -1,4 +1,4 @@
-"""TensorRT on an NVIDIA GPU: a plan for this very GPU, one static profile, context and CUDA graph a rung.
+"""TensorRT on an NVIDIA GPU: a plan for this very GPU, a static profile, context and CUDA graph a rung and size.
 
 ``tensorrt`` and ``tensorrt_rtx`` have nearly one API: ``engines.backends.tensorrt_build`` and ``tensorrt_run`` say
 where they differ. Buffers, the stream and graph capture are torch's.
@@ -17,14 +17,15 @@ from engines.backends.cuda import find_device
 from engines.backends.plan_store import PlanStore
 from engines.backends.tensorrt_build import Network, check_target, find_library, library_name
 from engines.errors import BackendError
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, Size
 
 
 class TensorRtBackend(OfGraph):
     """One graph on the current CUDA device.
 
     precision: of the network body. rungs: batch sizes to be ready for; a batch between two is filled up, one
-    beyond the largest runs in pieces. store: where the plan is kept, or None to build it every time.
+    beyond the largest runs in pieces. sizes: of images to be ready for, where the graph takes several. store: where
+    the plan is kept, or None to build it every time.
     Raises: BackendError when there is no library or GPU, or the graph cannot be built.
     """
 
@@ -35,6 +36,7 @@ class TensorRtBackend(OfGraph):
         *,
         precision: Precision = "float32",
         rungs: Sequence[int] = RUNGS,
+        sizes: Sequence[Size] = (),
         store: PlanStore | None = None,
     ) -> None:
         trt = find_library()
@@ -46,10 +48,10 @@ class TensorRtBackend(OfGraph):
         rungs = tuple(sorted(rungs))
 
         def load(plan: bytes) -> LoadedPlan | None:
-            return LoadedPlan.open(trt, plan, spec, rungs, store)
+            return LoadedPlan.open(trt, plan, spec, rungs, sizes, store)
 
         def build() -> bytes:
-            return build_plan(file, spec, precision, rungs, store)
+            return build_plan(file, spec, precision, rungs, sizes, store)
 
         try:
             self._plan = load(build()) if store is None else store.obtain(load, build)
@@ -84,13 +86,18 @@ def engine_name(precision: Precision) -> str:
 
 
 def build_plan(
-    file: Path, spec: GraphSpec, precision: Precision, rungs: Sequence[int], store: PlanStore | None
+    file: Path,
+    spec: GraphSpec,
+    precision: Precision,
+    rungs: Sequence[int],
+    sizes: Sequence[Size],
+    store: PlanStore | None,
 ) -> bytes:
     """Compile a graph for the GPU of this machine; what the builder learns is kept for the next graph."""
     timings = None if store is None else store.of_every_graph()
     known = None if timings is None else timings.load("timings")
     network = Network(find_library(), file, spec, precision)
-    built = network.build(rungs, for_this_gpu=True, timings=known or b"")
+    built = network.build(rungs, sizes, for_this_gpu=True, timings=known or b"")
     if timings is not None and built.timings:
         timings.save("timings", built.timings)
     return built.plan

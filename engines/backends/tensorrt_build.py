@@ -1,8 +1,8 @@
 """From a bundle's ONNX graph to a TensorRT plan, with ``tensorrt`` or ``tensorrt_rtx``, whichever is installed.
 
 Networks are strongly typed: they compute in the graph's own types, which is float32 without TF32 here, or the
-graph with its products in 16 bits (``engines.backends.lowering``). One plan holds one optimisation profile a rung,
-each of exactly that batch size: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
+graph with its products in 16 bits (``engines.backends.lowering``). One plan holds one optimisation profile a rung and
+size of image, each of exactly those: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,9 @@ import onnx
 from engines.backends.base import Precision
 from engines.backends.cuda import Device
 from engines.backends.lowering import lower_products
+from engines.calls import row_shapes
 from engines.errors import BackendError
-from engines.manifest import DType, GraphSpec, TensorSpec
+from engines.manifest import DType, GraphSpec, Size, TensorSpec
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """Preferred first: full TensorRT targets data-centre GPUs too and tunes for the very GPU."""
@@ -97,18 +99,21 @@ class Network:
         """What it gives, likewise."""
         return tuple(_spec(self.definition.get_output(i)) for i in range(self.definition.num_outputs))
 
-    def build(self, rungs: Sequence[int], *, for_this_gpu: bool, timings: bytes = b"") -> Built:
-        """Compile it.
+    def build(
+        self, rungs: Sequence[int], sizes: Sequence[Size] = (), *, for_this_gpu: bool, timings: bytes = b""
+    ) -> Built:
+        """Compile it, with a profile for every rung of each size in turn.
 
-        for_this_gpu: else for every GPU that tensorrt_rtx makes engines for, which needs none. timings: what an
-        earlier build gave. Raises: BackendError with the library's own words.
+        sizes: of images, where the graph takes several. for_this_gpu: else for every GPU that tensorrt_rtx makes
+        engines for, which needs none. timings: what an earlier build gave. Raises: BackendError with the library's
+        own words.
         """
         trt, config = self._trt, self._builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
-        for rung in rungs:
+        for shapes, rung in product(row_shapes(self._spec, sizes), rungs):
             profile = self._builder.create_optimization_profile()
             for tensor in self._spec.inputs:
-                shape = (rung, *tensor.shape[1:])
+                shape = (rung, *shapes[tensor.name])
                 profile.set_shape(tensor.name, shape, shape, shape)
             config.add_optimization_profile(profile)
         if is_rtx(trt):

@@ -1,4 +1,4 @@
-"""A TensorRT plan at work on the current CUDA device: one context a batch size, scratch memory shared by all."""
+"""A TensorRT plan at work on the current CUDA device: a context a batch and image size, scratch memory shared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
 from engines.backends.plan_store import PlanStore
 from engines.backends.tensorrt_build import is_rtx, logger
 from engines.errors import BackendError
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, Size
 
 
 class LoadedPlan:
-    """The engine of a plan, whose profiles are ``rungs`` in this order.
+    """The engine of a plan, whose profiles are ``rungs`` in this order, for each of ``sizes`` in turn.
 
     tensorrt_rtx compiles kernels for the GPU when a context is made, which ``store`` keeps, and captures CUDA
     graphs itself; for tensorrt the ladder does.
@@ -31,6 +31,7 @@ class LoadedPlan:
         engine: Any,
         spec: GraphSpec,
         rungs: Sequence[int],
+        sizes: Sequence[Size],
         store: PlanStore | None,
     ) -> None:
         self._trt = trt
@@ -41,16 +42,22 @@ class LoadedPlan:
         self._scratch = torch.empty(max(engine.device_memory_size_v2, 1), dtype=torch.uint8, device="cuda")
         self._kernels = _Kernels(engine, store) if is_rtx(trt) else None
         self._contexts: list[Any] = []
-        self._ladder = Ladder(spec, rungs, self._make, capture=self._kernels is None)
+        self._ladder = Ladder(spec, rungs, self._make, capture=self._kernels is None, sizes=sizes)
 
     @classmethod
     def open(
-        cls, trt: ModuleType, plan: bytes, spec: GraphSpec, rungs: Sequence[int], store: PlanStore | None
+        cls,
+        trt: ModuleType,
+        plan: bytes,
+        spec: GraphSpec,
+        rungs: Sequence[int],
+        sizes: Sequence[Size],
+        store: PlanStore | None,
     ) -> Self | None:
         """Load a plan, or give None where the library does not take it."""
         runtime = trt.Runtime(logger(trt))
         engine = runtime.deserialize_cuda_engine(plan)
-        return None if engine is None else cls(trt, runtime, engine, spec, rungs, store)
+        return None if engine is None else cls(trt, runtime, engine, spec, rungs, sizes, store)
 
     @property
     def captured(self) -> dict[int, bool]:
@@ -71,7 +78,8 @@ class LoadedPlan:
         assert self._ladder.stream is not None
         context, stream = self._context(), self._ladder.stream.cuda_stream
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
-        taken = [context.set_optimization_profile_async(self._rungs.index(rows.rung), stream)]
+        profile = rows.size * len(self._rungs) + self._rungs.index(rows.rung)
+        taken = [context.set_optimization_profile_async(profile, stream)]
         taken += [context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in rows.inputs.items()]
         everything = {**rows.inputs, **rows.outputs}
         taken += [context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in everything.items()]

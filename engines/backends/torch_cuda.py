@@ -21,14 +21,15 @@ from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
 from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule
 from engines.errors import BackendError
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, Size
 
 
 class TorchCudaBackend(OfGraph):
     """One graph on the current CUDA device.
 
     precision: of the network body. rungs: batch sizes that get a CUDA graph; a batch between two is filled up, one
-    beyond the largest runs in pieces. device: cuda, or cpu to rehearse.
+    beyond the largest runs in pieces. sizes: of images, each with graphs of its own, where the graph takes several.
+    device: cuda, or cpu to rehearse.
     Raises: BackendError when there is no GPU, or the graph cannot be read or holds an operator not known here.
     """
 
@@ -39,6 +40,7 @@ class TorchCudaBackend(OfGraph):
         *,
         precision: Precision = "float32",
         rungs: Sequence[int] = RUNGS,
+        sizes: Sequence[Size] = (),
         device: str = "cuda",
     ) -> None:
         if device == "cuda":
@@ -54,7 +56,7 @@ class TorchCudaBackend(OfGraph):
         self._spec = spec
         self._precision = precision
         self._module: OnnxModule | None = OnnxModule(model, device).eval()
-        self._ladder = Ladder(spec, sorted(rungs), self._make, capture=True, device=device)
+        self._ladder = Ladder(spec, sorted(rungs), self._make, capture=True, sizes=sizes, device=device)
 
     @property
     def name(self) -> str:

@@ -190,6 +190,11 @@ def _cast(x: Tensor, to: int, saturate: int = 1) -> Tensor:
     return x.to(_dtype(to))
 
 
+def _div(a: Tensor, b: Tensor) -> Tensor:
+    """Of whole numbers, as of lengths, a whole number."""
+    return torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc")
+
+
 def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     return x if low is None and high is None else torch.clamp(x, low, high)
 
@@ -214,7 +219,7 @@ OPERATORS: dict[str, Operator] = {
     "Concat": lambda *inputs, axis: torch.cat(inputs, axis),
     "Conv": _conv,
     "Cos": torch.cos,
-    "Div": torch.div,
+    "Div": _div,
     "Equal": torch.eq,
     "Exp": torch.exp,
     "Expand": _expand,

@@ -23,22 +23,33 @@ from engines.manifest import COEFFICIENTS, LATENT
 from engines.open import open_pipeline
 from tests.gpu.loading import load_file, skip_unless_possible
 from tests.support.step_rows import random_rows, step_spec
+from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 RUNGS = (1, 2, 4)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9], ids=["a rung", "between two", "the largest", "beyond it"])
 def test_every_graph_agrees_with_the_reference(backend: BackendName, toy: Bundle, rows: int) -> None:
-    for graph, spec in toy.manifest.graphs.items():
-        inputs = example_inputs(toy.manifest, load_tokenizer(toy), graph, rows)
-        expected = load_backend("onnxruntime", toy, graph).run(inputs)
-        engine = load_backend(backend, toy, graph, rungs=RUNGS)
-        got = engine.run(inputs)
-        for output in spec.outputs:
-            levels = output.dtype == "uint8"
-            assert got[output.name].dtype == expected[output.name].dtype
-            difference = np.abs(got[output.name].astype(np.float64) - expected[output.name])
-            assert difference.max() <= (1 if levels else 1e-3), (graph, output.name)
+    check_calls(backend, toy, rows)
+
+
+def test_every_size_agrees_with_the_reference(backend: BackendName, tmp_path: Path) -> None:
+    options = ToyOptions(steps=(2,), default_steps=2, sizes=((64, 64), (96, 64), (64, 128)))
+    check_calls(backend, make_toy_bundle(tmp_path / "sized", options), 3)
+
+
+def check_calls(backend: BackendName, bundle: Bundle, rows: int) -> None:
+    """Every graph, at all of its sizes in one engine."""
+    for graph, spec in bundle.manifest.graphs.items():
+        engine, reference = (load_backend(name, bundle, graph, rungs=RUNGS) for name in (backend, "onnxruntime"))
+        for size in bundle.manifest.sizes if spec.free else bundle.manifest.sizes[:1]:
+            inputs = example_inputs(bundle.manifest, load_tokenizer(bundle), graph, rows, size=size)
+            got, expected = engine.run(inputs), reference.run(inputs)
+            for output in spec.outputs:
+                levels = output.dtype == "uint8"
+                assert got[output.name].dtype == expected[output.name].dtype
+                difference = np.abs(got[output.name].astype(np.float64) - expected[output.name])
+                assert difference.max() <= (1 if levels else 1e-3), (graph, size, output.name)
         engine.close()
 
 

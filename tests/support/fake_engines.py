@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engines.backends.base import Rows
 from engines.bundle import verify_bundle
+from engines.calls import calls
 from engines.cost import CostTable
 from engines.manifest import (
     CLEAN_ESTIMATE,
@@ -75,7 +76,7 @@ class Bench:
             return FakeEngine(manifest.graphs[graph], runs.get(graph, lambda rows: self._step(graph, rows)), name)
 
         self.pipeline = Pipeline(verified, load, RUNGS)
-        self.pipeline.costs = CostTable({graph: dict.fromkeys(RUNGS, 1.0) for graph in manifest.graphs})
+        self.pipeline.costs = CostTable({str(call): dict.fromkeys(RUNGS, 1.0) for call in calls(manifest)})
 
     def hold(self) -> None:
         """Steps from now on wait for ``allow``."""

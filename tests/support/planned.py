@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engines.bench import BenchResult, Throughput
 from engines.bundle import Bundle, verify_bundle
+from engines.calls import calls
 from engines.cost import CostTable
 from server.capacity.fleet import Fleet, Outcome
 from server.capacity.plan import admission_of
@@ -22,8 +23,8 @@ def costs_of(bundle: Bundle) -> CostTable:
     rungs = {"condition": (1, 1, 1), "decode": (5, 6, 8), "encode": (3, 3, 3)}
     return CostTable(
         {
-            graph: dict(zip((1, 2, 4), map(float, rungs.get(graph, (10, 12, 16))), strict=True))
-            for graph in bundle.manifest.graphs
+            str(call): dict(zip((1, 2, 4), map(float, rungs.get(call.graph, (10, 12, 16))), strict=True))
+            for call in calls(bundle.manifest)
         }
     )
 

@@ -32,7 +32,7 @@ from engines.manifest import (
 )
 from engines.sampler import Sampler, encoder_plan, sampler_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
-from tests.support.toy_graphs import LATENT_PX, WIDTH, condition_graph, decode_graph, encode_graph, step_graph
+from tests.support.toy_graphs import SCALE, WIDTH, condition_graph, decode_graph, encode_graph, step_graph
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -44,7 +44,8 @@ class ToyOptions:
     channels, depth: size of the network (96 and 24 make a step of some 10 ms); nan_class: a class whose
     output is NaN, for fault tests; stochastic: step counts that also get a stochastic student; shared: one
     step graph for every N, with the grid input; encoders: step counts of encoders; seeing: networks
-    that see the mask; weights_seed: another model of the same shapes.
+    that see the mask; weights_seed: another model of the same shapes; sizes: (width, height) of images, multiples
+    of 8, which graphs leave free where there are several.
     """
 
     name: str = "toy-digits"
@@ -59,6 +60,7 @@ class ToyOptions:
     encoders: tuple[int, ...] = ()
     seeing: bool = False
     weights_seed: int = 0
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
 
 
 def make_toy_bundle(destination: Path, options: ToyOptions | None = None) -> Bundle:
@@ -79,7 +81,9 @@ def _vocabulary() -> LabelVocabulary:
 def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
     students = [("step", 0)] if options.shared else [(f"step_{n}", n) for n in options.steps]
     students += [(f"invert_{n}", 100 + n) for n in options.encoders]
-    models = {CONDITION_GRAPH: condition_graph(), DECODE_GRAPH: decode_graph(), ENCODE_GRAPH: encode_graph()}
+    free = len(options.sizes) > 1
+    around = {DECODE_GRAPH: decode_graph(free=free), ENCODE_GRAPH: encode_graph(free=free)}
+    models = {CONDITION_GRAPH: condition_graph(), **around}
     for name, n in students:
         models[name] = step_graph(
             seed=1000 * options.weights_seed + n,
@@ -88,6 +92,7 @@ def _write_graphs(folder: Path, options: ToyOptions) -> dict[str, GraphSpec]:
             nan_class=options.nan_class,
             grid=options.shared and name == "step",
             seeing=options.seeing,
+            free=free,
         )
     parity = Parity(reference="built in ONNX, not exported", max_abs_error=0.0, mean_abs_error=0.0, rows=0)
     specs = {}
@@ -137,7 +142,10 @@ def _manifest(folder: Path, options: ToyOptions, graphs: dict[str, GraphSpec]) -
         clip=options.clip,
         guidance=GuidanceRange(min=1.0, max=5.0, default=2.0),
         latent=Latent(channels=1),
-        sizes=(Size(width=64, height=64, latent_width=LATENT_PX, latent_height=LATENT_PX),),
+        sizes=tuple(
+            Size(width=width, height=height, latent_width=width // SCALE, latent_height=height // SCALE)
+            for width, height in options.sizes
+        ),
         condition=ConditionSpec(kind="labels", tokenizer="tokenizer.json", tokens=1, width=WIDTH),
         graphs=graphs,
         students=_students(options, NoiseSchedule(schedule)),

@@ -14,6 +14,7 @@ from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule, TorchBackend
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.bundle import Bundle
+from engines.calls import row_shapes
 from engines.condition import load_tokenizer
 from engines.errors import BackendError
 from engines.examples import example_inputs
@@ -62,7 +63,8 @@ def test_rows_run_as_batches_of_the_ladder(count: int, ran: list[int]) -> None:
 
 
 def test_missing_rows_are_filled_up_with_the_first() -> None:
-    rows = CudaRows(SPEC, 4, "cpu")
+    [shapes] = row_shapes(SPEC, ())
+    rows = CudaRows(SPEC, 4, "cpu", shapes)
     rows.upload({"a": np.ones((4, 2), np.float32), "tokens": np.full(4, 9)})
     rows.upload({"a": np.zeros((2, 2), np.float32), "tokens": np.array([5, 6])})
     assert rows.inputs["tokens"].tolist() == [5, 6, 5, 5]
@@ -80,7 +82,7 @@ def test_missing_rows_are_filled_up_with_the_first() -> None:
 def test_rows_of_another_shape_or_type_are_named(name: str, array: np.ndarray, message: str) -> None:
     rows = {"a": np.zeros((2, 2), np.float32), "tokens": np.zeros(2, np.int64), name: array}
     with pytest.raises(BackendError, match=message):
-        check_rows(SPEC, rows)
+        check_rows(SPEC, row_shapes(SPEC, ()), rows)
 
 
 def test_the_rehearsal_computes_what_the_cpu_backend_does(unet_file: Path) -> None:

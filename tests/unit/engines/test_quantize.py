@@ -20,7 +20,7 @@ from engines.errors import BackendError, BundleError
 from engines.examples import example_inputs
 from engines.guidance import weight_from_scale
 from engines.int8_graph import PRODUCTS, body_products, quantize_graph
-from engines.manifest import GUIDANCE, MANIFEST_NAME, SEAL_NAME, TIMESTEP
+from engines.manifest import CLEAN_ESTIMATE, GUIDANCE, MANIFEST_NAME, SEAL_NAME, TIMESTEP
 from engines.quantize import NOT_EVALUATED, Int8Options, quantize_bundle
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
@@ -152,3 +152,16 @@ def test_a_graph_with_its_weights_beside_it_becomes_the_same_int8(
     ]
     assert weights[0] == weights[1]
     assert beside.manifest.graphs["step_1"] == inside.manifest.graphs["step_1"]
+
+
+def test_several_sizes_are_calibrated_and_held_out(tmp_path: Path) -> None:
+    options = ToyOptions(steps=(2,), default_steps=2, sizes=((64, 64), (96, 64)))
+    bundle = make_toy_bundle(tmp_path / "sized", options)
+    made = quantize_bundle(bundle, tmp_path / "int8", Int8Options(batches=2))
+    spec = made.manifest.graphs["step_2"]
+    assert (spec.dtype, spec.parity.rows, spec.parity_by_size) == ("int8", 2 * BATCH, {})
+    engine, reference = load_backend("auto", made, "step_2"), load_backend("auto", bundle, "step_2")
+    for size in bundle.manifest.sizes:
+        rows = example_inputs(bundle.manifest, load_tokenizer(bundle), "step_2", 4, size=size)
+        got, expected = engine.run(rows)[CLEAN_ESTIMATE], reference.run(rows)[CLEAN_ESTIMATE]
+        assert 0 < np.abs(got - expected).mean() < 0.1 * np.abs(expected).mean()

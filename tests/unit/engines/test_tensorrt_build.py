@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from engines.backends.base import Precision
 from engines.backends.tensorrt_build import Network
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, TensorSpec
+from engines.manifest import GraphSpec, Size, TensorSpec
 from tests.support.scaled_down import Exported, step_of, surroundings
 from tests.support.step_rows import step_spec
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -33,7 +33,7 @@ def trt() -> ModuleType:
     return module
 
 
-def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision) -> None:
+def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision, sizes: Sequence[Size] = ()) -> None:
     """The parsed network takes and gives what the manifest says, multiplies in the precision, and compiles."""
     network = Network(trt, file, spec, precision)
     for found, described in ((network.inputs(), spec.inputs), (network.outputs(), spec.outputs)):
@@ -42,7 +42,7 @@ def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision) ->
     layers = [network.definition.get_layer(i) for i in range(network.definition.num_layers)]
     products = [layer.get_output(0).dtype.name for layer in layers if layer.type.name in PRODUCTS]
     assert set(products) <= {PRECISIONS[precision]}
-    assert len(network.build(RUNGS, for_this_gpu=False).plan) > 1000
+    assert len(network.build(RUNGS, sizes, for_this_gpu=False).plan) > 1000
 
 
 # ---- our own architectures
@@ -51,6 +51,7 @@ def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision) ->
 TOYS = {
     "one student each": ToyOptions(steps=(2,), default_steps=2),
     "shared, inverting": ToyOptions(steps=(2,), default_steps=2, shared=True, encoders=(2,), nan_class=3),
+    "several sizes": ToyOptions(steps=(2,), default_steps=2, sizes=((64, 64), (96, 64))),
     "seeing": ToyOptions(steps=(2,), default_steps=2, seeing=True),
 }
 
@@ -59,7 +60,17 @@ TOYS = {
 def test_every_graph_of_a_bundle_compiles(trt: ModuleType, tmp_path: Path, options: ToyOptions) -> None:
     bundle = make_toy_bundle(tmp_path / "toy", options)
     for graph, spec in bundle.manifest.graphs.items():
-        check(trt, bundle.graph_file(graph), spec, "float32")
+        check(trt, bundle.graph_file(graph), spec, "float32", bundle.manifest.sizes if spec.free else ())
+
+
+def test_every_size_has_profiles_of_its_own(trt: ModuleType, tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy", TOYS["several sizes"])
+    spec, sizes = bundle.manifest.graphs["decode"], bundle.manifest.sizes
+    network = Network(trt, bundle.graph_file("decode"), spec)
+    one, two = (len(network.build(RUNGS, each, for_this_gpu=False).plan) for each in (sizes[:1], sizes))
+    assert two > one
+    with pytest.raises(ValueError, match="say which sizes"):
+        network.build(RUNGS, for_this_gpu=False)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

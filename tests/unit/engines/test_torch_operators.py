@@ -45,6 +45,7 @@ CASES: list[Case] = [
     ("Conv", X, [floats(8, 6, 3, 3), floats(8)], {"pads": [1, 1, 1, 1], "strides": [2, 2], "kernel_shape": [3, 3]}),
     ("Conv", X, [floats(8, 6, 3, 3)], {"pads": [0, 0, 1, 1], "strides": [2, 2]}),
     ("Conv", X, [floats(6, 3, 1, 1)], {"group": 2}),
+    ("Div", ints(7, -7, 8), [ints(2)], {}),
     ("Equal", ints(1, 2, 3), [ints(2)], {}),
     ("Expand", floats(2, 1, 4), [ints(2, 3, 1)], {}),
     ("Gather", X, [ints(2, -1)], {"axis": 1}),
