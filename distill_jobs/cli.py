@@ -18,6 +18,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 errors = Console(stderr=True)
 
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder made by the run command.")]
+Sizes = Annotated[
+    str,
+    typer.Option(
+        help="Sizes of image, as 512x512,768x512; the first is the default.", show_default="the trained size"
+    ),
+]
 
 
 @app.callback()
@@ -103,12 +109,13 @@ def export(
     decoder: Annotated[
         DecoderKind, typer.Option(help="What decodes latents: the teacher's own autoencoder, or the tiny decoder.")
     ] = "own",
+    sizes: Sizes = "",
 ) -> None:
     """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
 
-        commands.export(run_dir, bundle, despite_gates=despite_gates, decoder=decoder)
+        commands.export(run_dir, bundle, despite_gates=despite_gates, decoder=decoder, sizes=_listed(sizes))
 
 
 @app.command()
@@ -170,13 +177,20 @@ def import_(
         float | None, typer.Option(help="What a request without one gets.", show_default="8.5")
     ] = None,
     licence: Annotated[str, typer.Option(help="Of the model's weights, for the bundle.")] = "not stated",
+    sizes: Sizes = "",
 ) -> None:
     """Turn a published few-step student into a bundle, without training."""
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
 
         scales = (guidance_min, guidance_max, guidance_default)
-        commands.import_(folder, bundle, name=name, steps=steps, scales=scales, licence=licence)
+        commands.import_(
+            folder, bundle, name=name, steps=steps, scales=scales, licence=licence, sizes=_listed(sizes)
+        )
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def compare(runs: Sequence[str], out: Path) -> None:
     Console(stderr=True).print(f"Wrote {out / COMPARISON_MARKDOWN}")
 
 
-def export(run_dir: Path, bundle: Path, *, despite_gates: bool, decoder: DecoderKind) -> None:
+def export(run_dir: Path, bundle: Path, *, despite_gates: bool, decoder: DecoderKind, sizes: Sequence[str]) -> None:
     """Turn an evaluated run into a bundle. Raises: JobError."""
     with _display() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(
-            run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates, decoder=decoder
+            run_dir, bundle, recipe, progress=progress, despite_gates=despite_gates, decoder=decoder, sizes=sizes
         )
         _say_written(progress, written)
 
@@ -132,12 +132,20 @@ def import_(
     steps: Sequence[int] | None,
     scales: tuple[float | None, float | None, float | None],
     licence: str,
+    sizes: Sequence[str],
 ) -> None:
     """Turn a published student into a bundle. scales: least, largest and default, or None. Raises: JobError."""
     with _display() as progress:
         guidance = _range(*scales)
         written = import_student(
-            folder, bundle, name=name, steps=steps, guidance=guidance, licence=licence, progress=progress
+            folder,
+            bundle,
+            name=name,
+            steps=steps,
+            guidance=guidance,
+            licence=licence,
+            progress=progress,
+            sizes=sizes,
         )
         _say_written(progress, written)
 

@@ -17,14 +17,12 @@ from distill_jobs.graphs import StepGraph
 from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.parity import (
-    PARITY_BATCHES,
     PARITY_ROWS,
     STEP_LIMIT,
-    parity_batches,
     parity_images,
     parity_latents,
-    parity_rows,
-    shared_parity_rows,
+    step_rows,
+    write_at_sizes,
     write_checked,
 )
 from distill_jobs.pipelines.report import LatentReport
@@ -32,6 +30,7 @@ from distill_jobs.pipelines.surroundings import latent_surroundings
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report, RunReport
 from distill_jobs.run_folder import RunFolder
+from distill_jobs.sizes import BundleSizes, Shape, halvings, sizes_of
 from distill_jobs.student import load_stock
 from distill_jobs.surroundings import TOKENIZER_FILE, Surroundings, digits_surroundings
 from distill_jobs.tasks import weights_of
@@ -43,11 +42,12 @@ from engines.manifest import (
     BundleManifest,
     DecoderKind,
     GraphSpec,
+    GuidanceRange,
     Latent,
     RecipeRecord,
-    Size,
     StudentSpec,
 )
+from engines.sampler import SamplerPlan
 
 SHARED_GRAPH = "step"
 ENCODER_GRAPH = "invert"
@@ -65,14 +65,17 @@ def export_run(
     progress: Progress | None = None,
     despite_gates: bool = False,
     decoder: DecoderKind = "own",
+    sizes: Sequence[str] = (),
 ) -> Bundle:
     """Write the recipe's export.students and their evaluation as a bundle, replacing one at ``bundle_dir``.
 
     Nothing is written there unless every graph agrees with torch. despite_gates: write students that miss the
-    report's targets all the same. decoder: which one the bundle decodes latents with.
+    report's targets all the same. decoder: which one the bundle decodes latents with. sizes: of images, as
+    ``512x768``, the first for requests that name none; the trained one alone where left out.
 
     Raises: ExportError when a graph disagrees or gives NaN, a gate is missed, or the run has no evaluation of these
-    weights; RecipeError when it has no such decoder; JobError when a network is missing.
+    weights; RecipeError when it has no such decoder or its networks take no such size; JobError when a network is
+    missing.
     """
     if recipe.stage_two.guidance == "at_sampling":
         raise ExportError("students of two networks, guided at sampling, are for comparison; a bundle has no place")
@@ -85,6 +88,7 @@ def export_run(
             "train longer, or export all the same with --despite-gates"
         )
     around = _surroundings(run_dir, recipe, decoder)
+    offered = _sizes(recipe, around, sizes)
     students, inverters = [c for c in everyone if c.exported], encoders(run_dir, recipe)
     display = progress or Progress(disable=True)
     step_graphs = len({_graph(student, recipe) for student in students}) + len(inverters)
@@ -96,8 +100,8 @@ def export_run(
         run, advance = RunFolder(run_dir), lambda: display.advance(task)
         if run.sample_sheet.is_file():
             shutil.copyfile(run.sample_sheet, staging / SAMPLE_SHEET)
-        graphs = _write_graphs(staging, run, recipe, students, around, advance)
-        manifest = _manifest(staging, recipe, report, students, inverters, around, graphs, decoder)
+        graphs = _write_graphs(staging, run, recipe, students, around, offered, advance)
+        manifest = _manifest(staging, recipe, report, students, inverters, around, offered, graphs, decoder)
         return write_bundle(staging, bundle_dir, manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -109,6 +113,12 @@ def _surroundings(run_dir: Path, recipe: Recipe, decoder: DecoderKind) -> Surrou
     if decoder == "tiny":
         raise ExportError(f"recipe {recipe.name} works on pixels: there is nothing to decode with a tiny decoder")
     return digits_surroundings(recipe)
+
+
+def _sizes(recipe: Recipe, around: Surroundings, wanted: Sequence[str]) -> BundleSizes:
+    if wanted and not isinstance(recipe.teacher, LatentTeacher):
+        raise ExportError(f"recipe {recipe.name} works on pixels: it draws in the size it was trained for alone")
+    return sizes_of(wanted, latent_shape(recipe), around.scale, halvings(recipe.unet))
 
 
 def evaluation_of(run_dir: Path, recipe: Recipe) -> RunReport:
@@ -133,51 +143,70 @@ def _write_graphs(
     recipe: Recipe,
     students: list[Contender],
     around: Surroundings,
+    sizes: BundleSizes,
     advance: Callable[[], None],
 ) -> dict[str, GraphSpec]:
-    shape = latent_shape(recipe)
-    size, graphs = shape[1:], write_surroundings(staging, shape, around, advance)
+    graphs = write_surroundings(staging, sizes, around, advance)
 
-    def add(name: str, network: UNet2DConditionModel, rows: list[Tensor]) -> None:
+    def add(
+        name: str, network: UNet2DConditionModel, plans: Sequence[SamplerPlan], guidance: GuidanceRange
+    ) -> None:
         step = StepGraph(network, around.unpack)
-        inputs, outputs = step.inputs(*size, tokens=around.conditions.shape[1]), step.outputs(*size)
-        file, batches = staging / f"{name}.onnx", parity_batches(*size)
-        graphs[name] = write_checked(step, rows, inputs, outputs, file, STEP_LIMIT, batches)
+        graphs[name] = write_step(staging / f"{name}.onnx", step, plans, guidance, around, sizes, STEP_LIMIT)
         advance()
 
     for encoder in encoders(run.path, recipe):
-        rows = parity_rows(encoder.plan(recipe), recipe.guidance, shape, around.conditions)
-        add(f"{ENCODER_GRAPH}_{encoder.steps}", encoder.load(), rows)
+        add(f"{ENCODER_GRAPH}_{encoder.steps}", encoder.load(), [encoder.plan(recipe)], recipe.guidance)
     of_graph: dict[str, list[Contender]] = {}
     for student in students:
         of_graph.setdefault(_graph(student, recipe), []).append(student)
     for name, served in of_graph.items():
-        plans = [student.plan(recipe) for student in served]
-        rows = shared_parity_rows(plans, recipe.served, shape, around.conditions)
-        if name == SHARED_GRAPH:
-            add(name, load_stock(run.shared(recipe.stage_two.steps[-1])), rows)
-        else:
-            add(name, served[0].load(), rows[:-1])
+        shared = name == SHARED_GRAPH
+        network = load_stock(run.shared(recipe.stage_two.steps[-1])) if shared else served[0].load()
+        add(name, network, [student.plan(recipe) for student in served], recipe.served)
     return graphs
 
 
+def write_step(
+    file: Path,
+    step: StepGraph,
+    plans: Sequence[SamplerPlan],
+    guidance: GuidanceRange,
+    around: Surroundings,
+    sizes: BundleSizes,
+    limit: float,
+) -> GraphSpec:
+    """A step graph that serves these plans. limit: of absolute error."""
+
+    def rows_of(shape: Shape) -> list[Tensor]:
+        return step_rows(step, plans, guidance, around.conditions, shape, around.scale)
+
+    specs = step.inputs(*sizes.axes, tokens=around.conditions.shape[1]), step.outputs(*sizes.axes)
+    return write_at_sizes(step, rows_of, sizes, specs, file, limit)
+
+
 def write_surroundings(
-    staging: Path, shape: tuple[int, int, int], around: Surroundings, advance: Callable[[], None]
+    staging: Path, sizes: BundleSizes, around: Surroundings, advance: Callable[[], None]
 ) -> dict[str, GraphSpec]:
-    """The graphs around the steps, and the tokenizer's file. shape: (C, h, w) of a latent."""
-    size, graphs = shape[1:], {}
+    """The graphs around the steps, and the tokenizer's file."""
     condition, decode, encode = around.condition, around.decode, around.encode
+
+    def latents_of(shape: Shape) -> list[Tensor]:
+        return [parity_latents(PARITY_ROWS, shape)]
+
+    def photos_of(shape: Shape) -> list[Tensor]:
+        return [parity_images(PARITY_ROWS, encode.inputs(*shape[1:])[0].shape[1:])]
+
     closeness = CONDITION_LIMIT * float(around.conditions.abs().max())
-    photos = parity_images(PARITY_ROWS, encode.inputs(*size)[0].shape[1:])
-    latents = parity_latents(PARITY_ROWS, shape)
-    for name, module, rows, inputs, outputs, limit in (
-        (CONDITION_GRAPH, condition, around.tokens, condition.inputs(), condition.outputs(), closeness),
-        (DECODE_GRAPH, decode, latents, decode.inputs(*size), decode.outputs(*size), DECODE_LIMIT),
-        (ENCODE_GRAPH, encode, photos, encode.inputs(*size), encode.outputs(*size), around.encode_limit),
+    file, specs = staging / f"{CONDITION_GRAPH}.onnx", (condition.inputs(), condition.outputs())
+    graphs = {CONDITION_GRAPH: write_checked(condition, [around.tokens], *specs, file, closeness)}
+    advance()
+    for name, module, rows_of, limit in (
+        (DECODE_GRAPH, decode, latents_of, DECODE_LIMIT),
+        (ENCODE_GRAPH, encode, photos_of, around.encode_limit),
     ):
-        batches = PARITY_BATCHES if name == CONDITION_GRAPH else parity_batches(*size)
-        file = staging / f"{name}.onnx"
-        graphs[name] = write_checked(module, [rows], inputs, outputs, file, limit, batches)
+        specs = module.inputs(*sizes.axes), module.outputs(*sizes.axes)
+        graphs[name] = write_at_sizes(module, rows_of, sizes, specs, staging / f"{name}.onnx", limit)
         advance()
     (staging / TOKENIZER_FILE).write_text(around.tokenizer, encoding="utf-8")
     return graphs
@@ -213,11 +242,10 @@ def _manifest(
     students: list[Contender],
     inverters: Sequence[Encoder],
     around: Surroundings,
+    sizes: BundleSizes,
     graphs: dict[str, GraphSpec],
     decoder: DecoderKind,
 ) -> BundleManifest:
-    channels, height, width = latent_shape(recipe)
-    scale = around.scale
     return BundleManifest(
         name=recipe.export.name,
         description=recipe.export.description,
@@ -227,8 +255,8 @@ def _manifest(
         schedule=recipe.schedule,
         clip=recipe.clip,
         guidance=recipe.served,
-        latent=Latent(channels=channels, scaling_factor=around.scaling_factor),
-        sizes=(Size(width=width * scale, height=height * scale, latent_width=width, latent_height=height),),
+        latent=Latent(channels=sizes.channels, scaling_factor=around.scaling_factor),
+        sizes=sizes.sizes,
         condition=around.spec,
         graphs=graphs,
         students=tuple(_student(student, recipe) for student in students),

@@ -13,11 +13,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from distill_jobs.data.source import Condition
-from distill_jobs.student import predict, sees_masks, takes_grid, takes_guidance
+from distill_jobs.student import predict, sees_masks, takes_grid, takes_guidance, takes_time_ids
 from engines.manifest import (
     CLEAN_ESTIMATE,
     COEFFICIENTS,
     CONDITION,
+    FREE,
     GRID,
     GUIDANCE,
     IMAGE,
@@ -27,6 +28,7 @@ from engines.manifest import (
     MASKED,
     NEXT_LATENT,
     NOISE,
+    TIME_IDS,
     TIMESTEP,
     TOKENS,
     TensorSpec,
@@ -39,44 +41,39 @@ class StepGraph(nn.Module):
 
     A student that sees the mask and the image behind it needs no blend, and takes that image in place of the known
     latent. The formulas are those of ``engines.sampler``; the student gives v (or whatever the coefficients' p and
-    q were made for). unpack: what the network is told, from the graph's condition.
+    q were made for). unpack: what the network is told, from the graph's condition. names: of its inputs, in order.
     """
 
     def __init__(self, unet: UNet2DConditionModel, unpack: Callable[[Tensor], Condition] = Condition) -> None:
         super().__init__()
         self.unet = unet
         self.unpack = unpack
+        self.names = tuple(tensor.name for tensor in self.inputs(FREE, FREE, 1))
 
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        condition: Tensor,
-        coefficients: Tensor,
-        noise: Tensor,
-        known: Tensor,
-        mask: Tensor,
-        grid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(next latent, clean estimate), both (B, C, h, w).
+    def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(next latent, clean estimate), both (B, C, h, w), of one tensor for each of ``names``.
 
-        latent, noise, known: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1, None for a
-        network that is not told; condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image
-        is generated; grid: (B,) step counts N, for a student with one set of weights for all of them. known of a
-        student that sees it: the latent of the image without what is generated.
+        latent, noise, known, masked: (B, C, h, w); timestep: (B,) table indices; guidance: (B,) w = scale - 1;
+        condition: (B, T, D); coefficients: (B, 9); mask: (B, 1, h, w), 1 where the image is generated; masked: the
+        latent of the image without what is generated; time_ids: (B, 6) as of ``engines.framing``; grid: (B,) step
+        counts N, for a student with one set of weights for all of them.
         """
-        extra = torch.cat([mask, known], dim=1) if sees_masks(self.unet) else None
-        out = predict(self.unet, latent, timestep, self.unpack(condition), guidance, extra, grid)
-        p, q, r, a, b, d, c, e, f = coefficients[:, :, None, None, None].unbind(1)
+        given = dict(zip(self.names, rows, strict=True))
+        latent, noise, mask = given[LATENT], given[NOISE], given[MASK]
+        extra = torch.cat([mask, given[MASKED]], dim=1) if MASKED in given else None
+        told = self.unpack(given[CONDITION])
+        if TIME_IDS in given:
+            told = Condition(told.tokens, told.pooled, given[TIME_IDS])
+        out = predict(self.unet, latent, given[TIMESTEP], told, given.get(GUIDANCE), extra, given.get(GRID))
+        p, q, r, a, b, d, c, e, f = given[COEFFICIENTS][:, :, None, None, None].unbind(1)
         clean = torch.minimum(torch.maximum(p * latent + q * out, -r), r)
         update = a * latent + b * clean + d * out + c * noise
         if extra is not None:
             return update, clean
-        return mask * update + (1 - mask) * (e * known + f * noise), clean
+        return mask * update + (1 - mask) * (e * given[KNOWN] + f * noise), clean
 
     def inputs(self, height: int, width: int, tokens: int) -> tuple[TensorSpec, ...]:
-        """Specs of ``forward``'s arguments for latents of height × width."""
+        """Specs of ``forward``'s arguments for latents of height × width, FREE for several sizes."""
         latent = (-1, self.unet.config.out_channels, height, width)
         shapes = {
             LATENT: latent,
@@ -88,6 +85,8 @@ class StepGraph(nn.Module):
             MASKED if sees_masks(self.unet) else KNOWN: latent,
             MASK: (-1, 1, height, width),
         }
+        if takes_time_ids(self.unet):
+            shapes[TIME_IDS] = (-1, 6)
         if takes_grid(self.unet):
             shapes[GRID] = (-1,)
         if not takes_guidance(self.unet):
@@ -98,28 +97,6 @@ class StepGraph(nn.Module):
         """Specs of what ``forward`` returns."""
         shape = (-1, self.unet.config.out_channels, height, width)
         return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name in (NEXT_LATENT, CLEAN_ESTIMATE))
-
-
-class UnguidedStepGraph(nn.Module):
-    """The step of a network that is not told the guidance weight, without that input."""
-
-    def __init__(self, step: StepGraph) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        condition: Tensor,
-        coefficients: Tensor,
-        noise: Tensor,
-        known: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As ``StepGraph.forward``."""
-        out: tuple[Tensor, Tensor] = self.step(latent, timestep, None, condition, coefficients, noise, known, mask)
-        return out
 
 
 class ConditionGraph(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from distill_jobs.errors import JobError
 from distill_jobs.lowered import WatchedProducts
 from engines.bundle import INLINE_LIMIT_BYTES
-from engines.manifest import Parity, TensorSpec
+from engines.manifest import FREE, Parity, TensorSpec
 
 OPSET = 21
 
@@ -33,13 +34,15 @@ def write_graph(
     outputs: Sequence[TensorSpec],
     path: Path,
 ) -> None:
-    """Trace ``module`` with a dynamic batch axis and write it to ``path``.
+    """Trace ``module`` with all that ``inputs`` leave free, the batch first of all, and write it to ``path``.
 
     example: one tensor an input, batch at least 2 (a batch of 1 would be taken for a constant).
     """
     if any(len(tensor) < 2 for tensor in example):
         raise ValueError("trace with a batch of at least 2")
-    batch = torch.export.Dim.AUTO  # diffusers branches on batch >= 64 (contiguity only), which a named Dim rejects
+    axis = torch.export.Dim.AUTO  # diffusers branches on batch >= 64 (contiguity only), which a named Dim rejects
+    free = tuple({i: axis for i, length in enumerate(spec.shape) if length == FREE} for spec in inputs)
+    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists optional packages we do not use
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", (UserWarning, FutureWarning))  # the exporter's own, about its internals
@@ -50,7 +53,7 @@ def write_graph(
             opset_version=OPSET,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
-            dynamic_shapes=tuple({0: batch} for _ in example),
+            dynamic_shapes=(free,) if inspect.Parameter.VAR_POSITIONAL in kinds else free,
             verbose=False,
         )
     assert program is not None

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from distill_jobs.graphs import StepGraph
 from distill_jobs.lowered import lowered_parity
 from distill_jobs.onnx_export import check_parity, reference_outputs, write_graph
+from distill_jobs.sizes import BundleSizes, Shape
 from engines.guidance import weight_from_scale
-from engines.manifest import GraphSpec, GuidanceRange, Lowered, TensorSpec
+from engines.manifest import (
+    COEFFICIENTS,
+    CONDITION,
+    GRID,
+    GUIDANCE,
+    KNOWN,
+    LATENT,
+    MASK,
+    MASKED,
+    NOISE,
+    TIME_IDS,
+    TIMESTEP,
+    GraphSpec,
+    GuidanceRange,
+    Lowered,
+    Parity,
+    TensorSpec,
+)
 from engines.sampler import SamplerPlan
 
 STEP_LIMIT = 1e-4
@@ -63,6 +82,35 @@ def shared_parity_rows(
     return [*mixed, torch.tensor([float(len(plans[which])) for _, which in chosen])]
 
 
+def step_rows(
+    step: StepGraph,
+    plans: Sequence[SamplerPlan],
+    guidance: GuidanceRange,
+    conditions: Tensor,
+    shape: Shape,
+    scale: int,
+) -> list[Tensor]:
+    """Random inputs of a step graph that serves these plans, in its order; scale: pixels a position of a latent."""
+    latent, timestep, w, told, coefficients, noise, known, mask, grid = shared_parity_rows(
+        plans, guidance, shape, conditions
+    )
+    high, wide = float(shape[1] * scale), float(shape[2] * scale)
+    columns = {
+        LATENT: latent,
+        TIMESTEP: timestep,
+        GUIDANCE: w,
+        CONDITION: told,
+        COEFFICIENTS: coefficients,
+        NOISE: noise,
+        KNOWN: known,
+        MASKED: known,
+        MASK: mask,
+        TIME_IDS: torch.tensor([[high, wide, 0.0, 0.0, high, wide]]).repeat(len(latent), 1),
+        GRID: grid,
+    }
+    return [columns[name] for name in step.names]
+
+
 def parity_batches(height: int, width: int) -> tuple[int, ...]:
     """Batch sizes of the comparison, for graphs of latents of this size."""
     return PARITY_BATCHES if height * width < LARGE_LATENT else FEW_BATCHES
@@ -76,15 +124,57 @@ def write_checked(
     path: Path,
     limit: float,
     batches: tuple[int, ...] = PARITY_BATCHES,
+    traced: list[Tensor] | None = None,
 ) -> GraphSpec:
-    """One graph on disk and its description. rows: at least sum(batches); limit: of absolute error."""
+    """One graph on disk and its description.
+
+    rows: at least sum(batches); limit: of absolute error; traced: what to trace it with, at least two rows, the
+    first of ``rows`` unless given.
+    """
     rows = [tensor[: sum(batches)] for tensor in rows]
     expected = reference_outputs(module, rows, path.stem)
-    write_graph(module, [tensor[:2] for tensor in rows], inputs, outputs, path)
+    write_graph(module, [tensor[:2] for tensor in traced or rows], inputs, outputs, path)
     parity = check_parity(expected, path, rows, batches, limit)
     few, wanted = [tensor[:LOWERED_ROWS] for tensor in rows], [output[:LOWERED_ROWS] for output in expected]
     lowered = {dtype: lowered_parity(module, few, wanted, dtype) for dtype in LOWERED}
     return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
+
+
+def write_at_sizes(
+    module: nn.Module,
+    rows_of: Callable[[Shape], list[Tensor]],
+    sizes: BundleSizes,
+    specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    path: Path,
+    limit: float,
+) -> GraphSpec:
+    """One graph of all sizes on disk, proved at each.
+
+    rows_of: its rows for latents (C, h, w), as many as ``write_checked`` wants. specs: inputs and outputs.
+    """
+    traced = None if sizes.traced is None else rows_of(sizes.traced)
+    first, *others = sizes.sizes
+    batches = parity_batches(first.latent_height, first.latent_width)
+    spec = write_checked(module, rows_of(sizes.shape(first)), *specs, path, limit, batches, traced)
+    if not others:
+        return spec
+    found = {str(first): spec.parity}
+    for size in others:
+        batches = parity_batches(size.latent_height, size.latent_width)
+        rows = [tensor[: sum(batches)] for tensor in rows_of(sizes.shape(size))]
+        expected = reference_outputs(module, rows, path.stem)
+        found[str(size)] = check_parity(expected, path, rows, batches, limit)
+    return spec.model_copy(update={"parity": _of_all(tuple(found.values())), "parity_by_size": found})
+
+
+def _of_all(each: Sequence[Parity]) -> Parity:
+    rows = sum(parity.rows for parity in each)
+    return Parity(
+        reference=each[0].reference,
+        max_abs_error=max(parity.max_abs_error for parity in each),
+        mean_abs_error=sum(parity.rows * parity.mean_abs_error for parity in each) / rows,
+        rows=rows,
+    )
 
 
 def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:

@@ -108,6 +108,11 @@ def takes_guidance(unet: UNet2DConditionModel) -> bool:
     return unet.config.time_cond_proj_dim is not None
 
 
+def takes_time_ids(unet: UNet2DConditionModel) -> bool:
+    """Whether a network is told how the image is framed, as SDXL's are."""
+    return bool(unet.config.addition_embed_type == "text_time")
+
+
 def sees_masks(unet: UNet2DConditionModel) -> bool:
     """Whether a network takes a mask and the image behind it beside the latent."""
     return bool(unet.config.in_channels > unet.config.out_channels)

@@ -9,7 +9,7 @@ from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.text import TextEncoders
 from distill_jobs.pipelines.tiny_decoder import TinyDecoder
 from distill_jobs.pipelines.vae import Autoencoder
-from engines.manifest import CONDITION, IMAGE, LATENT, TOKENS, TensorSpec
+from engines.manifest import CONDITION, FREE, IMAGE, LATENT, TOKENS, TensorSpec
 
 
 class PromptGraph(nn.Module):
@@ -48,8 +48,7 @@ class LatentDecodeGraph(nn.Module):
         return (TensorSpec(name=LATENT, dtype="float32", shape=shape),)
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
-        scale = self.decoder.pixels_per_latent
-        return (TensorSpec(name=IMAGE, dtype="uint8", shape=(-1, height * scale, width * scale, 3)),)
+        return (_image(height, width, self.decoder.pixels_per_latent),)
 
 
 class LatentEncodeGraph(nn.Module):
@@ -65,9 +64,14 @@ class LatentEncodeGraph(nn.Module):
         return self.autoencoder.encode(pixels).mean
 
     def inputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
-        scale = self.autoencoder.pixels_per_latent
-        return (TensorSpec(name=IMAGE, dtype="uint8", shape=(-1, height * scale, width * scale, 3)),)
+        return (_image(height, width, self.autoencoder.pixels_per_latent),)
 
     def outputs(self, height: int, width: int) -> tuple[TensorSpec, ...]:
         shape = (-1, self.autoencoder.channels, height, width)
         return (TensorSpec(name=LATENT, dtype="float32", shape=shape),)
+
+
+def _image(height: int, width: int, scale: int) -> TensorSpec:
+    """Of latents of height × width, which may be FREE."""
+    high, wide = (FREE if cells == FREE else cells * scale for cells in (height, width))
+    return TensorSpec(name=IMAGE, dtype="uint8", shape=(-1, high, wide, 3))

@@ -1,8 +1,8 @@
 """The condition of a latent model as the one tensor that bundles carry.
 
 Tokens come first. Where a network takes a pooled embedding (SDXL) it follows them, zero-padded to whole rows, so
-that a prompt's condition stays one array wherever it is kept, batched or sent. Time ids are no part of it: a bundle
-serves whole images of one size, so they are constants of its step graph.
+that a prompt's condition stays one array wherever it is kept, batched or sent. Time ids are no part of it: they
+follow from the size of an image, and are an input of the step graph.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Packing:
         return torch.cat([tokens, filled.reshape(-1, extra, self.width)], dim=1)
 
     def unpack(self, packed: Tensor) -> Condition:
-        """The condition in packed: (B, rows, D)."""
+        """The condition in packed: (B, rows, D); of whole images of the trained size."""
         if self.pooled is None:
             return Condition(packed)
         pooled = packed[:, self.tokens :].flatten(1)[:, : self.pooled]

@@ -38,6 +38,7 @@ from tests.support.glyphs import glyphs
 from tests.support.serving import ServerProcess, serving
 
 SIDE = 16
+SIZES = ("16x16", "24x16")
 PROMPTS = ["cherry 0", "red lemon 1"]
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -100,7 +101,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe = read_recipe(small_recipe(work))
         run_job(recipe, work / "run", resume=False, progress=QUIET)
         evaluate_latent_run(work / "run", recipe, progress=QUIET)
-        export_run(work / "run", work / "bundle", recipe, despite_gates=True, decoder="tiny")
+        export_run(work / "run", work / "bundle", recipe, despite_gates=True, decoder="tiny", sizes=SIZES)
     return work
 
 
@@ -158,18 +159,27 @@ def test_the_bundle_tells_how_it_was_made(work: Path) -> None:
     assert manifest.tables == report.tasks
     assert manifest.decoder == "tiny"
     assert manifest.condition.examples == tuple(PROMPTS)
+    assert tuple(map(str, manifest.sizes)) == SIZES
+    for name in ("decode", "encode", "step"):
+        assert set(manifest.graphs[name].parity_by_size) == set(SIZES)
+    assert manifest.graphs["condition"].parity_by_size == {}
 
 
-def test_the_engine_draws_what_diffusers_draws_with_the_folded_student_and_the_tiny_decoder(work: Path) -> None:
+def test_the_engine_draws_at_each_size_what_diffusers_draws_with_the_folded_student_and_the_tiny_decoder(
+    work: Path,
+) -> None:
     stock = StableDiffusionPipeline.from_pretrained(work / "run" / "students" / "d4", use_safetensors=True)
     stock.vae = AutoencoderTiny.from_pretrained(work / "run" / "decoder", use_safetensors=True)
     stock.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(row_noise(3, (4, 8, 8), Purpose.INITIAL))[None]
-    told = {"num_inference_steps": 4, "guidance_scale": 4.0, "latents": noise, "output_type": "np"}
-    expected = stock(PROMPTS[1], **told).images[0] * 255
     pipeline = open_pipeline(work / "bundle", "onnxruntime", rungs=(1, 2), warm=False)
-    drawn = pipeline.generate(PROMPTS, 4.0, [4, 3], steps=4)[1]
-    assert np.abs(drawn - expected).max() <= 1.0
+    told = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    for size in pipeline.manifest.sizes:
+        noise = row_noise(3, (4, size.latent_height, size.latent_width), Purpose.INITIAL)
+        framed = {"height": size.height, "width": size.width, "latents": torch.from_numpy(noise)[None]}
+        expected = stock(PROMPTS[1], **told, **framed).images[0] * 255
+        drawn = pipeline.generate(PROMPTS, 4.0, [4, 3], steps=4, size=size)[1]
+        assert drawn.shape == (size.height, size.width, 3)
+        assert np.abs(drawn - expected).max() <= 1.0
 
 
 def test_the_card_begins_as_the_recipes_and_keeps_what_people_wrote(work: Path, tmp_path: Path) -> None:
@@ -231,16 +241,20 @@ def test_it_draws_edits_and_inpaints_over_http(server: ServerProcess) -> None:
         [about] = client.get("/v1/models").json()["data"]
         by_steps = [drawn(steps=steps) for steps in (1, 2, 4, 8)]
         swept = [drawn(guidance_scale=scale) for scale in (1.0, 9.0)]
+        wide = drawn(size=SIZES[1])
         weak, strong = (edited({"image": png(photo)}, strength=strength) for strength in ("0.25", "1.0"))
         inpainted = edited({"image": png(photo), "mask": png(mask)})
-        refused = client.post("/v1/images/generations", json={"prompt": "cherry", "steps": 3})
+        wrong = [{"steps": 3}, {"size": "24x24"}]
+        refused = [client.post("/v1/images/generations", json={"prompt": "cherry", **each}) for each in wrong]
     assert (about["id"], about["prompts"], about["steps"]["trained"]) == ("emoji", PROMPTS, [1, 2, 4, 8])
     assert all(picture.shape == (SIDE, SIDE, 3) for picture in by_steps)
     assert len({picture.tobytes() for picture in (*by_steps, *swept)}) == 6
     assert not np.array_equal(weak, strong)
     np.testing.assert_array_equal(inpainted[:8], photo[:8])
     assert not np.array_equal(inpainted[8:], photo[8:])
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "steps")
+    assert (wide.shape, about["sizes"]) == ((16, 24, 3), list(SIZES))
+    for answer, param in zip(refused, ("steps", "size"), strict=True):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_its_pictures_are_drawn_by_the_server(server: ServerProcess) -> None:

@@ -29,7 +29,7 @@ from distill_jobs.pipelines.published import NO_GUIDANCE, open_published
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.student import load_stock, predict
-from engines.manifest import GUIDANCE, GuidanceRange
+from engines.manifest import GUIDANCE, TIME_IDS, GuidanceRange
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
 from tests.support import tiny_pipelines as tiny
@@ -129,6 +129,32 @@ def test_an_imported_bundle_draws_the_same(folders: dict[str, Path], tmp_path: P
     for steps in (1, 4):
         expected = stock("a cat", num_inference_steps=steps, **told).images[0] * 255
         drawn = engine.generate(["a dog", "a cat"], 1.0, [4, SEED], steps)[1]
+        assert np.abs(drawn - expected).max() <= 1.0
+
+
+@pytest.mark.long
+def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its networks are told the size, as diffusers tells them."""
+    written = import_student(
+        folders["sdxl"],
+        tmp_path / "bundle",
+        name="lightning",
+        steps=(4,),
+        guidance=None,
+        licence="theirs",
+        progress=Progress(disable=True),
+        sizes=("16x16", "24x16", "16x48"),
+    )
+    assert TIME_IDS in {spec.name for spec in written.manifest.graphs["step"].inputs}
+    stock = DiffusionPipeline.from_pretrained(folders["sdxl"], use_safetensors=True)
+    stock.set_progress_bar_config(disable=True)
+    engine = open_pipeline(tmp_path / "bundle", "openvino", rungs=(1, 2), warm=False)
+    for size in written.manifest.sizes:
+        latents = row_noise(SEED, (4, size.latent_height, size.latent_width), Purpose.INITIAL)
+        told = {"guidance_scale": 0.0, "latents": torch.from_numpy(latents)[None], "output_type": "np"}
+        told |= {"height": size.height, "width": size.width, "num_inference_steps": 4}
+        expected = stock("a cat", **told).images[0] * 255
+        drawn = engine.generate(["a dog", "a cat"], 1.0, [4, SEED], 4, size=size)[1]
         assert np.abs(drawn - expected).max() <= 1.0
 
 
