@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Self
 
+from engines.calls import call_of
 from engines.cost import CostTable
 from engines.errors import BackendError
 from engines.manifest import DECODE_GRAPH, ENCODE_GRAPH, BundleManifest
 from engines.pipeline import Pipeline, find_student
-from server.request import DenoiseRequest, Frozen
+from server.request import DenoiseRequest, Frozen, find_size
 
 UNKNOWN_ROW_S = 1.0
-"""Predicted for an image of a model that no worker has ever offered here."""
+"""Predicted for an image of a model, or a size of it, that no worker has ever offered here."""
 
 
 class Offer(Frozen):
-    """A model a worker has ready. engine: as responses report it; ms: by graph and rung, median of a call."""
+    """A model a worker has ready. engine: as responses report it; ms: median, by call (``engines.calls``), rung."""
 
     engine: str
     ms: dict[str, dict[int, float]]
@@ -25,7 +26,7 @@ class Offer(Frozen):
     def of(cls, pipeline: Pipeline) -> Self:
         """Raises: BackendError when nothing was measured."""
         table = _table(pipeline)
-        return cls(engine=pipeline.engine_name, ms={graph: dict(costs) for graph, costs in table.ms.items()})
+        return cls(engine=pipeline.engine_name, ms={call: dict(costs) for call, costs in table.ms.items()})
 
     @property
     def costs(self) -> CostTable:
@@ -47,18 +48,23 @@ class CostBook:
 
     def predicted_s(self, manifest: BundleManifest, request: DenoiseRequest) -> float:
         """Engine seconds of a request whose rows share the most efficient batches: steps, decoding and encoding."""
-        table = self._tables.get(manifest.name)
-        if table is None:
+        table = self._tables.get(manifest.name, CostTable({}))
+        student, size = find_student(manifest, request.steps, request.sampler), find_size(manifest, request)
+
+        def row_ms(graph: str) -> float:
+            return table.row_ms(str(call_of(manifest, graph, size)))
+
+        try:
+            image_ms = request.network_steps * row_ms(student.graph) + row_ms(DECODE_GRAPH)
+            encode_ms = 0.0 if request.image is None else row_ms(ENCODE_GRAPH)
+        except KeyError:
             return request.n * UNKNOWN_ROW_S
-        student = find_student(manifest, request.steps, request.sampler)
-        row_ms = request.network_steps * table.row_ms(student.graph) + table.row_ms(DECODE_GRAPH)
-        encode_ms = 0.0 if request.image is None else table.row_ms(ENCODE_GRAPH)
-        return (request.n * row_ms + encode_ms) / 1000
+        return (request.n * image_ms + encode_ms) / 1000
 
 
-def best_rung(pipeline: Pipeline, graph: str, waiting: int) -> int:
+def best_rung(pipeline: Pipeline, call: str, waiting: int) -> int:
     """The batch size to step now. Raises: BackendError when nothing was measured."""
-    return _table(pipeline).best_rung(graph, waiting)
+    return _table(pipeline).best_rung(call, waiting)
 
 
 def _table(pipeline: Pipeline) -> CostTable:

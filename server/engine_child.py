@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import structlog
 
 from engines.backends.base import EngineBackend
+from engines.calls import calls
+from engines.cost import CostTable
 from engines.errors import BundleError, HalfstepError
 from engines.pipeline import Pipeline
 from server.call_watch import CallWatch, WatchedEngine
@@ -98,10 +100,16 @@ def _check_versions(pipelines: Mapping[str, Pipeline], expected: Mapping[str, st
 
 
 def _watch_calls(pipeline: Pipeline, watch: CallWatch, floor_s: float) -> None:
-    costs = pipeline.costs
+    """A call is given the time of the largest size that its graph takes."""
+    slowest: dict[str, dict[int, float]] = {}
+    costs = pipeline.costs or CostTable({})
+    for call in calls(pipeline.manifest):
+        of_graph = slowest.setdefault(call.graph, {})
+        for rung, ms in costs.ms.get(str(call), {}).items():
+            of_graph[rung] = max(ms, of_graph.get(rung, 0.0))
 
     def wrap(graph: str, engine: EngineBackend) -> EngineBackend:
-        return WatchedEngine(engine, {} if costs is None else costs.ms[graph], watch, floor_s)
+        return WatchedEngine(engine, slowest[graph], watch, floor_s)
 
     pipeline.wrap_engines(wrap)
 

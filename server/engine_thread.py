@@ -18,6 +18,7 @@ from server.batching import Batch, Batcher
 from server.costs import Offer, best_rung
 from server.engine import Report
 from server.jobs import Lease
+from server.request import find_size
 from server.stages import Conditions, decode_latents, encode_images, failure_of, step_rows
 from server.work import Crashed, Dropped, Event, Failed, Image, Late, Pixels, Progress, Started, Stepped, Work
 
@@ -155,7 +156,8 @@ class EngineThread:
         for ticket in batch.tickets:
             ticket.key = ticket.row.key
         done = self._batcher.stepped(batch)
-        self._events.append(Stepped(model, batch.rung, len(batch.tickets), ended - begun))
+        size = str(find_size(pipeline.manifest, images[0].work.request))
+        self._events.append(Stepped(model, size, batch.rung, len(batch.tickets), ended - begun))
         for work in dict.fromkeys(image.work for image in images):
             work.steps_ms += (ended - begun) * 1000
             work.ran("steps", begun, ended)
@@ -204,4 +206,5 @@ class EngineThread:
         self._events.append(Failed(work.token, failure_of(error), stage, work.spans))
 
     def _choose_rung(self, image: Image, waiting: int) -> int:
-        return best_rung(self._pipelines[image.work.request.model], image.row.leg.student.graph, waiting)
+        pipeline = self._pipelines[image.work.request.model]
+        return best_rung(pipeline, str(pipeline.next_call(image.row)), waiting)

@@ -103,7 +103,9 @@ class Metrics:
     def _make_engine_metrics(self) -> None:
         count, times, gauge = self._counter, self._histogram, self._gauge
         self.steps = count("halfstep_denoise_steps_total", "Denoising steps of rows", ["model"])
-        self.step_s = times("halfstep_step_seconds", "One batched denoising step", ["model", "rung"], _STAGE_S)
+        self.step_s = times(
+            "halfstep_step_seconds", "One batched denoising step", ["model", "size", "rung"], _STAGE_S
+        )
         occupancy = "Rows in a step by rows it ran"
         self.occupancy = times("halfstep_batch_occupancy_ratio", occupancy, ["model"], _FRACTIONS)
         self.padding = count("halfstep_padding_rows_total", "Rows stepped only to fill a rung", ["model"])
@@ -169,7 +171,7 @@ class Metrics:
             self.cancelled_steps.labels(event.model).inc(event.steps)
             return
         self.steps.labels(event.model).inc(event.rows)
-        self.step_s.labels(event.model, str(event.rung)).observe(event.seconds)
+        self.step_s.labels(event.model, event.size, str(event.rung)).observe(event.seconds)
         self.occupancy.labels(event.model).observe(event.rows / event.rung)
         self.padding.labels(event.model).inc(event.rung - event.rows)
 

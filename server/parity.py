@@ -46,7 +46,7 @@ def sample_of(request: DenoiseRequest, pixels: Pixels) -> Sample:
 
 
 def probe_requests(manifest: BundleManifest, prompts: Sequence[str]) -> list[DenoiseRequest]:
-    """Requests of one image each that visit every student, every task and every encoder of a bundle.
+    """Requests of one image each that visit every student, size, task and encoder of a bundle.
 
     prompts: some that the model knows.
     """
@@ -75,9 +75,11 @@ def _psnr_db(difference: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> f
 
 
 def _probes(manifest: BundleManifest, prompts: Sequence[str]) -> Iterator[DenoiseRequest]:
-    guidance, prompt, size = manifest.guidance, cycle(prompts), cycle(manifest.sizes)
+    guidance, prompt = manifest.guidance, cycle(prompts)
     scale = cycle((guidance.default, guidance.max, guidance.min))
-    for seed, student in enumerate(manifest.students):
+    students, sizes = manifest.students, manifest.sizes
+    for seed in range(max(len(students), len(sizes))):
+        student = students[seed % len(students)]
         yield DenoiseRequest(
             model=manifest.name,
             prompt=next(prompt),
@@ -85,7 +87,7 @@ def _probes(manifest: BundleManifest, prompts: Sequence[str]) -> Iterator[Denois
             guidance_scale=next(scale),
             steps=student.steps,
             sampler=student.sampler,
-            **_of_size(next(size)),
+            **_of_size(sizes[seed % len(sizes)]),
         )
     student = next(s for s in manifest.students if s.steps == manifest.default_steps)
     image = {

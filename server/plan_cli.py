@@ -36,6 +36,9 @@ Tasks = Annotated[
 Steps = Annotated[
     str, typer.Option("--steps", help="Shares of step counts, as 4=3,8=1.", show_default="each model's default")
 ]
+Sizes = Annotated[
+    str, typer.Option("--size", help="Shares of sizes, as 512x512=3,768x512=1.", show_default="each model's first")
+]
 Images = Annotated[str, typer.Option("-n", help="Shares of images a request, as 1=9,4=1.")]
 Strength = Annotated[
     float | None,
@@ -68,6 +71,7 @@ def plan(
     cost: CostFiles = None,
     task: Tasks = "text_to_image",
     steps: Steps = "",
+    size: Sizes = "",
     n: Images = "1",
     strength: Strength = None,
     new_prompts: NewPrompts = 1.0,
@@ -98,6 +102,7 @@ def plan(
         mix = Mix(
             tasks=_shares("--task", task, _task),
             steps=_shares("--steps", steps, _count) if steps else None,
+            sizes=_shares("--size", size, _size) if size else None,
             images=_shares("-n", n, _images),
             strength=None if strength is None else _within("--strength", strength, 1.0),
             new_prompts=new_prompts,
@@ -152,6 +157,7 @@ def _shares(name: str, text: str, parse: Callable[[str], ValueT | None]) -> dict
 _EXAMPLES = {
     "--task": f"write it like text_to_image=8,edit=2, of {', '.join(get_args(PlannedTask))}",
     "--steps": "write it like 4=3,8=1",
+    "--size": "write it like 512x512=3,768x512=1",
     "-n": f"write it like 1=9,4=1, of 1 to {MAX_IMAGES}",
 }
 
@@ -162,6 +168,11 @@ def _task(word: str) -> PlannedTask | None:
 
 def _count(word: str) -> int | None:
     return int(word) if word.isascii() and word.isdigit() and int(word) > 0 else None
+
+
+def _size(word: str) -> str | None:
+    width, _, height = word.partition("x")
+    return word if _count(width) and _count(height) else None
 
 
 def _images(word: str) -> int | None:

@@ -7,7 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engines.manifest import Task
+from engines.errors import RequestError
+from engines.manifest import BundleManifest, Size, Task
 from engines.noise import MAX_SEED
 from engines.sampler import Sampler, entry_point
 
@@ -111,6 +112,15 @@ class DenoiseRequest(Frozen):
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(range(self.seed, self.seed + self.n))
+
+
+def find_size(manifest: BundleManifest, request: DenoiseRequest) -> Size:
+    """The size of a request's images. Raises: RequestError when the bundle has it not."""
+    for size in manifest.sizes:
+        if (size.width, size.height) == (request.width, request.height):
+            return size
+    offered = ", ".join(map(str, manifest.sizes))
+    raise RequestError("size", "out_of_range", f"This model does not draw in that size; it has {offered}.")
 
 
 def _check_png(data: bytes | None, width: int, height: int, colour: int, name: str) -> None:

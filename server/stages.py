@@ -16,7 +16,8 @@ from engines.pipeline import Pipeline
 from engines.rows import Floats, Row
 from server.images import read_image, read_mask
 from server.jobs import JobFailedError, JobFailure
-from server.work import Encoded, Work, find_size
+from server.request import find_size
+from server.work import Encoded, Work
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -100,7 +101,7 @@ def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Encode
         if work.request.image is None:
             continue
         try:
-            by_size.setdefault(str(find_size(pipeline, work.request)), []).append(work)
+            by_size.setdefault(str(find_size(pipeline.manifest, work.request)), []).append(work)
         except RequestError as error:
             found[work.token] = error
 
@@ -121,7 +122,7 @@ def _encode_seen(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Floats]
     masked = [work for work in works if work.request.mask is not None] if pipeline.manifest.sees_masks else []
     if not masked:
         return {}
-    size = find_size(pipeline, masked[0].request)
+    size = find_size(pipeline.manifest, masked[0].request)
     hidden = [hide(read_image(w.request.image or b""), read_mask(w.request.mask or b""), size) for w in masked]
     return dict(zip((work.token for work in masked), pipeline.encode(hidden), strict=True))
 

@@ -13,15 +13,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import RequestError
-from engines.manifest import Size
 from engines.masks import latent_mask
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, Floats, Row, find_encoder
 from server.batching import Ticket
 from server.images import read_mask
 from server.jobs import JobFailure, Lease
-from server.request import DenoiseRequest
+from server.request import DenoiseRequest, find_size
 
 PartT = TypeVar("PartT")
 
@@ -76,9 +74,10 @@ class Crashed:
 
 @dataclass(frozen=True)
 class Stepped:
-    """One batched step of ``rows`` rows, padded to ``rung``; how long it took."""
+    """One batched step of ``rows`` rows of one size of image, padded to ``rung``; how long it took."""
 
     model: str
+    size: str
     rung: int
     rows: int
     seconds: float
@@ -199,7 +198,7 @@ class Work:
         """
         condition, *source = (_sound(conditions[prompt]) for prompt in self.prompts)
         student = pipeline.student(self.request.steps, self.request.sampler)
-        size = find_size(pipeline, self.request)
+        size = find_size(pipeline.manifest, self.request)
         encoded = None if image is None else _sound(image)
         known = None if encoded is None else encoded.known
         masked = pipeline.blank(size) if encoded is None or encoded.masked is None else encoded.masked
@@ -242,14 +241,6 @@ def preview_steps(steps: int, partial_images: int) -> tuple[int, ...]:
     """After which steps previews are taken: spread evenly, fewer when there are too few steps."""
     wanted = {steps * (k + 1) // (partial_images + 1) for k in range(partial_images)}
     return tuple(sorted(step for step in wanted if 0 < step < steps))
-
-
-def find_size(pipeline: Pipeline, request: DenoiseRequest) -> Size:
-    """The trained size of a request. Raises: RequestError when the bundle has it not."""
-    for size in pipeline.manifest.sizes:
-        if (size.width, size.height) == (request.width, request.height):
-            return size
-    raise RequestError("size", "out_of_range", "This model was not trained for that size.")
 
 
 def _sound(part: PartT | Exception) -> PartT:

@@ -110,7 +110,10 @@ def resolve_image(
     adjusted: dict[str, Any] = {}
     fields = _brought(wish, model, adjusted)
     strength = 0.75 if wish.denoising_strength is None else wish.denoising_strength
-    body = EditBody(**fields, strength=strength)
+    wished = None
+    if wish.width is not None and wish.height is not None:
+        wished = str(nearest_size(model.manifest.sizes, wish.width, wish.height))
+    body = EditBody(**fields, strength=strength, size=wished)
     wanted = resolve_edit(
         body,
         image,

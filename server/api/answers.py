@@ -11,7 +11,7 @@ from server.catalogue import Catalogue
 from server.errors import ApiError, OverloadedError
 from server.jobs import EncodedImage, JobFailure, JobResult, JobState, Preview, Timing
 from server.links import Link
-from server.request import DenoiseRequest
+from server.request import DenoiseRequest, find_size
 from server.schemas import (
     CompletedEvent,
     ImageBody,
@@ -128,7 +128,7 @@ def _delivered(image: EncodedImage, link: Link | None) -> dict[str, Any]:
 
 def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:
     manifest = catalogue.find(request.model).manifest
-    size = next(s for s in manifest.sizes if (s.width, s.height) == (request.width, request.height))
+    size = find_size(manifest, request)
     text, cells = manifest.condition.tokens, size.latent_width * size.latent_height
     given = 0 if request.image is None else cells
     return Usage(

@@ -43,6 +43,7 @@ def answer(
         seed=question.seed,
         tasks={str(task): share for task, share in mix.tasks.items()},
         steps=None if mix.steps is None else {str(steps): share for steps, share in mix.steps.items()},
+        sizes=None if mix.sizes is None else dict(mix.sizes),
         images={str(n): share for n, share in mix.images.items()},
         strength=mix.strength,
         new_prompts=mix.new_prompts,

@@ -184,4 +184,4 @@ def admission_of(
 
 
 def _plain(costs: CostTable) -> dict[str, dict[int, float]]:
-    return {graph: dict(rungs) for graph, rungs in costs.ms.items()}
+    return {call: dict(rungs) for call, rungs in costs.ms.items()}

@@ -15,12 +15,12 @@ class Prices:
         self.best_rung = cache(table.best_rung)
         self.call_ms = cache(self._call_ms)
 
-    def _call_ms(self, graph: str, rows: int) -> float:
+    def _call_ms(self, call: str, rows: int) -> float:
         """Milliseconds of ``rows`` ≥ 1 rows as a pipeline runs them: padded to a rung, in several calls beyond
         the largest.
         """
-        costs = self.table.ms[graph]
+        costs = self.table.ms[call]
         largest = max(costs)
         if rows > largest:
-            return self._call_ms(graph, largest) + self._call_ms(graph, rows - largest)
+            return self._call_ms(call, largest) + self._call_ms(call, rows - largest)
         return costs[min(rung for rung in costs if rung >= rows)]

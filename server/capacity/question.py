@@ -21,12 +21,13 @@ class PlanError(HalfstepError):
 class Mix:
     """Relative shares of what requests ask for, each drawn by itself.
 
-    steps: None for each model's default; strength: of edits and inpaintings, None for the API's
+    steps, sizes: None for each model's default; strength: of edits and inpaintings, None for the API's
     defaults; new_prompts: the part whose condition no worker remembers.
     """
 
     tasks: Mapping[PlannedTask, float] = field(default_factory=lambda: {"text_to_image": 1.0})
     steps: Mapping[int, float] | None = None
+    sizes: Mapping[str, float] | None = None
     images: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     strength: float | None = None
     new_prompts: float = 1.0

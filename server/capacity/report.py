@@ -25,7 +25,7 @@ class PlannedModel(Frozen):
 class Plan(Frozen):
     """A question and its answer. workers: the least number that keeps p99_s, None where none that was tried does.
 
-    tasks, steps, images: shares as asked for, None for the models' default; file_ms: of an image, on one of
+    tasks, steps, sizes, images: shares as asked for, None for the models' default; file_ms: of an image, on one of
     encode_threads threads.
     """
 
@@ -38,6 +38,7 @@ class Plan(Frozen):
     seed: int
     tasks: dict[str, float]
     steps: dict[str, float] | None
+    sizes: dict[str, float] | None
     images: dict[str, float]
     strength: float | None
     new_prompts: float

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from engines.backends.load import engine_key
 from engines.bench import BenchResult
 from engines.bundle import Bundle, verify_bundle
+from engines.calls import calls
 from engines.cost import CostTable
 from engines.open import kept_costs, open_pipeline
 from server.capacity.question import PlanError
@@ -71,7 +72,7 @@ def _of_file(bundle: Bundle, results: Sequence[tuple[Path, BenchResult]]) -> Cos
     name = bundle.manifest.name
     for file, result in results:
         if result.bundle == name:
-            missing = sorted(bundle.manifest.graphs.keys() - result.ms.keys())
+            missing = [str(call) for call in calls(bundle.manifest) if str(call) not in result.ms]
             if missing:
                 raise PlanError(f"{file} has no costs of the graph {missing[0]}; bench the bundle again.")
             return Costed(bundle, CostTable(result.ms), result.engine, f"{file}, on {result.machine}")

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH
+from engines.manifest import CONDITION_GRAPH
 from server.batching import Batcher, Ticket
 from server.capacity.traffic import Call
 from server.request import MAX_IMAGES
@@ -32,10 +32,10 @@ class Turn:
 
 @dataclass(eq=False, slots=True)
 class _Image:
-    """An image in the making. graph: of its next step."""
+    """An image in the making. of: the request; step: what its next step is a call of."""
 
-    call: Call
-    graph: str
+    of: Call
+    step: str
 
 
 class SimulatedWorker:
@@ -70,15 +70,15 @@ class SimulatedWorker:
         if batch is None:
             return Turn(ms / 1000)
         first = batch.tickets[0].row
-        prices = first.call.kind.prices
-        ms += prices.call_ms(first.graph, len(batch.tickets))
+        kind = first.of.kind
+        ms += kind.prices.call_ms(first.step, len(batch.tickets))
         for ticket in batch.tickets:
             _advance(ticket)
         done = self._batcher.stepped(batch)
         if done:
-            ms += prices.call_ms(DECODE_GRAPH, len(done))
+            ms += kind.prices.call_ms(kind.decode, len(done))
         made = []
-        for call in (ticket.row.call for ticket in done):
+        for call in (ticket.row.of for ticket in done):
             call.unmade -= 1
             if call.unmade == 0:
                 made.append(call)
@@ -107,28 +107,28 @@ class SimulatedWorker:
 
 def _start_ms(calls: Sequence[Call]) -> float:
     """calls: newcomers of one model."""
-    counts = {
-        CONDITION_GRAPH: sum(call.kind.prompts for call in calls if call.new_prompt),
-        ENCODE_GRAPH: sum(call.kind.request.image is not None for call in calls),
-    }
-    seen = sum(call.kind.seen for call in calls)
     prices = calls[0].kind.prices
-    ms = sum(prices.call_ms(graph, rows) for graph, rows in counts.items() if rows)
-    return ms + (prices.call_ms(ENCODE_GRAPH, seen) if seen else 0.0)
+    prompts = sum(call.kind.prompts for call in calls if call.new_prompt)
+    ms = prices.call_ms(CONDITION_GRAPH, prompts) if prompts else 0.0
+    for encode in dict.fromkeys(call.kind.encode for call in calls):
+        kinds = [call.kind for call in calls if call.kind.encode == encode]
+        for rows in (sum(kind.request.image is not None for kind in kinds), sum(kind.seen for kind in kinds)):
+            ms += prices.call_ms(encode, rows) if rows else 0.0
+    return ms
 
 
 def _choose_rung(image: _Image, waiting: int) -> int:
-    return image.call.kind.prices.best_rung(image.graph, waiting)
+    return image.of.kind.prices.best_rung(image.step, waiting)
 
 
 def _key(image: _Image) -> Hashable:
-    """What it shares its next step with; a plan has one size a model."""
-    return (image.call.kind.request.model, image.graph)
+    """What it shares its next step with."""
+    return (image.of.kind.request.model, image.step)
 
 
 def _advance(ticket: Ticket[_Image]) -> None:
-    """Bring an image to the graph of the step after the one under way, if there is one."""
+    """Bring an image to the call of the step after the one under way, if there is one."""
     if ticket.steps_left > 1:
         image = ticket.row
-        image.graph = image.call.kind.route[1 - ticket.steps_left]
+        image.step = image.of.kind.route[1 - ticket.steps_left]
         ticket.key = _key(image)

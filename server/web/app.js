@@ -14,7 +14,7 @@ const at = (id) => document.getElementById(id);
 const form = at("controls");
 const fields = {
   prompt: at("prompt"), guidance: at("guidance"), seed: at("seed"), n: at("n"), image: at("image"), strength: at("strength"),
-  key: at("key"),
+  size: at("size"), key: at("key"),
 };
 const source = new Source((painted) => {
   sweepKey = "";
@@ -38,7 +38,8 @@ function request() {
     seed: fields.seed.value === "" ? null : Number(fields.seed.value),
     n: Number(fields.n.value),
   };
-  return source.size === null ? body : { ...body, size: source.size, strength: Number(fields.strength.value) };
+  if (source.size !== null) return { ...body, size: source.size, strength: Number(fields.strength.value) };
+  return model.sizes.length > 1 ? { ...body, size: fields.size.value } : body;
 }
 
 /** Draw now; whatever was under way is dropped, here and on the server. */
@@ -97,7 +98,7 @@ function show(answer, body, picture) {
 
 /** The first image again at every guidance; skipped while only the guidance changes. */
 async function sweep(body, picture, seed, signal) {
-  const key = JSON.stringify([body.model, body.prompt, body.steps, body.strength, seed]);
+  const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed]);
   markSweep(at("sweep"), body.guidance_scale);
   if (key === sweepKey) return;
   const { min, max } = model.guidance_scale;
@@ -157,6 +158,7 @@ function restore(entry) {
   if (entry.strength !== undefined) fields.strength.value = entry.strength;
   const radio = form.querySelector(`input[name=steps][value="${entry.steps}"]`);
   if (radio) radio.checked = true;
+  if (source.size === null && model.sizes.includes(entry.size)) fields.size.value = entry.size;
   draw();
 }
 
@@ -194,6 +196,8 @@ function choose(chosen) {
     }),
   );
   if (model.prompts.length && !model.prompts.includes(fields.prompt.value)) fields.prompt.value = model.prompts[0];
+  fields.size.replaceChildren(...model.sizes.map((size) => make("option", {}, size)));
+  at("size-field").hidden = model.sizes.length < 2;
   source.offer(model);
 }
 
@@ -233,6 +237,7 @@ at("forget").addEventListener("click", () => {
   forgetAll();
   showHistory();
 });
+fields.size.addEventListener("change", () => source.resize(fields.size.value));
 at("model").addEventListener("change", (event) => {
   choose(offered[event.target.selectedIndex]);
   draw();

@@ -15,6 +15,7 @@ export class Source {
     this.painter = new Painter(at("canvas"), at("brush"), () => changed(true));
     this.sizes = [];
     this.size = null; // "WxH" while there is a picture
+    this.image = null;
     this.listen();
   }
 
@@ -35,20 +36,31 @@ export class Source {
   /** source: a file, or the address of an image on this page. */
   async load(source) {
     try {
-      const image = await createImageBitmap(source instanceof Blob ? source : await blobOf(source));
-      this.size = nearestSize(this.sizes, image);
-      this.painter.load(image, this.size);
+      this.image = await createImageBitmap(source instanceof Blob ? source : await blobOf(source));
+      at("size").value = nearestSize(this.sizes, this.image);
+      this.fit(at("size").value);
     } catch {
       this.refused(new Refusal("This file is no image the browser can read. Choose a PNG, JPEG or WebP file.", "image", 0));
       return;
     }
-    at("canvas").className = Math.max(at("canvas").width, at("canvas").height) <= TINY_PX ? "pixelated" : "";
     at("painting").hidden = false;
     this.changed(false);
   }
 
+  /** Another size was chosen: the picture, if there is one, is cut to it, and the mask starts anew. */
+  resize(size) {
+    if (this.size !== null) this.fit(size);
+  }
+
+  fit(size) {
+    this.size = size;
+    this.painter.load(this.image, size);
+    at("canvas").className = Math.max(at("canvas").width, at("canvas").height) <= TINY_PX ? "pixelated" : "";
+  }
+
   drop() {
     this.size = null;
+    this.image = null;
     at("image").value = "";
     at("painting").hidden = true;
     at("compare").hidden = true;

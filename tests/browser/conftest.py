@@ -40,9 +40,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def server(
-    toy_bundle: Path, poison_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+    toy_bundle: Path, poison_bundle: Path, sized_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    with serving([toy_bundle, poison_bundle], log=tmp_path_factory.mktemp("browser") / "log") as process:
+    bundles = [toy_bundle, poison_bundle, sized_bundle]
+    with serving(bundles, log=tmp_path_factory.mktemp("browser") / "log") as process:
         yield process
 
 

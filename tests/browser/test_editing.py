@@ -49,6 +49,21 @@ def image_at(page: Page, selector: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
 
 
+def test_an_upload_takes_the_size_of_its_shape_and_may_be_cut_to_another(page: Page) -> None:
+    page.get_by_label("Model", exact=True).select_option("toy-sized")
+    size = page.get_by_label("Size", exact=True)
+    upload(page, picture(100, 240))
+    expect(size).to_have_value("64x128")
+    expect(page.locator("#curl")).to_contain_text("size=64x128")
+    stroke(page)
+    expect(page.locator("#curl")).to_contain_text("mask")
+    size.select_option("96x64")
+    expect(page.locator("#curl")).to_contain_text("size=96x64")
+    assert page.evaluate(LOADED) == 96
+    expect(page.locator("#curl")).not_to_contain_text("mask")
+    expect(page.locator(f"{CARDS} img").first).to_have_attribute("width", "96")
+
+
 def test_an_upload_is_cut_to_the_model_and_edited(any_page: Page) -> None:
     upload(any_page)
     expect(any_page.locator("#compare")).to_be_visible()

@@ -129,6 +129,19 @@ def test_another_model_refits_the_controls(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("no usable image")
 
 
+def test_sizes_are_offered_where_there_are_several(page: Page) -> None:
+    size, image = page.get_by_label("Size", exact=True), page.locator(f"{CARDS} img").first
+    expect(size).to_be_hidden()
+    assert "size" not in requested(page)
+    page.get_by_label("Model", exact=True).select_option("toy-sized")
+    expect(size).to_have_value("64x64")
+    size.select_option("96x64")
+    expect(image).to_have_attribute("width", "96")
+    assert requested(page)["size"] == "96x64"
+    page.get_by_label("Model", exact=True).select_option("toy-digits")
+    expect(size).to_be_hidden()
+
+
 def test_everything_is_reached_by_keyboard_and_has_a_name(any_page: Page) -> None:
     unnamed = any_page.evaluate(
         """() => [...document.querySelectorAll('input, select, button, a')].filter(e =>

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engines.backends.base import RUNGS
 from engines.bundle import verify_bundle
+from engines.calls import calls
 from engines.cost import CostTable
 from server.capacity.plan import Load, Planner, admission_of, find_least, quantile
 from server.capacity.prices import Prices
@@ -143,12 +144,19 @@ def test_workers_with_room_share_evenly_by_chance(toy_bundle: Path) -> None:
 # ---- against the engine itself
 
 
-def test_it_takes_the_turns_that_the_engine_takes(toy_bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("bundle_name", "sizes"), [("toy_bundle", None), ("sized_bundle", {"64x64": 2, "64x128": 1})]
+)
+def test_it_takes_the_turns_that_the_engine_takes(
+    request: pytest.FixtureRequest, bundle_name: str, sizes: dict[str, float] | None
+) -> None:
     """The same requests before the same turns: as many rows in every step, and the same requests made."""
-    bundle, bench, dice = verify_bundle(toy_bundle), Bench(toy_bundle), random.Random(5)
-    table = CostTable({g: {1: 5.0, 2: 6.0, 4: 9.0, 8: 20.0} for g in bundle.manifest.graphs})
+    path: Path = request.getfixturevalue(bundle_name)
+    bundle, bench, dice = verify_bundle(path), Bench(path), random.Random(5)
+    table = CostTable({str(c): {1: 5.0, 2: 6.0, 4: 9.0, 8: 20.0} for c in calls(bundle.manifest)})
     bench.pipeline.costs = table
-    mix = Mix(tasks={"text_to_image": 3, "edit": 1, "inpaint": 1}, steps={1: 1, 2: 1, 4: 1}, images={1: 2, 3: 1})
+    tasks = {"text_to_image": 3.0, "edit": 1.0, "inpaint": 1.0}
+    mix = Mix(tasks=tasks, steps={1: 1, 2: 1, 4: 1}, sizes=sizes, images={1: 2, 3: 1})  # type: ignore[arg-type]
     chosen = kinds([(bundle.manifest, table)], mix)
     engine, worker = EngineThread({bundle.manifest.name: bench.pipeline}), SimulatedWorker(LIMITS)
     events: list[Event] = []

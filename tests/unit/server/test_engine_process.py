@@ -205,7 +205,7 @@ def test_events_cross_the_border_unchanged() -> None:
     spans = {"steps": (1.0, 2.5)}
     events = [
         Started("t", 1.5, "fake 1 float32"),
-        Stepped("m", 4, 3, 0.25),
+        Stepped("m", "64x64", 4, 3, 0.25),
         Dropped("m", 2),
         Progress("t", 3, ((0, 1, pixels), (1, 1, pixels + 1))),
         Failed("t", JobFailure(code="c", message="m"), "steps", spans),

@@ -84,6 +84,8 @@ WRONG = [
     ({"--steps": "4=0"}, "--steps '4=0' is no list"),
     ({"--steps": "4,4"}, "--steps '4,4' is no list"),
     ({"--steps": "3"}, "steps must be one this model was distilled for"),
+    ({"--size": "wide"}, "--size 'wide' is no list"),
+    ({"--size": "96x64"}, "has no size 96x64; it has 64x64"),
     ({"-n": "11"}, "-n '11' is no list"),
     ({"--strength": "2"}, "--strength must be above 0 and at most 1"),
     ({"--task": "invert"}, "needs a model with an encoder"),
