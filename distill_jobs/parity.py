@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.graphs import StepGraph
@@ -135,9 +137,15 @@ def write_checked(
     expected = reference_outputs(module, rows, path.stem)
     write_graph(module, [tensor[:2] for tensor in traced or rows], inputs, outputs, path)
     parity = check_parity(expected, path, rows, batches, limit)
-    few, wanted = [tensor[:LOWERED_ROWS] for tensor in rows], [output[:LOWERED_ROWS] for output in expected]
-    lowered = {dtype: lowered_parity(module, few, wanted, dtype) for dtype in LOWERED}
+    lowered = _in_fewer_bits(module, rows, expected)
     return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
+
+
+def _in_fewer_bits(
+    module: nn.Module, rows: list[Tensor], expected: Sequence[NDArray[np.float64]]
+) -> dict[Lowered, Parity | None]:
+    few, wanted = [tensor[:LOWERED_ROWS] for tensor in rows], [output[:LOWERED_ROWS] for output in expected]
+    return {dtype: lowered_parity(module, few, wanted, dtype) for dtype in LOWERED}
 
 
 def write_at_sizes(
@@ -158,13 +166,23 @@ def write_at_sizes(
     spec = write_checked(module, rows_of(sizes.shape(first)), *specs, path, limit, batches, traced)
     if not others:
         return spec
-    found = {str(first): spec.parity}
+    found, lowered = {str(first): spec.parity}, [spec.lowered]
     for size in others:
         batches = parity_batches(size.latent_height, size.latent_width)
         rows = [tensor[: sum(batches)] for tensor in rows_of(sizes.shape(size))]
         expected = reference_outputs(module, rows, path.stem)
         found[str(size)] = check_parity(expected, path, rows, batches, limit)
-    return spec.model_copy(update={"parity": _of_all(tuple(found.values())), "parity_by_size": found})
+        lowered.append(_in_fewer_bits(module, rows, expected))
+    everywhere = {dtype: [each[dtype] for each in lowered] for dtype in LOWERED}
+    return spec.model_copy(
+        update={
+            "parity": _of_all(tuple(found.values())),
+            "parity_by_size": found,
+            "lowered": {
+                d: None if None in each else _of_all([p for p in each if p]) for d, each in everywhere.items()
+            },
+        }
+    )
 
 
 def _of_all(each: Sequence[Parity]) -> Parity:

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 
 from distill_jobs.errors import RecipeError
 from distill_jobs.graphs import StepGraph
-from distill_jobs.parity import STEP_LIMIT, step_rows, write_at_sizes
+from distill_jobs.parity import LOWERED_ROWS, STEP_LIMIT, step_rows, write_at_sizes
 from distill_jobs.pipelines.packing import Packing
 from distill_jobs.sizes import BundleSizes, Shape, halvings, sizes_of
 from engines.backends.base import Precision
@@ -85,6 +85,9 @@ def test_parity_is_proved_and_kept_for_every_size(exported: Exported) -> None:
     assert all(0 < parity.max_abs_error <= STEP_LIMIT for parity in each)
     assert spec.parity.max_abs_error == max(parity.max_abs_error for parity in each)
     assert spec.parity.rows == sum(parity.rows for parity in each) == 96
+    for lowered in spec.lowered.values():
+        assert lowered is not None
+        assert lowered.rows == 3 * LOWERED_ROWS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
