@@ -173,16 +173,19 @@ def write_at_sizes(
         expected = reference_outputs(module, rows, path.stem)
         found[str(size)] = check_parity(expected, path, rows, batches, limit)
         lowered.append(_in_fewer_bits(module, rows, expected))
-    everywhere = {dtype: [each[dtype] for each in lowered] for dtype in LOWERED}
     return spec.model_copy(
         update={
-            "parity": _of_all(tuple(found.values())),
+            "parity": _of_all(list(found.values())),
             "parity_by_size": found,
-            "lowered": {
-                d: None if None in each else _of_all([p for p in each if p]) for d, each in everywhere.items()
-            },
+            "lowered": {dtype: _unless_it_overflows([each[dtype] for each in lowered]) for dtype in LOWERED},
         }
     )
+
+
+def _unless_it_overflows(each: Sequence[Parity | None]) -> Parity | None:
+    """Of all sizes; None where it does at one."""
+    finite = [parity for parity in each if parity is not None]
+    return _of_all(finite) if len(finite) == len(each) else None
 
 
 def _of_all(each: Sequence[Parity]) -> Parity:

@@ -92,9 +92,9 @@ class Parity(Frozen):
 class GraphSpec(Frozen):
     """One ONNX file. dtype: the precision of the network body (inputs and updates stay float32).
 
-    parity, lowered: over all sizes; parity_by_size: of each, where the graph takes several. lowered: by type, how far
-    the network is from its float32 self with its products in that type, emulated when it was exported; null where it
-    overflows, or comes near. Engines asked for float16 then run it in bfloat16.
+    parity, lowered: over all sizes; parity_by_size: of each, where the graph takes several. lowered: by type, how
+    far the network is from its float32 self with its products in that type, emulated when it was exported; null
+    where it overflows, or comes near. Engines asked for float16 then run it in bfloat16.
     """
 
     file: str

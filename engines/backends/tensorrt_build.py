@@ -1,8 +1,8 @@
 """From a bundle's ONNX graph to a TensorRT plan, with ``tensorrt`` or ``tensorrt_rtx``, whichever is installed.
 
 Networks are strongly typed: they compute in the graph's own types, which is float32 without TF32 here, or the
-graph with its products in 16 bits (``engines.backends.lowering``). One plan holds one optimisation profile a rung and
-size of image, each of exactly those: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
+graph with its products in 16 bits (``engines.backends.lowering``). One plan holds one optimisation profile a rung
+and size of image, each of exactly those: dynamic profiles run 13 to 30 % slower. tensorrt_rtx builds without a GPU.
 """
 
 from __future__ import annotations
