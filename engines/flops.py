@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,7 +80,7 @@ def _lengths(graph: GraphProto) -> dict[str, NDArray[np.int64]]:
             ends = {attribute.name: attribute.i for attribute in node.attribute}
             value = np.array(shapes[node.input[0]][ends.get("start") : ends.get("end")], np.int64)
         elif node.op_type in _ON_LENGTHS and all(name in values for name in node.input):
-            made = ReferenceEvaluator(node).run(None, {name: values[name] for name in node.input})
+            made: Any = ReferenceEvaluator(node).run(None, {name: values[name] for name in node.input})
             value = np.asarray(made[0], np.int64)
         else:
             continue
