@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.parity import Sample, UnlikeError, check_like, probe_requests
 from server.renewal import Renewals
 from server.settings import Settings
+from server.succession import start_settings
 from server.versions import Version, hashes, new_versions, offer
 from tests.support.offline import offline_service
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -82,6 +83,12 @@ def test_what_is_built_beside_needs_a_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start_backend needs a cache_dir"):
         Settings(start_backend="onnxruntime", cache_dir=None)
     assert Settings(start_backend="onnxruntime", cache_dir=tmp_path).start_backend == "onnxruntime"
+
+
+@pytest.mark.parametrize(("start", "precision"), [("openvino", "auto"), ("torch-cuda", "float16")])
+def test_the_first_engine_has_the_precision_where_it_offers_it(start: str, precision: str, tmp_path: Path) -> None:
+    wanted = {"backend": "tensorrt", "precision": "float16", "start_backend": start, "cache_dir": tmp_path}
+    assert start_settings(Settings.model_validate(wanted), []).precision == precision
 
 
 def test_a_link_is_followed_once(tmp_path: Path) -> None:
