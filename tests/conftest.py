@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tiny networks only wait for their threads, and equal bytes need equal threads, in child processes too.
@@ -19,6 +21,17 @@ structlog.configure(
     logger_factory=structlog.WriteLoggerFactory(open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115
     wrapper_class=structlog.make_filtering_bound_logger("warning"),
 )
+
+
+@pytest.fixture(autouse=True)
+def logs_put_back() -> Iterator[None]:
+    """Commands that are run in this process configure its logs, into files that are closed when they have ended."""
+    root = logging.getLogger()
+    handlers, level, configuration = root.handlers[:], root.level, structlog.get_config()
+    yield
+    structlog.configure(**configuration)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

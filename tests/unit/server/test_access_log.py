@@ -24,15 +24,10 @@ CANARY = "c4n4ry"
 
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
-    """What the process logs, with its logging put back afterwards."""
-    root = logging.getLogger()
-    handlers, level, configuration = root.handlers[:], root.level, structlog.get_config()
+    """What the process logs."""
     with redirect_stderr(io.StringIO()) as stderr:
         configure_logs("debug")
         yield stderr
-    structlog.configure(**configuration)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def lines(written: io.StringIO) -> list[dict[str, Any]]:
