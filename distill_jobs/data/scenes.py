@@ -21,8 +21,12 @@ from distill_jobs.errors import DataError
 
 T = TypeVar("T")
 
-PLAIN, PLACED, RECOLOURED = 0.4, 0.2, 0.2
+PLAIN, PLACED, RECOLOURED = 0.5, 0.1, 0.2
 """Shares of the kinds of scene; the rest are pairs."""
+
+STILL = 0.75
+"""Share of the glyphs alone, as they are or in another colour, that stand where the reference does: a shape that is
+always the same is learned sharp, one that never is stays an average."""
 
 PHRASES = ("{}", "{}", "{} emoji", "an emoji of {}", "a picture of {}", "emoji, {}")
 PAIR_PHRASES = ("{} and {}", "{} next to {}", "{} beside {}", "{} on the left and {} on the right")
@@ -140,6 +144,9 @@ class Scenes:
 
     def _alone(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         canvas = self._canvas()
+        if rng.random() < STILL:
+            self._paste(canvas, picture, sum(FULL) / 2, 0.5, 0.5)
+            return canvas
         x, y = 0.5 + rng.uniform(-0.02, 0.02, size=2)
         self._paste(canvas, picture, rng.uniform(*FULL), x, y)
         return canvas
