@@ -33,8 +33,11 @@ class Checkpoint:
     rewinds: int = 0
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Add a checkpoint under ``folder`` and drop all but the newest two. Raises: StorageError."""
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, every: int = 1) -> None:
+    """Add a checkpoint under ``folder`` and drop all but the newest two, and the newest at a multiple of ``every``.
+
+    Raises: StorageError.
+    """
 
     def fill(staging: Path) -> None:
         progress = {"update": checkpoint.update, "seconds": checkpoint.seconds, "rewinds": checkpoint.rewinds}
@@ -43,13 +46,17 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         (staging / DIGEST).write_text(_sha256(staging / STATE), encoding="ascii")
 
     write_folder(folder / f"{checkpoint.update:08d}", fill)
-    for stale in (*folder.glob(".*.writing"), *_checkpoints(folder)[:-KEEP]):
+    kept = {*_checkpoints(folder)[-KEEP:], *_checkpoints(folder, every)[-1:]}
+    for stale in (*folder.glob(".*.writing"), *(path for path in _checkpoints(folder) if path not in kept)):
         shutil.rmtree(stale)
 
 
-def intact_checkpoint(folder: Path) -> Path | None:
-    """Where the newest intact checkpoint under ``folder`` stands. Damaged ones are passed over loudly."""
-    for path in reversed(_checkpoints(folder)):
+def intact_checkpoint(folder: Path, every: int = 1) -> Path | None:
+    """Where the newest intact checkpoint under ``folder`` stands, of those at a multiple of ``every``.
+
+    Damaged ones are passed over loudly.
+    """
+    for path in reversed(_checkpoints(folder, every)):
         try:
             if _sha256(path / STATE) != (path / DIGEST).read_text(encoding="ascii"):
                 raise ValueError("its sha256 differs from the one recorded")
@@ -104,8 +111,9 @@ def write_text(destination: Path, text: str) -> None:
         raise StorageError(f"{destination} cannot be written ({error})") from error
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
+def _checkpoints(folder: Path, every: int = 1) -> list[Path]:
+    found = sorted(p for p in folder.glob("[0-9]*") if p.is_dir()) if folder.is_dir() else []
+    return [path for path in found if int(path.name) % every == 0]
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill_jobs.checkpoint import write_folder
 from distill_jobs.data.digits import CLASSES, Digits
 
 FEATURES = 64
@@ -85,8 +86,8 @@ def accuracy(model: DigitClassifier, data: Digits) -> float:
 
 
 def save_classifier(model: DigitClassifier, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
+    """In one move with its folder. Raises: StorageError."""
+    write_folder(path.parent, lambda staging: save_file(model.state_dict(), staging / path.name))
 
 
 def load_classifier(path: Path) -> DigitClassifier:

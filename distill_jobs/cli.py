@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from distill_jobs.errors import JobError
+from distill_jobs.errors import JobError, StorageError
 from engines.errors import HalfstepError
 from engines.manifest import DecoderKind
 
@@ -75,8 +76,8 @@ def evaluate(
 ) -> None:
     """Measure a trained run: distances, class agreement and diversity, teacher's rows included.
 
-    Writes report.json, report.md, curves/*.png and sheets/*.png into the run folder. Interrupted, it goes on
-    where it stopped.
+    Writes report.json, report.md, and the curves/*.png and sheets/*.png that its data have, into the run folder.
+    Interrupted, an evaluation of digits goes on where it stopped.
     """
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
@@ -201,5 +202,7 @@ def _one_sentence_errors() -> Iterator[None]:
         errors.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(error.exit_code if isinstance(error, JobError) else 1) from None
     except OSError as error:  # a full disk, a folder that is a file, a missing permission
-        errors.print(f"Error: {error.strerror}: {error.filename}", style="red", soft_wrap=True, markup=False)
-        raise typer.Exit(1) from None
+        told = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        errors.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise typer.Exit(StorageError.exit_code if full else JobError.exit_code) from None

@@ -14,6 +14,7 @@ from distill_jobs.classifier import CLASSIFIER
 from distill_jobs.contenders import STAGE_ONE, STUDENT, TEACHER
 from distill_jobs.curves import picture_links, write_comparison_curves
 from distill_jobs.errors import JobError
+from distill_jobs.latent_sections import LatentTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report
 from distill_jobs.run_folder import RunFolder, stored_recipe
@@ -36,14 +37,22 @@ class EvaluatedRun:
     def read(cls, argument: str) -> EvaluatedRun:
         """From ``DIR`` or ``NAME=DIR``; the name is the folder's where none is given.
 
-        Raises: JobError when the folder holds no run, or it is not evaluated.
+        Raises: JobError when the folder holds no run on digits, or it is not evaluated as its recipe says.
         """
         name, named, folder = argument.rpartition("=")
         path = Path(folder)
         recipe = stored_recipe(RunFolder(path))
         if not (path / JSON_NAME).is_file():
             raise JobError(f"{path} is not evaluated yet; run: python -m distill_jobs evaluate {path}")
-        return cls(name if named else path.resolve().name, path, recipe, Report.read(path))
+        if isinstance(recipe.teacher, LatentTeacher):
+            raise JobError(
+                f"{path} is of latents; compare is for runs on digits. Its own tables: {path / 'report.md'}"
+            )
+        report = Report.read(path)
+        if f"{TEACHER}-{recipe.evaluation.teacher_steps}" not in report.weights:
+            again = f"python -m distill_jobs evaluate {path}"
+            raise JobError(f"{path} was evaluated before its evaluation.teacher_steps changed; run again: {again}")
+        return cls(name if named else path.resolve().name, path, recipe, report)
 
     def conditions(self) -> dict[str, object]:
         """What must be equal for the rows of two runs to stand in one table."""

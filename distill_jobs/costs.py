@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill_jobs.making.autoencoder import AutoencoderTraining, new_autoencoder
 from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 
 TEXT_TOKENS = 77
+HALF = 2
 STOCK_AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -60,6 +62,15 @@ def network_cost(config: dict[str, Any], rank: int | None = None) -> NetworkCost
             )
     own = sum(p.numel() for p in network.parameters())
     return NetworkCost(own if rank is None else adapter_parameters(network, rank), float(counter.get_total_flops()))
+
+
+def cached_bytes(unet: Mapping[str, Any], tokens: int = TEXT_TOKENS) -> int:
+    """Of an image in the cache: mean and deviation of its latent, and the embeddings of its caption, in float16."""
+    latent = 2 * unet.get("out_channels", 4) * int(unet["sample_size"]) ** 2
+    added = (unet.get("projection_class_embeddings_input_dim") or 0) - 6 * (
+        unet.get("addition_time_embed_dim") or 0
+    )
+    return HALF * int(latent + tokens * int(unet["cross_attention_dim"]) + max(added, 0))
 
 
 def autoencoder_cost(section: AutoencoderSection, side: int) -> NetworkCost:

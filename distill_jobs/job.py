@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from distill_jobs.data.open import open_source
+from distill_jobs.data.open import latents_of, open_source
 from distill_jobs.errors import RecipeError
 from distill_jobs.finish import train_consistency
 from distill_jobs.loop import Trainer
@@ -26,6 +26,7 @@ from distill_jobs.pipelines.tiny_decoder import train_decoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import Machine, RunFolder, stored_recipe
+from distill_jobs.sections import ChainSection, Section, Training
 from distill_jobs.signals import StopSignal, stop_with_launcher
 from distill_jobs.stage_one import train_stage_one, train_teacher
 from distill_jobs.stage_two import train_encoders, train_stage_two
@@ -45,6 +46,7 @@ def run_job(
     if taken_from is not None:
         _check_source(taken_from, folder)
     processes = Processes(recipe.compute, out)
+    _check_shares(recipe, processes.count)
     with StopSignal().listening() as stop, ExitStack() as held:
         if processes.count > 1:
             stop_with_launcher()
@@ -60,7 +62,9 @@ def run_job(
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, out / "checkpoints", every, log_every, stop, progress)
         teacher = made_teacher(recipe, folder, trainer) or open_teacher(recipe)
-        source = open_source(recipe, teacher, processes, progress)
+        source = open_source(recipe, teacher, processes, progress, stop)
+        if (latents := latents_of(source)) is not None:
+            processes.first(lambda: folder.keep_data(latents.cache.identity, len(latents.cache)))
         _train(Phases(recipe, folder, trainer, source, teacher))
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))
     return folder
@@ -97,6 +101,19 @@ def _train(phases: Phases) -> None:
     train_consistency(phases)
     train_encoders(phases)
     train_decoder(phases)
+
+
+def _check_shares(section: Section, processes: int, name: str = "") -> None:
+    """Refuse batches that so many processes cannot share before any phase starts. Raises: RecipeError."""
+    for field, value in section:
+        if not isinstance(value, Section):
+            continue
+        if isinstance(value, Training | ChainSection) and value.batch_size % (processes * value.accumulate):
+            raise RecipeError(
+                f"{name}{field}.batch_size {value.batch_size} cannot be shared equally by {processes} processes × "
+                f"{value.accumulate} micro-batches (accumulate)"
+            )
+        _check_shares(value, processes, f"{name}{field}.")
 
 
 def _check_source(taken_from: Path, folder: RunFolder) -> None:

@@ -108,10 +108,15 @@ class TextSection(Section):
 
 
 class MadeTeacher(TeacherSection, LatentTeacher):
-    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together."""
+    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together.
+
+    second_round: more training of those two, from the averaged weights that the first round ended with; its
+    learning rate rises and falls once more.
+    """
 
     autoencoder: AutoencoderSection
     text: TextSection = TextSection()
+    second_round: TeacherSection | None = None
 
 
 class DecoderSection(Training):

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from distill_jobs.checkpoint import Checkpoint, intact_checkpoint, load_checkpoint, write_checkpoint
-from distill_jobs.errors import DivergedError, Interrupted, StorageError
+from distill_jobs.errors import DivergedError, Interrupted, JobError, StorageError
 from distill_jobs.processes import Processes
 from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase, RowLoss, TrainingState
@@ -60,7 +61,7 @@ class _Run:
         )
         self._started = time.monotonic()
         while state.update < updates:
-            loss = state.advance()
+            loss = self._advance()
             self._log(loss)
             [stopping] = self._processes.any(self._trainer.stop.received)
             ended = state.update == updates
@@ -73,9 +74,21 @@ class _Run:
                 raise Interrupted(f"stopped in {self._phase.name} at update {state.update}; go on with --resume")
         return state.finish(), self._seconds()
 
-    def _restore(self) -> bool:
-        """Take up the newest intact checkpoint, if there is one."""
-        path = self._processes.first(lambda: intact_checkpoint(self._folder))
+    def _advance(self) -> RowLoss | None:
+        try:
+            return self._state.advance()
+        except torch.OutOfMemoryError as error:
+            training = self._phase.training
+            raise JobError(
+                f"{self._phase.name}: too little memory on the device for {training.batch_size} rows in "
+                f"{training.accumulate} micro-batches ({str(error).splitlines()[0]}); give this phase's section a "
+                "larger accumulate in a new folder, which takes the phases before it (--out NEW --from "
+                f"{self._trainer.checkpoints.parent}), or set compute.gradient_checkpointing=true for all phases"
+            ) from None
+
+    def _restore(self, every: int = 1) -> bool:
+        """Take up the newest intact checkpoint at a multiple of ``every``, if there is one."""
+        path = self._processes.first(lambda: intact_checkpoint(self._folder, every))
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
@@ -86,15 +99,17 @@ class _Run:
     def _write(self) -> None:
         state = self._state
         checkpoint = Checkpoint(state.update, self._seconds(), state.tensors(), state.rewinds)
-        self._processes.first(lambda: write_checkpoint(self._folder, checkpoint))
+        self._processes.first(lambda: write_checkpoint(self._folder, checkpoint, self._trainer.every))
 
     def _rewind(self) -> None:
         state, failed_at, rewinds, seconds = self._state, self._state.update, self._state.rewinds, self._seconds()
         what = f"{self._phase.name}: loss, gradient or weights not finite up to update {failed_at}"
-        if rewinds == MAX_REWINDS or not self._restore():
+        # Not to where a signal stopped the job: an uninterrupted one has no checkpoint there.
+        if rewinds == MAX_REWINDS or not self._restore(self._trainer.every):
             raise DivergedError(
                 f"{what}, after {rewinds} rewinds, each with half the learning rate; "
-                f"start again in a new folder with an lr well below {self._phase.training.lr:g}"
+                f"start again with an lr well below {self._phase.training.lr:g} in a new folder, which takes the "
+                f"phases before it (--out NEW --from {self._trainer.checkpoints.parent})"
             )
         state.rewinds = rewinds + 1
         self._spent, self._started = seconds, time.monotonic()

@@ -123,10 +123,12 @@ def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ..
     if isinstance(recipe.teacher, MadeTeacher):
         section = recipe.teacher
         side = int(recipe.unet["sample_size"]) * section.autoencoder.pixels_per_latent
-        return (
+        first = (
             PhasePlan("autoencoder", section.autoencoder, autoencoder_cost(section.autoencoder, side), None, 0),
             PhasePlan("teacher", section, network, None, 0),
         )
+        again = section.second_round
+        return first if again is None else (*first, PhasePlan("second_round", again, network, None, 0))
     if not isinstance(recipe.teacher, FolderTeacher):
         return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
     training = recipe.teacher.v_finetune

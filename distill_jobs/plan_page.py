@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from distill_jobs.costs import TEXT_TOKENS, cached_bytes
+from distill_jobs.latent_sections import CaptionedData, MadeTeacher
 from distill_jobs.plan import DEVICES, UTILISATION, Measured, Plan
 
-GIB, TERA = 2**30, 1e12
+GIB, MEGA, TERA = 2**30, 1e6, 1e12
 
 
 def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Console) -> None:
@@ -33,6 +35,11 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
     console.print(f"memory: {memory} {shared}, and the activations of its rows", highlight=False)
     free = shutil.disk_usage(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())).free
     console.print(f"disk: {plan.disk_bytes / GIB:.2f} GiB, free {free / GIB:.1f} GiB", highlight=False)
+    data, teacher = plan.recipe.data, plan.recipe.teacher
+    if isinstance(data, CaptionedData):
+        tokens = teacher.text.tokens if isinstance(teacher, MadeTeacher) else TEXT_TOKENS
+        each = cached_bytes(plan.recipe.unet, tokens) / MEGA
+        console.print(f"latents: {each:.2g} MB an image of the data, in {data.cache}", highlight=False)
     if plan.disk_bytes > free:
         console.print(f"the disk of {out} is too small for this run", style="red")
     if measured:

@@ -8,7 +8,15 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from distill_jobs.latent_sections import Data, DecoderSection, GlyphData, LatentTeacher, MadeTeacher, Teacher
+from distill_jobs.latent_sections import (
+    CaptionedData,
+    Data,
+    DecoderSection,
+    GlyphData,
+    LatentTeacher,
+    MadeTeacher,
+    Teacher,
+)
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
@@ -138,6 +146,10 @@ class Recipe(Section):
             raise ValueError("decoder is for teachers that work on latents; digits are pixels")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
+        if latent and self.evaluation.features != "classifier":
+            raise ValueError("evaluation.features is for digits; latents are compared as they are")
+        if latent and self.export.upscale != ExportSection.model_fields["upscale"].default:
+            raise ValueError("export.upscale is for digits; latents are decoded by an autoencoder")
         channels = self.unet.get("out_channels", 4)
         seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
         if latent and self.unet.get("in_channels", 4) != seen:
@@ -159,6 +171,8 @@ class Recipe(Section):
             return self
         if self.inpainting is not None or self.compute.shard:
             raise ValueError("a teacher that is made goes without inpainting and compute.shard")
+        if isinstance(self.data, CaptionedData) and self.data.unreadable == "skip":
+            raise ValueError("data.unreadable must be error where a teacher is made: it is made of every image")
         latents, told = teacher.autoencoder.latent_channels, teacher.text.width
         fixed = {"in_channels": latents, "out_channels": latents, "cross_attention_dim": told}
         for name, value in fixed.items():

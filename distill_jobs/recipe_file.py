@@ -14,7 +14,20 @@ from distill_jobs.pipelines.teacher import filled_from_teacher
 from distill_jobs.recipe import Recipe
 
 WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every"}
-"""Fields on which no phase's result depends."""
+"""Sections and fields on which no phase's result depends."""
+
+GATE_LIMIT = "stage_one.max_relative_error"
+"""Nor does any depend on this one: it only says whether the job goes on."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for position, key in enumerate(keys) if key in keys[:position]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -83,7 +96,7 @@ def _parse(source: str | Path) -> dict[str, Any]:
     else:
         text = _read(path)
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _EachKeyOnce)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
@@ -103,7 +116,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise RecipeError(f"--set takes key=value, not {override!r}")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _EachKeyOnce)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         raise RecipeError(f"--set {key}: the value is not valid YAML") from None
     *parents, last = key.split(".")

@@ -11,6 +11,7 @@ from typing import Any, Self
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from distill_jobs.checkpoint import write_text
 from distill_jobs.choices import Choice
 from distill_jobs.curves import picture_links
 from distill_jobs.gates import Gate
@@ -82,9 +83,9 @@ class RunReport(_Frozen):
         return cls.model_validate_json((run_dir / JSON_NAME).read_bytes())
 
     def write(self, run_dir: Path) -> None:
-        """Write report.json and report.md."""
-        (run_dir / JSON_NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (run_dir / MARKDOWN_NAME).write_text(self.markdown(), encoding="utf-8")
+        """Write report.md and report.json, each in one move. Raises: StorageError."""
+        write_text(run_dir / MARKDOWN_NAME, self.markdown())
+        write_text(run_dir / JSON_NAME, self.model_dump_json(indent=1) + "\n")
 
     @abstractmethod
     def markdown(self) -> str:

@@ -15,7 +15,10 @@ import torch
 from distill_jobs.checkpoint import write_text
 from distill_jobs.errors import LockedError, RecipeError
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import WITHOUT_EFFECT, changed_fields, read_recipe
+from distill_jobs.recipe_file import GATE_LIMIT, WITHOUT_EFFECT, changed_fields, read_recipe
+
+BARE = {"recipe.yaml", "machine.json", "data.json", ".lock", "tensorboard"}
+"""What a run folder holds before anything is made that depends on its recipe."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class RunFolder:
         return self.path / "machine.json"
 
     @property
+    def data(self) -> Path:
+        """Which captioned images the run was started with."""
+        return self.path / "data.json"
+
+    @property
     def teacher(self) -> Path:
         return self.path / "teacher"
 
@@ -62,6 +70,11 @@ class RunFolder:
     def autoencoder(self) -> Path:
         """That of a pipeline which the run makes."""
         return self.path / "autoencoder"
+
+    @property
+    def first_round(self) -> Path:
+        """The pipeline that the run makes, as its second round of training finds it."""
+        return self.path / "first_round"
 
     @property
     def glyph_encoder(self) -> Path:
@@ -121,16 +134,22 @@ class RunFolder:
     def take_up(self, recipe: Recipe, resume: bool) -> None:
         """Start the recipe's run here, or go on with it, with other fields where no phase depends on them.
 
+        A run that ended before it made anything, as of data that are not there, is started afresh.
         Raises: RecipeError when the folder holds another's.
         """
-        if not self.recipe.is_file():
+        if not self.recipe.is_file() or all(path.name in BARE for path in self.path.iterdir()):
+            for of_another_start in (self.machine, self.data):
+                of_another_start.unlink(missing_ok=True)
             write_text(self.recipe, recipe.to_yaml())
             return
         if not resume:
             raise RecipeError(f"{self.path} already holds a run; go on with --resume or choose another --out")
         changed = changed_fields(stored_recipe(self), recipe)
-        if fixed := [name for name in changed if name.split(".")[0] not in WITHOUT_EFFECT]:
-            raise RecipeError(f"the recipe differs from the one {self.path} was started with: {', '.join(fixed)}")
+        if fixed := [name for name in changed if not (name.split(".")[0] in WITHOUT_EFFECT or name == GATE_LIMIT)]:
+            raise RecipeError(
+                f"the recipe differs from the one {self.path} was started with: {', '.join(fixed)}; give the same "
+                f"fields, or take a new --out and --from {self.path} for the phases that stay the same"
+            )
         if changed:
             write_text(self.recipe, recipe.to_yaml())
 
@@ -139,6 +158,17 @@ class RunFolder:
         if not self.machine.is_file():
             write_text(self.machine, json.dumps(asdict(here), indent=2) + "\n")
         return Machine(**json.loads(self.machine.read_text(encoding="utf-8")))
+
+    def keep_data(self, identity: str, images: int) -> None:
+        """Record what the run reads, at its start. identity: its hash. Raises: RecipeError when it is another."""
+        now = {"sha256": identity, "images": images}
+        if not self.data.is_file():
+            write_text(self.data, json.dumps(now) + "\n")
+        elif (then := json.loads(self.data.read_text(encoding="utf-8"))) != now:
+            raise RecipeError(
+                f"the images, captions or encoders are not those that {self.path} was started with "
+                f"({then['images']:,} images then, {images:,} now); give it the same, or take a new --out"
+            )
 
 
 def stored_recipe(folder: RunFolder) -> Recipe:

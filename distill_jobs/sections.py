@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Training(Section):
@@ -23,6 +23,11 @@ class Training(Section):
     anneal: bool = True
     ema: float | None = Field(None, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _splits_evenly(self) -> Self:
+        _check_split(self.batch_size, self.accumulate)
+        return self
 
 
 class TeacherSection(Training):
@@ -67,6 +72,11 @@ class ChainSection(Section):
     w_power: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
+    def _splits_evenly(self) -> Self:
+        _check_split(self.batch_size, self.accumulate)
+        return self
+
+    @model_validator(mode="after")
     def _halves(self) -> Self:
         if any(a != 2 * b for a, b in pairwise(self.steps)):
             raise ValueError("halvings must halve: each steps value is half of the one before")
@@ -87,6 +97,13 @@ class ChainSection(Section):
             anneal=True,
             ema=self.ema,
             clip_norm=self.clip_norm,
+        )
+
+
+def _check_split(batch_size: int, accumulate: int) -> None:
+    if batch_size % accumulate:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be split into accumulate {accumulate} equal micro-batches"
         )
 
 

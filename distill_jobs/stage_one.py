@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
 from distill_jobs.latent_sections import FinetuneSection, FolderTeacher, MadeTeacher
-from distill_jobs.objectives import both_ways, guided, stage_one_loss, teacher_loss
+from distill_jobs.objectives import Tables, both_ways, guided, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
 from distill_jobs.pipelines.folder import PipelineFolder
-from distill_jobs.pipelines.teacher import load_network, needs_finetune
+from distill_jobs.pipelines.probe import PROBED_ROWS, contradiction, middle, prediction_errors
+from distill_jobs.pipelines.teacher import load_network
+from distill_jobs.recipe_file import GATE_LIMIT
 from distill_jobs.sections import TeacherSection
 from distill_jobs.state import RowLoss
 from distill_jobs.student import load_stock, new_teacher, predict, student_of
@@ -46,19 +49,34 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
     """The folder's network, trained to give v on the recipe's schedule where it does not."""
     teacher, folder = phases.teacher, phases.folder.teacher
     assert teacher is not None
+    if not phases.processes.first((folder / "unet").is_dir):
+        _probe(phases, teacher)
     if section.v_finetune is not None:
         if section.v_finetune.target == "teacher":
             _imitate(phases, section.v_finetune, teacher)
         else:
             learn(phases, "v_finetune", section.v_finetune, lambda: load_network(teacher), folder)
-    elif needs_finetune(phases.recipe, teacher):
-        raise teacher.wrong(
-            f"this teacher predicts {teacher.prediction} and its schedule is {teacher.schedule.kind}, rescaled "
-            f"{teacher.schedule.rescale_zero_terminal_snr}; students need v-prediction on the recipe's schedule: "
-            "give teacher.v_finetune"
-        )
     elif not phases.processes.first((folder / "unet").is_dir):
         phases.write(folder, load_network(teacher))
+
+
+def _probe(phases: Phases, teacher: PipelineFolder) -> None:
+    """Hold what the folder says of its network against the network. Raises: TeacherError when it is another."""
+    own = NoiseSchedule(teacher.schedule)
+    rows = phases.noisy(Draws(phases.recipe.seed, "probe"), 0, PROBED_ROWS, torch.full((PROBED_ROWS,), middle(own)))
+    network = phases.processes.frozen(load_network(teacher))
+    found = prediction_errors(network, Tables.of(own, phases.device), rows)
+    errors = phases.processes.first(lambda: found)
+    if not all(map(math.isfinite, errors.values())):
+        raise teacher.wrong("its unet gives NaN or infinity on the data; its weights are damaged")
+    if (instead := contradiction(teacher.prediction, errors)) is not None:
+        raise teacher.wrong(
+            f"scheduler: prediction_type is {teacher.prediction}, but on the data the unet gives {instead}: "
+            f"relative errors {errors[teacher.prediction]:.2f} and {errors[instead]:.2f}; mend its config"
+        )
+    phases.say(
+        f"the teacher's relative error on the data, at equal signal and noise: {errors[teacher.prediction]:.2f}"
+    )
 
 
 def _imitate(phases: Phases, section: FinetuneSection, teacher: PipelineFolder) -> None:
@@ -97,7 +115,8 @@ def learn(
 def train_stage_one(phases: Phases) -> None:
     """The w-conditioned student of the guided teacher, and its gate. Raises: DivergedError when it is missed."""
     section, folder = phases.recipe.stage_one, phases.folder
-    if phases.processes.first(folder.gate.is_file):
+    if known := phases.processes.first(lambda: _known_errors(folder.gate)):
+        _judge(phases, known)
         return
     teacher = phases.frozen(folder.teacher)
 
@@ -116,15 +135,29 @@ def _gate(phases: Phases, teacher: nn.Module) -> None:
     errors = phases.processes.first(lambda: found)
     shown = ", ".join(f"{scale:g}: {error:.4f}" for scale, error in errors.items())
     phases.say(f"stage one, relative v-error by guidance_scale: {shown}")
-    worst = max(errors, key=lambda scale: errors[scale])
-    if not errors[worst] <= phases.recipe.stage_one.max_relative_error:
-        raise DivergedError(
-            f"stage one misses its gate: relative v-error {errors[worst]:.4f} at guidance_scale {worst:g}, "
-            f"allowed {phases.recipe.stage_one.max_relative_error:g}; "
-            "train it longer (stage_one.updates) in a new run folder"
-        )
+    _judge(phases, errors)
     passed = json.dumps({"relative_v_error": {f"{scale:g}": error for scale, error in errors.items()}})
     phases.processes.first(lambda: write_text(phases.folder.gate, passed + "\n"))
+
+
+def _judge(phases: Phases, errors: dict[float, float]) -> None:
+    """Raises: DivergedError when the largest error, by guidance_scale, is more than the recipe allows."""
+    section, worst = phases.recipe.stage_one, max(errors, key=lambda scale: errors[scale])
+    if not errors[worst] <= section.max_relative_error:
+        raise DivergedError(
+            f"stage one misses its gate: relative v-error {errors[worst]:.4f} at guidance_scale {worst:g}, allowed "
+            f"{section.max_relative_error:g}; train it longer in a new folder, which takes this one's teacher "
+            f"(--out NEW --from {phases.folder.path} --set stage_one.updates={2 * section.updates}), or go on with "
+            f"it as it is (--resume --set {GATE_LIMIT}=LIMIT)"
+        )
+
+
+def _known_errors(gate: Path) -> dict[float, float] | None:
+    """What a gate that was passed had found."""
+    if not gate.is_file():
+        return None
+    errors = json.loads(gate.read_text(encoding="utf-8"))["relative_v_error"]
+    return {float(scale): error for scale, error in errors.items()}
 
 
 @torch.inference_mode()

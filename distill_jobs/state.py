@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.draws import Draws
-from distill_jobs.errors import RecipeError
 from distill_jobs.processes import Processes
 from distill_jobs.sections import Training
 from distill_jobs.sharding import local, part, synchronise, whole, whole_of_local
@@ -57,13 +56,7 @@ class TrainingState:
         self.streak = 0
         self.rewinds = 0
         training = phase.training
-        shares = processes.count * training.accumulate
-        if training.batch_size % shares:
-            raise RecipeError(
-                f"{phase.name}: batch_size {training.batch_size} cannot be shared equally by {processes.count} "
-                f"processes × {training.accumulate} micro-batches"
-            )
-        self._rows = training.batch_size // shares
+        self._rows = training.batch_size // (processes.count * training.accumulate)
         mine = phase.draws.share(processes.index, processes.count)
         self._draws = [mine.share(k, training.accumulate) for k in range(training.accumulate)]
         phase.network.train()

@@ -24,6 +24,8 @@ _FREQUENCIES: tuple[float, ...] = tuple(
     torch.exp(torch.arange(GUIDANCE_WIDTH // 2) * -(math.log(10_000.0) / (GUIDANCE_WIDTH // 2 - 1))).tolist()
 )
 """Numbers, not an expression, so that exported graphs hold these very ones: w·1000 shows their last bit."""
+LARGEST_FILE = "1TB"
+"""Diffusers splits weights of 10 GB and more into several files, as SDXL's are in float32."""
 FIRST_WEIGHT, FIRST_BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
 
 
@@ -187,8 +189,8 @@ def _stock_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def save_stock(folder: Path, unet: UNet2DConditionModel, schedule: NoiseSchedule, clip: float | None) -> None:
-    """Write a stock diffusers folder: unet/ (safetensors) and scheduler/."""
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    """Write a stock diffusers folder: unet/ (one safetensors file, however large) and scheduler/."""
+    unet.save_pretrained(folder / "unet", safe_serialization=True, max_shard_size=LARGEST_FILE)
     stock_scheduler(schedule, clip).save_pretrained(folder / "scheduler")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jobs.checkpoint import write_folder, write_text
-from distill_jobs.latent_sections import MadeTeacher
+from distill_jobs.latent_sections import FolderTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import WITHOUT_EFFECT, differences
 from distill_jobs.run_folder import RunFolder, stored_recipe
@@ -40,14 +40,14 @@ class Past:
 
 @dataclass(frozen=True)
 class Takeable:
-    """What one run can take from another. refused: the phases that it cannot, each with the reason."""
+    """What one run can take from another. phases: the same one there and here; refused: the others, and why."""
 
-    phases: tuple[Past, ...]
+    phases: tuple[tuple[Past, Past], ...]
     refused: tuple[tuple[str, str], ...]
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(past.name for past in self.phases)
+        return frozenset(mine.name for _, mine in self.phases)
 
 
 def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
@@ -60,21 +60,21 @@ def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
             refused.append((mine.name, "it has none"))
         elif changed := differences(past.fields, mine.fields):
             refused.append((mine.name, f"{', '.join(changed)} differs"))
-        elif not mine.stands(source):
+        elif not past.stands(source):
             refused.append((mine.name, "not finished there"))
         else:
-            taken.append(mine)
+            taken.append((past, mine))
     return Takeable(tuple(taken), tuple(refused))
 
 
 def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> Iterator[str]:
     """Copy what can be taken and does not stand yet, a line said of each. Raises: RecipeError; StorageError."""
     found = takeable(recipe, source)
-    for past in found.phases:
-        if not past.stands(destination):
-            for name in past.results:
-                _copy(source.path / name, destination.path / name)
-            yield f"{past.name}: taken from {source.path}"
+    for theirs, mine in found.phases:
+        if not mine.stands(destination):
+            for there, here in zip(theirs.results, mine.results, strict=True):
+                _copy(source.path / there, destination.path / here)
+            yield f"{mine.name}: taken from {source.path}"
     for name, reason in found.refused:
         yield f"{name}: not taken from {source.path}: {reason}"
 
@@ -84,8 +84,8 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     fields = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     fields["guidance"].pop("default")
     own = {name: fields.pop(name) for name in LATER}
-    found = [_autoencoder(fields)] if isinstance(recipe.teacher, MadeTeacher) else []
-    found.append(Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields)))
+    own["stage_one"].pop("max_relative_error")  # it changes no weights, and is asked again of what is taken
+    found = list(_teachers(recipe, fields))
     if recipe.decoder is not None:
         past = {**fields, "decoder": own["decoder"]}
         found.append(Past("decoder", ("decoder",), "decoder/phase.json", past))
@@ -106,6 +106,27 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
         own["encoder"].pop("students")
         found += _chain("e", recipe.encoder, "encoders/e", {**fields, "encoder": own["encoder"]}, "encoder")
     return tuple(found)
+
+
+def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
+    """The phases that make the teacher; a folder's network that is taken as it is comes from there again.
+
+    The first round of a pipeline that the run makes is a teacher's of which there is no second.
+    """
+    section = recipe.teacher
+    if isinstance(section, FolderTeacher):
+        if section.v_finetune is not None:
+            yield Past("v_finetune", ("teacher",), "teacher/phase.json", dict(fields))
+        return
+    if not isinstance(section, MadeTeacher):
+        yield Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))
+        return
+    yield _autoencoder(fields)
+    first = {**fields, "teacher": {**fields["teacher"], "second_round": None}}
+    kept = "teacher" if section.second_round is None else "first_round"
+    yield Past("teacher", (kept,), f"{kept}/phase.json", first)
+    if section.second_round is not None:
+        yield Past("second_round", ("teacher",), "teacher/phase.json", dict(fields))
 
 
 def _autoencoder(fields: dict[str, Any]) -> Past:

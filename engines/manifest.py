@@ -125,7 +125,7 @@ class GuidanceRange(Frozen):
     """Public guidance_scale range the students were trained for."""
 
     min: float = Field(ge=1)
-    max: float
+    max: float = Field(allow_inf_nan=False)
     default: float
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.shardlists import expand_urls
 
@@ -41,7 +42,7 @@ class Captioned:
             opened.seek(self.offset)
             data = opened.read(self.size)
         if len(data) != self.size:
-            raise DataError(f"{self.name} has changed since the job looked at it; start the job again")
+            raise DataError("has changed since the job looked at it; start the job again")
         return data
 
     def digest(self) -> str:
@@ -78,11 +79,14 @@ def _metadata(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each row of metadata.jsonl or metadata.parquet."""
     lines, table = folder / "metadata.jsonl", folder / "metadata.parquet"
     if lines.is_file():
-        for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_text(lines.read_bytes(), str(lines)).split("\n"), start=1):
             if line.strip():
                 yield f"{lines}:{number}", _json_object(line, f"{lines}:{number}")
     elif table.is_file():
-        rows = pq.read_table(table).to_pylist()
+        try:
+            rows = pq.read_table(table, columns=["file_name", "text"]).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{table} is not a parquet file that can be read: {error}") from None
         yield from ((f"{table}, row {number}", row) for number, row in enumerate(rows))
     else:
         raise DataError(
@@ -94,6 +98,7 @@ def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
     name, text = row.get("file_name"), row.get("text")
     if not isinstance(name, str) or not isinstance(text, str):
         raise DataError(f"{place}: a row needs file_name and text, both strings")
+    _check_caption(text, place)
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{place}: {name} is outside the folder")
@@ -113,6 +118,7 @@ def _shard_entries(file: Path) -> Iterator[Captioned]:
                     images[key] = member
                 elif member.isfile() and extension.lower() in CAPTIONS:
                     captions[key] = _caption(shard, member, f"{file}: {member.name}")
+            _check_end(shard, file)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{file} is not an uncompressed tar file that can be read: {error}") from None
     for key, member in images.items():
@@ -121,20 +127,44 @@ def _shard_entries(file: Path) -> Iterator[Captioned]:
         yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, captions[key])
 
 
+def _check_end(shard: tarfile.TarFile, file: Path) -> None:
+    """A tar file ends with blocks of zeros; one that was cut off between two members reads as a shorter one."""
+    members = shard.getmembers()
+    if not members:
+        return
+    last = members[-1]
+    blocks = -(-last.size // tarfile.BLOCKSIZE) if last.isfile() else 0
+    with file.open("rb") as opened:
+        opened.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
+        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{file} is cut off after {last.name}; fetch or write it again")
+
+
 def _caption(shard: tarfile.TarFile, member: tarfile.TarInfo, place: str) -> str:
     opened = shard.extractfile(member)
     assert opened is not None
+    text = _text(opened.read(), place)
+    caption: Any = text.strip()
+    if member.name.lower().endswith("json"):
+        row = _json_object(text, place)
+        caption = row.get("text", row.get("caption"))
+        if not isinstance(caption, str):
+            raise DataError(f"{place} has neither text nor caption")
+    _check_caption(caption, place)
+    return str(caption)
+
+
+def _check_caption(caption: str, place: str) -> None:
+    """An empty one means the absence of a condition, which guidance points away from."""
+    if not caption.strip():
+        raise DataError(f"{place}: the caption is empty; write one, or take the image out")
+
+
+def _text(data: bytes, place: str) -> str:
     try:
-        text = opened.read().decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{place} is not UTF-8 text") from None
-    if not member.name.endswith("json"):
-        return text.strip()
-    row = _json_object(text, place)
-    caption = row.get("text", row.get("caption"))
-    if not isinstance(caption, str):
-        raise DataError(f"{place} has neither text nor caption")
-    return caption
 
 
 def _json_object(text: str, place: str) -> dict[str, Any]:

@@ -11,7 +11,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from distill_jobs.data.captioned import Captioned
 from distill_jobs.errors import DataError
+
+DEEP_TO_BYTE = 65535 / 255
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Framed:
 
     pixels: Tensor
     time_ids: Tensor
+
+
+def framed(entry: Captioned, side: int) -> Framed:
+    """The image of an entry, framed. Raises: DataError with its name."""
+    try:
+        return frame(entry.read(), side)
+    except DataError as error:
+        raise DataError(f"{entry.name}: {error}") from None
 
 
 def frame(data: bytes, side: int) -> Framed:
@@ -50,6 +61,10 @@ def frame(data: bytes, side: int) -> Framed:
 
 def _upright(image: Image.Image) -> Image.Image:
     turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):  # convert("RGB") would clip it at 255
+        turned = Image.fromarray(np.round(np.asarray(turned) / DEEP_TO_BYTE).astype(np.uint8))
+    if turned.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {turned.mode} have no largest value; save it with 8 or 16 bits")
     if turned.has_transparency_data:
         turned = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)

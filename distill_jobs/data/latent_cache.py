@@ -8,6 +8,7 @@ are float16.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import frame
+from distill_jobs.data.framing import framed
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import DataError, StorageError
 from distill_jobs.pipelines.vae import Encoded
+
+log = logging.getLogger(__name__)
 
 SHARD_ROWS = 256
 ENCODED_ROWS = 8
@@ -63,18 +66,23 @@ class CacheKey:
 class LatentCache:
     """A finished cache.
 
-    files, ends, firsts: shards, where the rows of each end, and where its images begin among all; skipped: images
-    left out.
+    files, ends, firsts: shards, where the rows of each end, and where its images begin among all; skipped: names of
+    images left out.
     """
 
     files: tuple[Path, ...]
     ends: tuple[int, ...]
     firsts: tuple[int, ...]
     null: Condition
-    skipped: int
+    skipped: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    @property
+    def identity(self) -> str:
+        """Hash of all rows in their order: of images, captions and encoders."""
+        return hashlib.sha256("\n".join(file.name for file in self.files).encode()).hexdigest()
 
     def rows(self, indices: Tensor) -> tuple[Encoded, Condition]:
         """Float32 rows at indices: (B,) int64."""
@@ -113,24 +121,29 @@ class CacheWriter:
     def write(self, load: Callable[[], Encoding], advance: Callable[[int], None], index: int, of: int) -> None:
         """Compute what is missing of every ``of``-th shard from ``index`` on. load: called if anything is missing.
 
-        advance: told the images done. Raises: DataError naming an image; StorageError.
+        What cannot be opened is computed again. advance: told the images done.
+        Raises: DataError naming an image; StorageError.
         """
         encoders: Encoding | None = None
-        if index == 0 and not self._file(self._key.null()).is_file():
+        if index == 0 and not _intact(self._file(self._key.null())):
             encoders = load()
-            _save(_columns(encoders.null()), self._file(self._key.null()))
+            empty = _columns(encoders.null())
+            _check_finite(empty, ["the empty caption"])
+            _save(empty, self._file(self._key.null()))
         for chunk in range(index, len(self._chunks), of):
-            if not self._shard(chunk).is_file():
+            if not _intact(self._shard(chunk)):
                 encoders = encoders or load()
                 _save(self._encoded(encoders, self._chunks[chunk]), self._shard(chunk))
             advance(len(self._chunks[chunk]))
 
     def finished(self) -> LatentCache:
         """The cache, once all shards are there. Raises: DataError when no image could be read."""
-        files, ends, firsts, total = [], [], [], 0
+        files, ends, firsts, skipped, total = [], [], [], list[str](), 0
         for chunk, file in enumerate(map(self._shard, range(len(self._chunks)))):
             with safe_open(file, framework="pt") as opened:
                 rows = int(opened.metadata()["rows"])
+                there = set(opened.get_tensor("place").tolist()) if rows else set()
+            skipped += [entry.name for place, entry in enumerate(self._chunks[chunk]) if place not in there]
             total += rows
             if rows:
                 files.append(file)
@@ -140,34 +153,57 @@ class CacheWriter:
             raise DataError("none of the images can be read")
         null = load_file(self._file(self._key.null()))
         empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
-        skipped = sum(map(len, self._chunks)) - total
-        return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, skipped)
+        return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, tuple(skipped))
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 
     def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
         """The columns of a shard; none where no image could be read."""
-        framed = []
+        readable = []
         for place, entry in enumerate(chunk):
             try:
-                framed.append((place, entry.caption, frame(entry.read(), self._key.side_px)))
+                readable.append((place, entry.caption, framed(entry, self._key.side_px)))
             except DataError as error:
                 if not self._skip:
-                    raise DataError(f"{entry.name}: {error}; skip such images with data.unreadable: skip") from None
+                    raise DataError(f"{error}; leave such images out with data.unreadable: skip") from None
         parts: list[dict[str, Tensor]] = []
-        for first in range(0, len(framed), ENCODED_ROWS):
-            places, captions, pictures = zip(*framed[first : first + ENCODED_ROWS], strict=True)
+        for first in range(0, len(readable), ENCODED_ROWS):
+            places, captions, pictures = zip(*readable[first : first + ENCODED_ROWS], strict=True)
             encoded = encoders.latents(torch.stack([picture.pixels for picture in pictures]))
             condition = encoders.condition(captions, torch.stack([picture.time_ids for picture in pictures]))
             own = {"place": torch.tensor(places), "mean": encoded.mean, "std": encoded.std}
-            parts.append({**own, **_columns(condition)})
+            columns = {**own, **_columns(condition)}
+            _check_finite(columns, [chunk[place].name for place in places])
+            parts.append(columns)
         return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def _columns(condition: Condition) -> dict[str, Tensor]:
     named = {"tokens": condition.tokens, "pooled": condition.pooled, "time_ids": condition.time_ids}
     return {name: part for name, part in named.items() if part is not None}
+
+
+def _check_finite(columns: dict[str, Tensor], names: Sequence[str]) -> None:
+    """Raises: DataError with the name of the first row whose latent or condition float16 cannot hold."""
+    for column, values in columns.items():
+        kept = values if column in WHOLE else values.half()
+        finite = torch.isfinite(kept).reshape(len(kept), -1).all(dim=1).tolist()
+        if not all(finite):
+            name = names[finite.index(False)]
+            raise DataError(f"{name}: the teacher's encoders give NaN, or more than float16 holds ({column})")
+
+
+def _intact(file: Path) -> bool:
+    """Whether a file of the cache is there and whole; one that was cut off is said."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError) as error:
+        log.warning("cached latents %s are damaged (%s); computed again", file, error)
+        return False
 
 
 def _save(columns: dict[str, Tensor], file: Path) -> None:
@@ -178,8 +214,10 @@ def _save(columns: dict[str, Tensor], file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: part.contiguous() for name, part in kept.items()}, staging, metadata={"rows": str(rows)})
+        with staging.open("rb") as written:
+            os.fsync(written.fileno())
         staging.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         staging.unlink(missing_ok=True)
         raise StorageError(f"{file} cannot be written ({error}); what was cached before is intact") from error
 

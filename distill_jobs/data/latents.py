@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import frame
+from distill_jobs.data.framing import framed
 from distill_jobs.data.latent_cache import LatentCache
 from distill_jobs.data.source import Batch, Condition
 from distill_jobs.draws import Draw, Draws
@@ -40,7 +40,7 @@ class LatentSource:
     def pixels(self, draws: Draws, update: int, size: int) -> Tensor:
         """(B, 3, H, W) the images of an update's rows, in -1 … 1."""
         picked = self.cache.images(draws.indices(update, size, len(self.cache)))
-        return torch.stack([frame(self.entries[index].read(), self.side_px).pixels for index in picked])
+        return torch.stack([framed(self.entries[index], self.side_px).pixels for index in picked])
 
     def null(self, size: int) -> Condition:
         return self.cache.null.expand(size)

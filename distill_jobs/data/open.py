@@ -14,18 +14,31 @@ from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
 from distill_jobs.data.source import Source
-from distill_jobs.errors import DataError
+from distill_jobs.errors import DataError, Interrupted
 from distill_jobs.latent_sections import CaptionedData, GlyphData, ImageFolderData
 from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
+from distill_jobs.signals import StopSignal
+
+MOST_SKIPPED = 0.01
+"""Share of the images that may be unreadable where such are left out."""
+
+NAMED = 5
 
 
-def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Processes, progress: Progress) -> Source:
+def open_source(
+    recipe: Recipe,
+    teacher: PipelineFolder | None,
+    processes: Processes,
+    progress: Progress,
+    stop: StopSignal | None = None,
+) -> Source:
     """The source that ``recipe.data`` names. teacher: the folder whose encoders make latents of captioned images.
 
-    Latents that are not cached yet are computed, by all processes. Raises: DataError; TeacherError; StorageError.
+    Latents that are not cached yet are computed, by all processes, until a signal asks them to stop.
+    Raises: DataError; TeacherError; StorageError; Interrupted.
     """
     if recipe.data == "digits" or teacher is None:
         digits = DigitsSource(Digits.load())
@@ -33,7 +46,7 @@ def open_source(recipe: Recipe, teacher: PipelineFolder | None, processes: Proce
     entries = entries_of(recipe.data, recipe.seed, processes, progress)
     if isinstance(recipe.data, GlyphData) and recipe.data.side_px != teacher.size_px:
         raise DataError(f"data.side_px is {recipe.data.side_px}; the teacher draws pictures of {teacher.size_px}")
-    latents = _latents(recipe.data, entries, teacher, processes, progress)
+    latents = _latents(recipe.data, entries, teacher, processes, progress, stop)
     if recipe.inpainting is None:
         return latents
     encoders = Encoders.load(teacher, processes.device)
@@ -46,6 +59,7 @@ def _latents(
     teacher: PipelineFolder,
     processes: Processes,
     progress: Progress,
+    stop: StopSignal | None,
 ) -> LatentSource:
     key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px)
     writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
@@ -56,14 +70,25 @@ def _latents(
 
     def advance(images: int) -> None:
         progress.advance(task, images)
+        if stop is not None and stop.received:
+            raise Interrupted("stopped while latents were computed, which are kept; go on with --resume")
 
     writer.write(load, advance, processes.index, processes.count)
     processes.accelerator.wait_for_everyone()
     cache = writer.finished()
     if cache.skipped:
-        progress.console.log(f"{cache.skipped} of {len(entries)} images cannot be read and are left out")
+        told = f"{len(cache.skipped)} of {len(entries)} images cannot be read: {', '.join(cache.skipped[:NAMED])}"
+        if len(cache.skipped) > MOST_SKIPPED * len(entries):
+            raise DataError(f"{told}; more than {MOST_SKIPPED:.0%} are not left out: mend them or take them out")
+        progress.console.log(f"{told}; left out")
     side = teacher.size_px // teacher.pixels_per_latent
     return LatentSource(cache, (teacher.channels, side, side), entries, teacher.size_px)
+
+
+def latents_of(source: Source) -> LatentSource | None:
+    """The cached latents below a source; None of digits."""
+    below = source.source if isinstance(source, MaskedLatentSource) else source
+    return below if isinstance(below, LatentSource) else None
 
 
 def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: Progress) -> tuple[Captioned, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import frame
+from distill_jobs.data.framing import framed
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import RecipeError
 from distill_jobs.latent_sections import AutoencoderSection
@@ -94,7 +94,7 @@ def difference(one: Tensor, other: Tensor, gradient: float) -> Tensor:
 
 def pictures(entries: Sequence[Captioned], side: int) -> Tensor:
     """(B, 3, side, side) float32 in -1 … 1. Raises: DataError naming a picture that cannot be read."""
-    return torch.stack([frame(entry.read(), side).pixels for entry in entries])
+    return torch.stack([framed(entry, side).pixels for entry in entries])
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path, latents: Tensor) -> None:

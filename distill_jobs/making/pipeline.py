@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.open import entries_of
@@ -37,7 +37,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.stage_one import learn
 from distill_jobs.state import Phase
-from distill_jobs.student import new_teacher, stock_scheduler
+from distill_jobs.student import load_stock, new_teacher, stock_scheduler
 from engines.schedule import NoiseSchedule
 
 ENCODED_ROWS = 64
@@ -97,7 +97,7 @@ class _Making:
 
     def network(self) -> None:
         """Train network and text encoder together into the teacher's folder."""
-        recipe, text = self._recipe, self._section.text
+        recipe, text, first = self._recipe, self._section.text, self._folder.first_round
         vae = AutoencoderKL.from_pretrained(self._folder.autoencoder, use_safetensors=True).eval()
         vae.register_to_config(_name_or_path="")  # else where it was read from is part of what is written
         autoencoder = Autoencoder(vae, float(vae.config.scaling_factor)).to(self._trainer.processes.device)
@@ -114,12 +114,22 @@ class _Making:
             encoder = new_text_encoder(text, tokenizer, recipe.seed)
             return PromptedNetwork(new_teacher(recipe.unet, recipe.seed), encoder)
 
+        def go_on() -> PromptedNetwork:
+            encoder, unet = CLIPTextModel.from_pretrained(first / "text_encoder"), load_stock(first)
+            unet.register_to_config(_name_or_path="")
+            return PromptedNetwork(unet, encoder)
+
         def save(staging: Path, network: PromptedNetwork) -> UNet2DConditionModel:
             save_pipeline(staging, network, vae.cpu(), tokenizer, recipe)
             return network.unet
 
         phases = Phases(recipe, self._folder, self._trainer, source)
-        learn(phases, "teacher", self._section, start, self._folder.teacher, save)
+        second = self._section.second_round
+        if second is None:
+            learn(phases, "teacher", self._section, start, self._folder.teacher, save)
+        else:
+            learn(phases, "teacher", self._section, start, first, save)
+            learn(phases, "second_round", second, go_on, self._folder.teacher, save)
 
     @torch.inference_mode()
     def _reconstructions(self, autoencoder: Autoencoder) -> Image.Image:

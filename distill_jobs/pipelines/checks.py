@@ -18,6 +18,7 @@ LAYOUTS: dict[str, Layout] = {
     "StableDiffusionXLInpaintPipeline": "sdxl",
 }
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 PARTS: dict[Layout, dict[str, tuple[str, ...]]] = {
     "sd": {
         "text_encoder": ("CLIPTextModel",),
@@ -47,10 +48,15 @@ def open_folder(path: Path) -> PipelineFolder:
         raise TeacherError(f"{path}: {index.get('_class_name')} is none of: {', '.join(LAYOUTS)}")
     folder = PipelineFolder(path, layout, index)
     _check_parts(folder)
-    _check_unet(folder)
-    _check_vae(folder)
-    _check_text(folder)
-    _ = folder.schedule, folder.prediction
+    try:
+        _check_unet(folder)
+        _check_vae(folder)
+        _check_text(folder)
+        _ = folder.schedule, folder.prediction, folder.size_px
+    except KeyError as error:
+        raise folder.wrong(f"a config has no {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise folder.wrong(f"a config holds what it cannot: {error}") from None
     return folder
 
 
@@ -62,10 +68,18 @@ def _check_parts(folder: PipelineFolder) -> None:
             )
         if not (folder.path / part).is_dir():
             raise folder.wrong(f"the folder {part} is missing")
-        if not part.startswith("tokenizer"):
+        if part.startswith("tokenizer"):
+            _check_tokenizer(folder, part)
+        else:
             folder.config(part)
             weights_variant(folder.path / part)
     folder.config("scheduler")
+
+
+def _check_tokenizer(folder: PipelineFolder, part: str) -> None:
+    """Without its files transformers makes one that knows no words, and says nothing."""
+    if not any(all((folder.path / part / name).is_file() for name in files) for files in VOCABULARIES):
+        raise folder.wrong(f"{part} has neither {' nor '.join(' with '.join(files) for files in VOCABULARIES)}")
 
 
 def _check_unet(folder: PipelineFolder) -> None:
@@ -81,8 +95,13 @@ def _check_unet(folder: PipelineFolder) -> None:
         raise folder.wrong(
             f"unet expects conditions {unet.get('cross_attention_dim')} wide, the text encoders give {folder.width}"
         )
-    added = "text_time" if folder.layout == "sdxl" else None
-    _refuse_unless(folder, "unet", unet, addition_embed_type=added, class_embed_type=None)
+    added = ("text_time",) if folder.layout == "sdxl" else (None, "text")
+    if unet.get("addition_embed_type", added[0]) not in added:
+        supported = " or ".join(map(repr, added))
+        raise folder.wrong(
+            f"unet: addition_embed_type is {unet['addition_embed_type']!r}; only {supported} is supported"
+        )
+    _refuse_unless(folder, "unet", unet, class_embed_type=None)
     _refuse_unless(folder, "unet", unet, encoder_hid_dim_type=None, encoder_hid_dim=None)
     if folder.layout == "sdxl":
         _check_added_condition(folder, unet)

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
-from distill_jobs.data.open import open_source
+from distill_jobs.data.open import latents_of, open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
 from distill_jobs.pipelines.checks import open_folder
@@ -155,8 +155,8 @@ def _pictures(
 
 
 def _unmasked(source: Source) -> LatentSource:
-    found = source.source if isinstance(source, MaskedLatentSource) else source
-    assert isinstance(found, LatentSource)  # captioned images have no other
+    found = latents_of(source)
+    assert found is not None  # captioned images have no other
     return found
 
 

@@ -6,12 +6,15 @@ and time ids). Only local folders and only safetensors: nothing is downloaded an
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from diffusers import AutoencoderKL
 
 from distill_jobs.errors import TeacherError
 from engines.sampler import Prediction
@@ -80,8 +83,17 @@ class PipelineFolder:
 
     @property
     def scaling_factor(self) -> float:
-        """What encoded latents are multiplied by, to about unit variance."""
-        return float(self.config("vae").get("scaling_factor", 1.0))
+        """What encoded latents are multiplied by, to about unit variance.
+
+        Configs of 2022, as SD 1.5's, leave it out and mean diffusers' default.
+        """
+        own = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
+        return float(self.config("vae").get("scaling_factor", own))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of all components that the pipeline is made of, those that are null left out."""
+        return tuple(name for name in self.index if self.class_of(name) not in ("missing", "None"))
 
     @property
     def tokens(self) -> int:

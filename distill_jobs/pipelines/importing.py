@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import yaml
 from rich.progress import Progress
 
+from distill_jobs.errors import RecipeError
 from distill_jobs.export import write_step, write_surroundings
 from distill_jobs.graphs import StepGraph
 from distill_jobs.parity import STEP_LIMIT
@@ -21,6 +23,7 @@ from distill_jobs.sizes import BundleSizes, halvings, sizes_of
 from distill_jobs.surroundings import Surroundings
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
 from engines.manifest import (
+    NAME_PATTERN,
     BundleManifest,
     Evaluation,
     GraphSpec,
@@ -52,6 +55,8 @@ def import_student(
     there is such; sizes: as of ``export_run``. Raises: TeacherError saying why a folder cannot be served exactly;
     RecipeError where its networks take no such size; ExportError.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise RecipeError(f"--name {name!r} is no model id: up to 64 of a-z, 0-9, dot, dash and underscore")
     check_replaceable(bundle_dir)
     published = open_published(path)
     folder, plans, served = published.folder, published.plans(steps), published.guidance(guidance)

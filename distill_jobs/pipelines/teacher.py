@@ -15,6 +15,7 @@ from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.text import load_part
+from distill_jobs.pipelines.writing import check_parts
 from distill_jobs.recipe import Recipe
 from engines.schedule import ScheduleSpec
 
@@ -43,6 +44,7 @@ def open_teacher(recipe: Recipe) -> PipelineFolder | None:
     if not isinstance(recipe.teacher, FolderTeacher):
         return None
     folder = open_folder(recipe.teacher.folder)
+    check_parts(folder)
     theirs, ours = _all_arguments(network_arguments(folder)), _all_arguments(recipe.unet)
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) != ours.get(name):
@@ -56,12 +58,15 @@ def open_teacher(recipe: Recipe) -> PipelineFolder | None:
         raise folder.wrong(
             f"its schedule is {folder.schedule.model_dump()}; a recipe may change {RESCALE} to true and no more"
         )
+    if recipe.teacher.v_finetune is None and (
+        folder.prediction != "v_prediction" or recipe.schedule != folder.schedule
+    ):
+        raise folder.wrong(
+            f"this teacher predicts {folder.prediction} and its schedule is {folder.schedule.kind}, rescaled "
+            f"{folder.schedule.rescale_zero_terminal_snr}; students need v-prediction on the recipe's schedule: "
+            "give teacher.v_finetune"
+        )
     return folder
-
-
-def needs_finetune(recipe: Recipe, folder: PipelineFolder) -> bool:
-    """Whether the teacher must be trained before it gives v on the recipe's schedule."""
-    return folder.prediction != "v_prediction" or recipe.schedule != folder.schedule
 
 
 def load_network(folder: PipelineFolder) -> UNet2DConditionModel:

@@ -17,6 +17,9 @@ from distill_jobs.errors import TeacherError
 from distill_jobs.pipelines.folder import PipelineFolder, weights_variant
 from engines.condition import ClipTokenizer
 
+LEAST_OF_ROWS = 0.9
+"""Of an encoder's embedding, that the tokenizer must have words for: some are padded to round numbers."""
+
 _CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
@@ -55,12 +58,17 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, folder: PipelineFolder) -> PromptEncoder:
-        """Raises: TeacherError when weights are missing or the two tokenizers differ."""
+        """Raises: TeacherError when weights are missing, or tokenizers and encoders do not belong together."""
         stock = [_stock_tokenizer(folder, part) for part in folder.tokenizers]
         if any(other.get_vocab() != stock[0].get_vocab() for other in stock[1:]):
             raise TeacherError(f"{folder.path}: tokenizer and tokenizer_2 have different vocabularies")
+        parts = [load_part(folder, part, _CLASSES[part]) for part in folder.encoders]
+        for part, encoder in zip(folder.encoders, parts, strict=True):
+            words, rows = len(stock[0]), int(encoder.config.vocab_size)  # type: ignore[union-attr, arg-type]
+            if not LEAST_OF_ROWS * rows <= words <= rows:
+                raise folder.wrong(f"its tokenizer has {words} words, its {part} {rows}: they are not of one model")
         encoders = TextEncoders(
-            [load_part(folder, part, _CLASSES[part]) for part in folder.encoders],
+            parts,
             end=int(stock[0].eos_token_id),
             pads=[int(one.pad_token_id) for one in stock],
         )

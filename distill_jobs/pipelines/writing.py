@@ -18,13 +18,21 @@ def complete(folder: Path, teacher: PipelineFolder) -> None:
     Files are linked where the disk allows it, else copied; of weights only the safetensors that we read.
     """
     index = dict(teacher.index)
-    for part in [
-        name for name in index if teacher.class_of(name) not in ("missing", "None") and name not in TRAINED
-    ]:
+    for part in (name for name in teacher.parts if name not in TRAINED):
         _link(teacher.path / part, folder / part)
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def check_parts(teacher: PipelineFolder) -> None:
+    """Refuse a folder that ``complete`` could not read, before anything is trained. Raises: TeacherError."""
+    for part in teacher.parts:
+        if not (teacher.path / part).is_dir():
+            raise teacher.wrong(
+                f"model_index.json lists {part}, whose folder is missing; put it there, or set it to [null, null]"
+            )
+        files_read(teacher.path / part)
 
 
 def _link(source: Path, destination: Path) -> None:
@@ -32,6 +40,6 @@ def _link(source: Path, destination: Path) -> None:
     destination.mkdir(parents=True)
     for name, file in files_read(source).items():
         try:
-            os.link(file, destination / name)
+            os.link(file.resolve(), destination / name)  # else a symbolic link is linked, and leads nowhere there
         except OSError:
             shutil.copyfile(file, destination / name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill_jobs.data.source import Condition
 from distill_jobs.objectives import Noisy, Tables, wide
 from distill_jobs.pipelines.conversion import NativeTeacher, as_v, imitation_loss
+from distill_jobs.pipelines.probe import contradiction, middle, prediction_errors
 from engines.sampler import Prediction
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
@@ -91,3 +92,35 @@ def test_points_beyond_its_schedule_are_learned_from_the_data() -> None:
     assert losses[:2].tolist() == [0, 0]
     assert losses[2] > 0.01
     assert torch.isfinite(losses).all()
+
+
+class Trained(nn.Module):
+    """Tells signal from noise but for a share: as networks of images do, where those of Gaussian data cannot."""
+
+    def __init__(self, prediction: Prediction, drawn: Noisy, missed: float = 0.1) -> None:
+        super().__init__()
+        self.prediction, self.drawn, self.missed = prediction, drawn, missed
+
+    def forward(self, z_t: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        alpha, sigma = (wide(table[self.drawn.t], z_t) for table in (Tables.of(OWN).alpha, Tables.of(OWN).sigma))
+        clean = (1 - self.missed) * self.drawn.x
+        noise = (z_t - alpha * clean) / sigma
+        outputs = {"sample": clean, "epsilon": noise, "v_prediction": alpha * noise - sigma * clean}
+        return (outputs[self.prediction],)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_network_shows_what_it_predicts(prediction: Prediction) -> None:
+    drawn = rows([middle(OWN)] * 64)
+    errors = prediction_errors(Trained(prediction, drawn), Tables.of(OWN), drawn)
+    for says in errors:
+        assert contradiction(says, errors) == (None if says == prediction else prediction)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_network_that_cannot_tell_is_believed(prediction: Prediction) -> None:
+    drawn = rows([middle(OWN)] * 64)
+    errors = prediction_errors(Gaussian(prediction), Tables.of(OWN), drawn)
+    assert contradiction(prediction, errors) is None
+    knows_nothing = prediction_errors(Trained(prediction, drawn, missed=1.0), Tables.of(OWN), drawn)
+    assert contradiction(prediction, knows_nothing) is None

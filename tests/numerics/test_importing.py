@@ -13,7 +13,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from rich.progress import Progress
 from torch import Tensor
 
-from distill_jobs.errors import TeacherError
+from distill_jobs.errors import RecipeError, TeacherError
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.text import PromptEncoder
@@ -120,3 +120,17 @@ def test_what_cannot_be_run_is_refused_with_the_reason(
     with pytest.raises(TeacherError, match=message):
         import_student(copied, tmp_path / "bundle", **wanted)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_name_that_no_bundle_may_have_is_refused_before_anything_is_made(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="'My Model' is no model id"):
+        import_student(
+            folder,
+            tmp_path / "bundle",
+            name="My Model",
+            steps=None,
+            guidance=None,
+            licence="",
+            progress=Progress(disable=True),
+        )
+    assert not list(tmp_path.iterdir())

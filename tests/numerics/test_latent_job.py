@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,20 @@ from diffusers import (
 from rich.progress import Progress
 from torch import Tensor
 
-from distill_jobs import stage_one
+from distill_jobs import job, stage_one
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
-from distill_jobs.errors import RecipeError
+from distill_jobs.errors import DataError, Interrupted, RecipeError
 from distill_jobs.inversion import RECONSTRUCTION
 from distill_jobs.job import run_job
 from distill_jobs.pipelines.checks import open_folder
-from distill_jobs.pipelines.encoders import encoders_sha256
+from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.inversion import LATENT_INVERSION
 from distill_jobs.pipelines.packing import whole_image
+from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.writing import complete
 from distill_jobs.processes import Processes
@@ -203,11 +207,107 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder, webdataset or glyphs"),
         ({"clip": 1.0}, "latents have no bound"),
         ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
+        ({"evaluation": {"features": "clip", "features_path": "x"}}, "evaluation.features is for digits"),
+        ({"export": {"name": "latent", "students": [4], "upscale": 2}}, "export.upscale is for digits"),
     ],
-    ids=["unet", "inpainting", "schedule", "no fine-tune", "digits", "kind", "clip", "shards"],
+    ids=[
+        "unet",
+        "inpainting",
+        "schedule",
+        "no fine-tune",
+        "digits",
+        "kind",
+        "clip",
+        "shards",
+        "features",
+        "upscale",
+    ],
 )
 def test_what_does_not_fit_the_teacher_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
     file = latent_recipe(tmp_path, tmp_path / "teacher", finetune=changes != {"schedule": None}, **changes)
     with pytest.raises(RecipeError, match=message):
         run_job(read_recipe(file), tmp_path / "run", resume=False, progress=Progress(disable=True))
+
+
+def test_a_hundredth_of_the_images_may_be_unreadable_and_no_more(tmp_path: Path) -> None:
+    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    data = {"kind": "image_folder", "path": str(tmp_path / "images"), "cache": str(tmp_path / "cache")}
+    file = latent_recipe(tmp_path, tmp_path / "teacher", data={**data, "unreadable": "skip"})
+    (tmp_path / "images" / "3.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"1 of 12 images cannot be read: .*3\.png; more than 1%"):
+        run_job(read_recipe(file), tmp_path / "run", resume=False, progress=Progress(disable=True))
+
+
+def test_latents_stop_at_a_signal_and_a_resume_needs_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"))
+    load = Encoders.load
+
+    def stopped(*args: Any) -> Encoders:
+        signal.raise_signal(signal.SIGTERM)
+        return load(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Encoders, "load", stopped)
+        with pytest.raises(Interrupted, match="latents"):
+            run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    monkeypatch.setattr(job, "_train", lambda _: (tmp_path / "run" / "teacher").mkdir(exist_ok=True))
+    run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
+    run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
+    (tmp_path / "images" / "3.png").write_bytes((tmp_path / "images" / "4.png").read_bytes())
+    with pytest.raises(RecipeError, match=r"not those that .* was started with \(12 images then, 12 now\)"):
+        run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        ((0.6, 0.1, 2.0), "prediction_type is epsilon, but on the data the unet gives v_prediction"),
+        ((float("nan"),) * 3, "its unet gives NaN"),
+    ],
+    ids=["another", "nan"],
+)
+def test_a_teacher_that_is_not_what_its_folder_says_is_refused(
+    errors: tuple[float, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"))
+    found = dict(zip(("epsilon", "v_prediction", "sample"), errors, strict=True))
+    monkeypatch.setattr(stage_one, "prediction_errors", lambda *_: found)
+    with pytest.raises(RecipeError, match=message):
+        run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
+
+
+@pytest.mark.parametrize(("kept", "message"), [(None, "whose folder is missing"), ("pytorch_model.bin", "pickles")])
+def test_parts_that_students_could_not_take_over_are_refused_before_training(
+    kept: str | None, message: str, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    tiny.sd(tmp_path / "parts").save_pretrained(teacher, safe_serialization=True)
+    index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (teacher / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    if kept is not None:
+        (teacher / "safety_checker").mkdir()
+        (teacher / "safety_checker" / kept).write_bytes(b"")
+    with pytest.raises(RecipeError, match=f"safety_checker.*{message}"):
+        open_teacher(read_recipe(latent_recipe(tmp_path, teacher)))
+
+
+def test_a_teacher_of_symbolic_links_is_taken_over_whole(tmp_path: Path) -> None:
+    """As snapshots of a download cache are: links to ../../blobs, which would lead nowhere from another folder."""
+    real, teacher = tmp_path / "blobs", tmp_path / "snapshots" / "a"
+    tiny.sd(tmp_path / "parts").save_pretrained(real, safe_serialization=True)
+    for file in (path for path in real.rglob("*") if path.is_file()):
+        link = teacher / file.relative_to(real)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(file, link.parent))
+    folder = tmp_path / "far" / "away" / "student"
+    shutil.copytree(real / "unet", folder / "unet")
+    shutil.copytree(real / "scheduler", folder / "scheduler")
+    complete(folder, open_folder(teacher))
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert encoders_sha256(open_folder(folder)) == encoders_sha256(open_folder(teacher))

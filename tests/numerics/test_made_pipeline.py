@@ -14,6 +14,7 @@ import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -172,6 +173,43 @@ def test_a_resumed_making_ends_in_the_same_bytes(
     assert (tmp_path / "run" / "decoder" / "diffusion_pytorch_model.safetensors").is_file()
 
 
+SECOND_ROUND = "teacher.second_round={updates: 2, batch_size: 4, lr: 1.0e-9, ema: 0.5}"
+
+
+def test_a_second_round_goes_on_where_the_first_ended(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
+    run, recipe = tmp_path / "run", read_recipe(work / "run" / "recipe.yaml", [SECOND_ROUND])
+    assert {"autoencoder", "teacher"} <= takeable(recipe, _run(work)).names
+    run_job(recipe, run, resume=False, progress=QUIET, taken_from=work / "run")
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        first = run / "first_round" / f"{part}.safetensors"
+        assert first.read_bytes() == (work / "run" / "teacher" / f"{part}.safetensors").read_bytes()
+        before, after = load_file(first), load_file(run / "teacher" / f"{part}.safetensors")
+        assert before.keys() == after.keys()
+        for name, weights in after.items():
+            torch.testing.assert_close(weights, before[name], rtol=0, atol=1e-7)
+        assert any(not torch.equal(weights, before[name]) for name, weights in after.items())
+    assert json.loads((run / "teacher" / "phase.json").read_text())["name"] == "second_round"
+    for config in (run / "teacher").glob("*/config.json"):
+        assert str(tmp_path) not in config.read_text()
+
+
+def test_a_second_round_is_planned_and_taken_where_it_is_the_same(work: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(work / "run" / "recipe.yaml", [SECOND_ROUND])
+    phases = ["autoencoder", "teacher", "second_round"]
+    assert [phase.name for phase in plan_of(recipe).phases[:3]] == phases
+    run = RunFolder(tmp_path)
+    run.take_up(recipe, resume=False)
+    for folder in (run.autoencoder, run.first_round, run.teacher):
+        folder.mkdir()
+        (folder / "phase.json").write_text("{}")
+    assert takeable(recipe, run).names == set(phases)
+    longer = read_recipe(run.recipe, ["teacher.second_round.updates=3"])
+    assert takeable(longer, run).names == {"autoencoder", "teacher"}
+
+
 def test_another_run_takes_the_pipeline(work: Path) -> None:
     recipe = read_recipe(work / "run" / "recipe.yaml", ["stage_one.updates=9"])
     assert {"autoencoder", "teacher"} <= takeable(recipe, _run(work)).names
@@ -262,9 +300,10 @@ def test_the_autoencoder_learns_to_give_pictures_back(tmp_path: Path) -> None:
         ({"compute": {"shard": True}, "decoder": None}, "goes without inpainting and compute.shard"),
         ({"inpainting": {}, "unet": {**UNET, "in_channels": 9}}, "goes without inpainting"),
         ({"teacher": {**TEACHER, "text": {"width": 15, "heads": 2}}}, "unet.cross_attention_dim must be 15"),
+        ({"data": {"kind": "image_folder", "path": "x", "unreadable": "skip"}}, "it is made of every image"),
         ({"data": "digits"}, "teacher.autoencoder to make one"),
     ],
-    ids=["text", "size", "schedule", "shard", "inpainting", "width", "digits"],
+    ids=["text", "size", "schedule", "shard", "inpainting", "width", "unreadable", "digits"],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):

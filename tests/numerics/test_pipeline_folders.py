@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from distill_jobs.errors import TeacherError
 from distill_jobs.pipelines.checks import open_folder
@@ -181,6 +182,63 @@ def test_missing_parts_are_refused_by_name(missing: str, folders: dict[str, Path
     (copied / missing).unlink() if missing.endswith(".json") else shutil.rmtree(copied / missing)
     with pytest.raises(TeacherError, match=missing):
         open_folder(copied)
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",), ("vocab.json",)], ids=["none", "config", "half"])
+def test_a_tokenizer_without_words_is_refused(
+    kept: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    shutil.rmtree(copied / "tokenizer")
+    (copied / "tokenizer").mkdir()
+    for name in kept:
+        (copied / "tokenizer" / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(
+        TeacherError, match=r"tokenizer has neither tokenizer\.json nor vocab\.json with merges\.txt"
+    ):
+        open_folder(copied)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    tokenizer = CLIPTokenizer.from_pretrained(copied / "tokenizer")
+    tokenizer.add_tokens(["<my-style>"])
+    tokenizer.save_pretrained(copied / "tokenizer")
+    with pytest.raises(TeacherError, match=r"has 519 words, its text_encoder 518: they are not of one model"):
+        PromptEncoder.load(open_folder(copied))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"in_channels": None}, "a config holds what it cannot"),
+        ("vae/config.json", {"block_out_channels": 3}, "a config holds what it cannot"),
+        ("unet/config.json", {"sample_size": "large"}, "'large'"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(
+    file: str, changes: dict[str, object], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    edit(copied, file, **changes)
+    with pytest.raises(TeacherError, match=re.escape(message)):
+        open_folder(copied)
+    config = json.loads((copied / "unet" / "config.json").read_text(encoding="utf-8"))
+    del config["in_channels"]
+    (copied / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(TeacherError, match="a config has no in_channels"):
+        open_folder(copied)
+
+
+def test_the_scale_of_latents_is_diffusers_where_an_old_config_has_none(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    config = json.loads((copied / "vae" / "config.json").read_text(encoding="utf-8"))
+    del config["scaling_factor"]
+    (copied / "vae" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert open_folder(copied).scaling_factor == AutoencoderKL.from_pretrained(copied / "vae").config.scaling_factor
+    assert open_folder(copied).scaling_factor == 0.18215
 
 
 def test_pickles_are_never_opened(folders: dict[str, Path], tmp_path: Path) -> None:

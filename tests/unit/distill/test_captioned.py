@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +49,7 @@ def test_a_digest_covers_image_and_caption(tmp_path: Path) -> None:
         ('{"file_name": "gone.png", "text": "a"}', "gone.png is not in the folder"),
         ('{"file_name": "../a.png", "text": "a"}', "outside the folder"),
         ('{"file_name": "0.png"}', "jsonl:2: a row needs file_name and text"),
+        ('{"file_name": "0.png", "text": " "}', "jsonl:2: the caption is empty"),
         ("{", "jsonl:2 is not JSON"),
         ("[]", "jsonl:2 is not a JSON object"),
     ],
@@ -84,6 +87,50 @@ def test_wrong_shards_are_named(tmp_path: Path) -> None:
         index_shards(str(tmp_path))
 
 
+def test_a_caption_may_hold_any_line_separator(tmp_path: Path) -> None:
+    folder = images.image_folder(tmp_path / "a", 2)
+    rows = [{"file_name": f"{i}.png", "text": f"one\u2028two\x85three {i}"} for i in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [entry.caption for entry in index_folder(folder)] == [row["text"] for row in rows]
+
+
+def test_metadata_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = images.image_folder(tmp_path / "a", 1)
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "0.png", "text": "caf\xe9"}')
+    with pytest.raises(DataError, match=r"metadata\.jsonl is not UTF-8"):
+        index_folder(folder)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(DataError, match=r"metadata\.parquet is not a parquet file"):
+        index_folder(folder)
+    pq.write_table(pa.Table.from_pylist([{"file_name": "0.png", "caption": "a"}]), folder / "metadata.parquet")
+    with pytest.raises(DataError, match=r"metadata\.parquet.*text"):
+        index_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "past", [-1, 0, 100, 512, 600], ids=["in data", "between", "in a header", "after it", "text"]
+)
+def test_a_shard_that_was_cut_off_is_named(past: int, tmp_path: Path) -> None:
+    folder = images.shards(tmp_path / "shards", (2,))
+    with tarfile.open(folder / "000.tar") as shard:
+        third = shard.getmembers()[2]
+    whole = (folder / "000.tar").read_bytes()
+    (folder / "000.tar").write_bytes(whole[: third.offset + past])
+    with pytest.raises(DataError, match=r"000\.tar.*(cut off after 0000|unexpected end of data)"):
+        index_shards(str(folder))
+
+
+def test_an_empty_caption_of_a_shard_is_named(tmp_path: Path) -> None:
+    for name, data in (("a.txt", b" \n"), ("a.JSON", b'{"text": ""}')):
+        with tarfile.open(tmp_path / "0.tar", "w") as shard:
+            images._add(shard, "a.png", images.encoded(0))
+            images._add(shard, name, data)
+        with pytest.raises(DataError, match=rf"0\.tar: {name}: the caption is empty"):
+            index_shards(str(tmp_path))
+
+
 def test_an_image_that_shrank_is_noticed(tmp_path: Path) -> None:
     folder = images.image_folder(tmp_path / "a", 1)
     [entry] = index_folder(folder)
@@ -113,6 +160,20 @@ def test_transparency_is_white_and_grey_becomes_rgb() -> None:
     torch.testing.assert_close(frame(png(clear, "RGBA"), 4).pixels, torch.ones(3, 4, 4))
     grey = np.full((4, 4), 255, np.uint8)
     torch.testing.assert_close(frame(png(grey, "L"), 4).pixels, torch.ones(3, 4, 4))
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [32896, 65535]], np.uint16)).save(buffer, "PNG")
+    levels = (frame(buffer.getvalue(), 2).pixels[0] + 1) * 127.5
+    torch.testing.assert_close(levels, torch.tensor([[0.0, 1.0], [128.0, 255.0]]))
+
+
+def test_pixels_without_a_largest_value_are_refused() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(buffer, "TIFF")
+    with pytest.raises(DataError, match="mode F have no largest value"):
+        frame(buffer.getvalue(), 4)
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", images.encoded(0)[:200]], ids=["empty", "text", "cut off"])

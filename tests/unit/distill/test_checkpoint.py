@@ -41,6 +41,14 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensors["network.w"], torch.full((4,), 30.0))
 
 
+def test_those_of_stops_push_none_out_that_a_rewind_needs(tmp_path: Path) -> None:
+    for update in (5, 10, 11, 12, 13):
+        write_checkpoint(tmp_path, Checkpoint(update, 1.5, {}), every=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000010", "00000012", "00000013"]
+    assert intact_checkpoint(tmp_path, every=5) == tmp_path / "00000010"
+    assert intact_checkpoint(tmp_path) == tmp_path / "00000013"
+
+
 def test_no_folder_means_no_checkpoint(tmp_path: Path) -> None:
     assert intact_checkpoint(tmp_path / "missing") is None
 

@@ -1,10 +1,14 @@
 """The command line says what it can do without the libraries that do it."""
 
+import errno
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from distill_jobs import commands
+from distill_jobs.cli import app
 from distill_jobs.processes import launched_rank
 
 
@@ -19,3 +23,30 @@ def test_only_the_first_of_several_processes_shows_progress(monkeypatch: pytest.
     assert launched_rank() == 0
     monkeypatch.setenv("RANK", "3")
     assert launched_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "report.json"),
+            6,
+            "No space left on device: report.json",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 6, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
+        (OSError("no file named model.safetensors"), 1, "no file named model.safetensors"),
+    ],
+    ids=["full disk", "full disk, no name", "permission", "a library's own"],
+)
+def test_errors_of_the_system_are_one_sentence(
+    error: OSError, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "evaluate", fails)
+    result = CliRunner().invoke(app, ["evaluate", "runs"])
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert "None" not in result.stderr

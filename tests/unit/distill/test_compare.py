@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 
 from distill_jobs.cli import app
 from distill_jobs.compare import Comparison, EvaluatedRun, compare_runs
-from distill_jobs.errors import JobError, RecipeError
+from distill_jobs.errors import JobError, RecipeError, StorageError
 from distill_jobs.recipe import Recipe
+from distill_jobs.recipe_file import read_recipe
 from tests.support.quality import quality, write_evaluated
 from tests.support.tiny_run import tiny_recipe
 
@@ -86,3 +88,32 @@ def test_names_must_differ_and_folders_must_hold_evaluated_runs(plain: Path, tmp
     (plain / "report.json").unlink()
     with pytest.raises(JobError, match="not evaluated yet"):
         EvaluatedRun.read(str(plain))
+
+
+def test_a_report_of_other_teacher_steps_is_not_compared(plain: Path) -> None:
+    (plain / "recipe.yaml").write_text(changed(teacher_steps=8).to_yaml(), encoding="utf-8")
+    with pytest.raises(JobError, match=r"before its evaluation\.teacher_steps changed; run again"):
+        EvaluatedRun.read(str(plain))
+
+
+def test_runs_on_latents_are_not_compared(plain: Path) -> None:
+    (plain / "recipe.yaml").write_text(read_recipe("sd15").to_yaml(), encoding="utf-8")
+    with pytest.raises(JobError, match="compare is for runs on digits"):
+        EvaluatedRun.read(str(plain))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write = (plain / "report.json").read_bytes(), Path.write_text
+
+    def full(self: Path, data: str, *args: Any, **rest: Any) -> int:
+        if "report.json" in self.name:
+            write(self, data[:100], *args, **rest)
+            raise OSError(28, "No space left on device")
+        return write(self, data, *args, **rest)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StorageError, match="No space left"):
+        EvaluatedRun.read(str(plain)).report.write(plain)
+    assert (plain / "report.json").read_bytes() == before

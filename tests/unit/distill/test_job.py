@@ -15,10 +15,12 @@ from distill_jobs.cli import app
 from distill_jobs.errors import DivergedError, LockedError, RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer, loss_by_w
+from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder, stored_recipe, training_seconds
-from distill_jobs.state import RowLoss
+from distill_jobs.state import Phase, RowLoss
+from distill_jobs.taken import takeable
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
 
@@ -56,9 +58,36 @@ def test_a_changed_recipe_is_refused_by_field(finished: RunFolder) -> None:
 def test_what_no_phase_depends_on_may_change(recipe: Recipe, finished: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.recipe.write_bytes(finished.recipe.read_bytes())
-    other = read_recipe("digits", [*OVERRIDES, "export.description=two", "evaluation.samples=20"])
+    folder.teacher.mkdir()
+    changes = ["export.description=two", "evaluation.samples=20", "stage_one.max_relative_error=9"]
+    other = read_recipe("digits", [*OVERRIDES, *changes])
     folder.take_up(other, resume=True)
     assert stored_recipe(folder) == other != recipe
+
+
+def test_a_run_that_ended_before_it_made_anything_takes_another_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    folder, other = RunFolder(tmp_path), read_recipe("digits", [*OVERRIDES, "teacher.lr=0.5"])
+    folder.take_up(recipe, resume=False)
+    folder.machine.write_text("{}")
+    (tmp_path / "tensorboard").mkdir()
+    folder.take_up(other, resume=False)
+    assert stored_recipe(folder) == other
+    assert not folder.machine.exists()
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(RecipeError, match="--resume"):
+        folder.take_up(recipe, resume=False)
+    with pytest.raises(RecipeError, match=r"teacher\.lr; .*--from"):
+        folder.take_up(recipe, resume=True)
+
+
+def test_batches_are_checked_before_any_phase_starts(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "count", property(lambda _: 3))
+    last = read_recipe("digits", [*OVERRIDES, "teacher.batch_size=9", "stage_one.batch_size=9"])
+    with pytest.raises(RecipeError, match=r"stage_two\.batch_size 8 cannot be shared equally by 3 processes"):
+        run_job(last, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_the_command_lists_changed_fields_and_computes_nothing(
@@ -94,11 +123,31 @@ def test_a_loss_that_stays_infinite_stops_the_job(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_stage_one_that_misses_its_gate_stops_before_any_halving(tmp_path: Path) -> None:
+def test_stage_one_that_misses_its_gate_stops_before_any_halving(
+    recipe: Recipe, finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on, without training stage one again, where more error is allowed."""
     strict = read_recipe("digits", [*OVERRIDES, "stage_one.max_relative_error=1.0e-9"])
-    with pytest.raises(DivergedError, match="gate"):
+    with pytest.raises(DivergedError, match=r"gate.*--from .*run --set stage_one\.updates=16.*max_relative_error"):
         run_job(strict, tmp_path / "run", resume=False, progress=Progress(disable=True))
     assert not (tmp_path / "run" / "students").exists()
+    trained, train = [], Trainer.train
+
+    def watched(self: Trainer, phase: Phase) -> tuple[dict[str, torch.Tensor], float]:
+        trained.append(phase.name)
+        return train(self, phase)
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    run = run_job(recipe, tmp_path / "run", resume=True, progress=Progress(disable=True))
+    assert trained == ["d4", "d2", "d1"]
+    assert weights_of(run.path) == weights_of(finished.path)
+
+
+def test_a_gate_that_was_passed_is_asked_again_of_a_stricter_recipe(finished: RunFolder, tmp_path: Path) -> None:
+    strict = read_recipe("digits", [*OVERRIDES, "stage_one.max_relative_error=1.0e-9"])
+    assert {"teacher", "stage_one", "d1"} <= takeable(strict, finished).names
+    with pytest.raises(DivergedError, match="gate"):
+        run_job(strict, tmp_path / "run", resume=False, progress=Progress(disable=True), taken_from=finished.path)
 
 
 def test_sigterm_ends_with_a_checkpoint_and_its_own_exit_code(tmp_path: Path, finished: RunFolder) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distill_jobs.data import latent_cache
@@ -67,7 +68,7 @@ def test_rows_are_what_the_encoders_gave(tmp_path: Path) -> None:
     made = writer(tmp_path, entries)
     assert filled(made) == COUNT
     cache = made.finished()
-    assert (len(cache), cache.skipped) == (COUNT, 0)
+    assert (len(cache), cache.skipped) == (COUNT, ())
     encoded, condition = cache.rows(torch.tensor([6, 0, 3, 3]))
     for row, index in enumerate([6, 0, 3, 3]):
         framed = frame(entries[index].read(), 8)
@@ -122,7 +123,8 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
     made = writer(tmp_path, entries, skip=True)
     filled(made)
     cache = made.finished()
-    assert (len(cache), cache.skipped) == (3, 4)
+    assert len(cache) == 3
+    assert cache.skipped == tuple(str(folder / f"{index}.png") for index in (1, 3, 4, 5))
     _, condition = cache.rows(torch.arange(3))
     assert condition.tokens[:, 0, 0].tolist() == [len(images.caption(i)) for i in (0, 2, 6)]
     assert cache.images(torch.tensor([2, 0, 1])) == [6, 0, 2]
@@ -132,11 +134,43 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
         nothing.finished()
 
 
-def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_cut_off_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(writer(tmp_path, entries))
+    kept = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    encoded = []
+    for file, whole in kept.items():
+        file.write_bytes(whole[:-1])
+        encoded.append(filled(writer(tmp_path, entries)))
+        assert f"{file} are damaged" in caplog.text
+        assert file.read_bytes() == whole
+    assert sorted(encoded) == [0, 1, 3, 3]  # the empty condition, and three shards of 7 images
+
+
+@pytest.mark.parametrize("value", [float("nan"), 70_000.0])
+def test_latents_that_cannot_be_kept_are_named(value: float, tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+
+    class Broken(Halves):
+        def latents(self, pixels: Tensor) -> Encoded:
+            encoded = super().latents(pixels)
+            if self.images == 5:  # the first two of the second shard
+                encoded.mean[1, 0, 0, 0] = value
+            return encoded
+
+    encoders = Broken()
+    with pytest.raises(DataError, match=r"4\.png: the teacher's encoders give NaN.*\(mean\)"):
+        writer(tmp_path, entries).write(lambda: encoders, lambda _: None, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_a_storage_error(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = index_folder(images.image_folder(tmp_path / "a", 1))
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(latent_cache, "save_file", full)
     with pytest.raises(StorageError, match="No space left"):

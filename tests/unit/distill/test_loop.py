@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
 from distill_jobs.draws import Draws
-from distill_jobs.errors import DivergedError, Interrupted, RecipeError
+from distill_jobs.errors import DivergedError, Interrupted, JobError
 from distill_jobs.loop import Trainer
 from distill_jobs.processes import Processes
 from distill_jobs.sections import ComputeSection, Training
@@ -25,7 +25,9 @@ BATCH = 8
 Row = Callable[[Tensor, int, Tensor], Tensor]
 
 
-def train(out: Path, row: Row, progress: Progress | None = None, **training: Any) -> dict[str, Tensor]:
+def train(
+    out: Path, row: Row, progress: Progress | None = None, stop: StopSignal | None = None, **training: Any
+) -> dict[str, Tensor]:
     """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every 5."""
     settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
     with torch.random.fork_rng():
@@ -41,7 +43,7 @@ def train(out: Path, row: Row, progress: Progress | None = None, **training: Any
         checkpoints=out / "checkpoints",
         every=5,
         log_every=1,
-        stop=StopSignal(),
+        stop=stop or StopSignal(),
         progress=progress or Progress(disable=True),
     )
     return trainer.train(Phase("phase", settings, network, Draws(7, "phase"), loss))[0]
@@ -115,6 +117,30 @@ def test_a_kill_after_a_rewind_changes_nothing(tmp_path: Path) -> None:
     assert torch.equal(train(tmp_path / "killed", cliff, **TOO_FAST)["weight"], whole["weight"])
 
 
+@pytest.mark.parametrize("at", [1, 4, 6, 8, 12, 16, 18])
+def test_a_stop_between_two_checkpoints_moves_no_rewind(at: int, tmp_path: Path) -> None:
+    stop = StopSignal()
+
+    class Stopping(Progress):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            stop.received |= kwargs.get("completed") == at
+
+    whole = train(tmp_path / "whole", cliff, **TOO_FAST)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", cliff, Stopping(disable=True), stop, **TOO_FAST)
+    assert torch.equal(train(tmp_path / "stopped", cliff, **TOO_FAST)["weight"], whole["weight"])
+
+
+def test_too_little_memory_says_which_fields_need_less(tmp_path: Path) -> None:
+    def row(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(
+        JobError, match=r"phase: too little memory .* for 8 rows in 1 micro-batches .*accumulate.*--from"
+    ):
+        train(tmp_path, row)
+
+
 def test_what_stays_infinite_stops_the_job_after_three_rewinds(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="after 3 rewinds"):
         train(tmp_path, lambda output, *_: output * float("nan"))
@@ -159,8 +185,3 @@ def test_micro_batches_are_the_large_batch(accumulate: int, tmp_path: Path) -> N
     whole = train(tmp_path / "whole", square)["weight"]
     parts = train(tmp_path / "parts", square, accumulate=accumulate)["weight"]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="batch_size 8 cannot be shared equally"):
-        train(tmp_path, square, accumulate=3)

@@ -1,14 +1,17 @@
 """The dry run counts without weights, measures where that takes seconds, and starts nothing."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
 from distill_jobs.plan import Measured, NetworkCost, network_cost, plan_of
+from distill_jobs.plan_page import print_plan
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import new_teacher, student_of
 from tests.support.tiny_recipe import OVERRIDES
@@ -34,6 +37,17 @@ def test_a_folders_teacher_is_planned_without_the_folder(monkeypatch: pytest.Mon
     assert imitating.phases[0].frozen_passes == 1
     as_it_is = plan_of(read_recipe("sd15", ["teacher.v_finetune=null"]))
     assert as_it_is.phases[0].name == "stage_one"
+
+
+@pytest.mark.parametrize(("name", "told"), [("sd15", "0.18 MB"), ("sdxl", "0.58 MB"), ("digits", None)])
+def test_a_plan_says_what_cached_latents_take(
+    name: str, told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("distill_jobs.plan.network_cost", lambda *_: NetworkCost(1, 1.0))
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan_of(read_recipe(name)), None, tmp_path, console)
+    page = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (f"latents: {told} an image of the data, in runs/latents" in page) if told else "latents" not in page
 
 
 def test_the_plan_counts_what_the_job_builds() -> None:

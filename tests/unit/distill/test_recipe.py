@@ -39,6 +39,11 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
     [
         ("teacher.updates=0", "teacher.updates"),
         ("teacher.lrate=1", "teacher.lrate"),
+        ("teacher.lr=.inf", "teacher.lr"),
+        ("guidance.max=.inf", "guidance.max"),
+        ("stage_one.accumulate=3", "stage_one: .*accumulate 3"),
+        ("stage_two.accumulate=1000", "stage_two: .*accumulate 1000"),
+        ("teacher={updates: 1, updates: 2}", "not valid YAML"),
         ("stage_two.halvings=[{steps: 8, updates: 1}, {steps: 2, updates: 1}]", "must halve"),
         ("export.students=[3]", "export.students"),
         ("export.default_steps=16", "default_steps"),
@@ -84,6 +89,9 @@ def test_broken_yaml_and_a_list_are_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [", encoding="utf-8")
     with pytest.raises(RecipeError, match="not valid YAML"):
+        read_recipe(broken)
+    broken.write_text("seed: 1\nstage_one: {lr: 1.0, lr: 2.0}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="lr is given twice"):
         read_recipe(broken)
     broken.write_text("- a", encoding="utf-8")
     with pytest.raises(RecipeError, match="mapping"):
