@@ -15,6 +15,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from server.api.a1111 import a1111_routes
+from server.api.a1111_errors import error_at
 from server.api.a1111_settings import a1111_settings_routes
 from server.api.access import AccessLog
 from server.api.document import openapi_document
@@ -76,19 +77,19 @@ def create_api(service: Service) -> FastAPI:
         app.include_router(router)
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
         if not error.after_acceptance:
             service.metrics.rejected.labels(error.code).inc()
-        return _response(error)
+        return _response(request, error)
 
     @app.exception_handler(StoreUnavailableError)
-    async def store_unavailable(_: Request, __: StoreUnavailableError) -> Response:
+    async def store_unavailable(request: Request, _: StoreUnavailableError) -> Response:
         service.metrics.rejected.labels("store_unavailable").inc()
-        return _response(store_away())
+        return _response(request, store_away())
 
     @app.exception_handler(ResultStoreError)
-    async def result_store_unavailable(_: Request, __: ResultStoreError) -> Response:
-        return _response(result_store_away())
+    async def result_store_unavailable(request: Request, _: ResultStoreError) -> Response:
+        return _response(request, result_store_away())
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -97,11 +98,11 @@ def create_api(service: Service) -> FastAPI:
         headers = dict(error.headers or {})
         if error.status_code == 405:
             headers["Allow"] = _allowed(parts, request)
-        return _response(ApiError(error.status_code, code, message, headers=headers))
+        return _response(request, ApiError(error.status_code, code, message, headers=headers))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> Response:
-        return _response(internal_error())  # Starlette raises it again afterwards, for the guard to log
+    async def unexpected(request: Request, _: Exception) -> Response:
+        return _response(request, internal_error())  # Starlette raises it again afterwards, for the guard to log
 
     return app
 
@@ -122,5 +123,6 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     return CORSMiddleware(app, origins, methods, allow_headers=["*"], expose_headers=told)
 
 
-def _response(error: ApiError) -> Response:
+def _response(request: Request, refusal: ApiError) -> Response:
+    error = error_at(request.scope["path"], refusal)
     return Response(error.payload(), status_code=error.status, media_type="application/json", headers=error.headers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from importlib import import_module
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
+import structlog
 import typer
 from rich.console import Console
 
@@ -14,9 +17,11 @@ from server.generate_cli import generate
 from server.keys_cli import keys_app
 from server.logs import configure_logs
 from server.plan_cli import plan
+from server.settings import unknown_variables
 from server.tracing import start_tracing
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_log = structlog.get_logger()
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 app.add_typer(keys_app, name="keys")
@@ -97,16 +102,26 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _run(command: str, **given: Any) -> None:
     """Imports late, so that --help and wrong settings answer at once."""
+    former = signal.signal(signal.SIGTERM, _leave)  # until the server has handlers of its own
     try:
         chosen = flags.read_settings(**given)
         configure_logs(chosen.log_level)
+        if unknown := unknown_variables():
+            _log.warning("settings_unknown", variables=unknown)
         if chosen.traces_endpoint is not None:
             start_tracing(chosen.traces_endpoint, command)
         fault = getattr(import_module("server.start"), command)(chosen)
     except HalfstepError as error:
         _fail(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, former)
     if fault:
         _fail(fault)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Nothing was accepted yet. The first process of a container hears no SIGTERM without a handler."""
+    raise SystemExit(0)
 
 
 def _fail(message: str) -> None:

@@ -38,6 +38,10 @@ class RequestCounts:
     def follow(self, job: Job) -> None:
         """Count an accepted job now, and its end when ``run`` finds it."""
         self.accepted(job)
+        self.await_end(job)
+
+    def await_end(self, job: Job) -> None:
+        """Count the end of a job when ``run`` finds it."""
         self._followed[job.id] = job
 
     async def run(self) -> None:

@@ -22,9 +22,11 @@ from engines.backends.base import EngineBackend
 from engines.calls import calls
 from engines.cost import CostTable
 from engines.errors import BundleError, HalfstepError
+from engines.examples import example_inputs
 from engines.pipeline import Pipeline
 from server.call_watch import CallWatch, WatchedEngine
 from server.costs import Offer
+from server.engine_check import CheckedEngine
 from server.engine_thread import EngineThread
 from server.engine_wire import HEAD, events_frame, frame, sizes
 from server.jobs import Lease
@@ -51,6 +53,7 @@ def main(load: Load = load_pipelines) -> NoReturn:
     settings = Settings(**hello["settings"])
     configure_logs(settings.log_level)
     known = {name: Offer(**body) for name, body in hello["known"].items()}
+    threading.Thread(target=_end_with_worker, args=(link,), name="worker", daemon=True).start()
     try:
         pipelines = load(settings, known)
         _check_versions(pipelines, hello["versions"])
@@ -63,6 +66,16 @@ def main(load: Load = load_pipelines) -> NoReturn:
     link.sendall(frame({"loaded": loaded}))
     _serve(link, EngineThread(pipelines))
     os._exit(0)  # without unwinding, which a call under way would hold up
+
+
+def _end_with_worker(link: socket.socket) -> None:
+    """While the models load, nobody else would notice for minutes that the worker is gone."""
+    try:
+        if link.recv(1, socket.MSG_PEEK):  # it speaks again: ``_serve`` listens
+            return
+    except OSError:
+        pass
+    os._exit(0)
 
 
 def _serve(link: socket.socket, engine: EngineThread) -> None:
@@ -99,8 +112,14 @@ def _check_versions(pipelines: Mapping[str, Pipeline], expected: Mapping[str, st
             )
 
 
+def _end_broken(error: Exception) -> None:
+    """A lost device would fail every job there is: those in here are made by the next process, each alone."""
+    _log.error("engine_broken", error=type(error).__name__, detail=str(error))
+    os._exit(1)
+
+
 def _watch_calls(pipeline: Pipeline, watch: CallWatch, floor_s: float) -> None:
-    """A call is given the time of the largest size that its graph takes."""
+    """A call is given the time of the largest size that its graph takes; an engine that fails is checked."""
     slowest: dict[str, dict[int, float]] = {}
     costs = pipeline.costs or CostTable({})
     for call in calls(pipeline.manifest):
@@ -109,7 +128,8 @@ def _watch_calls(pipeline: Pipeline, watch: CallWatch, floor_s: float) -> None:
             of_graph[rung] = max(ms, of_graph.get(rung, 0.0))
 
     def wrap(graph: str, engine: EngineBackend) -> EngineBackend:
-        return WatchedEngine(engine, slowest[graph], watch, floor_s)
+        watched = WatchedEngine(engine, slowest[graph], watch, floor_s)
+        return CheckedEngine(watched, example_inputs(pipeline.manifest, pipeline.tokenizer, graph, 1), _end_broken)
 
     pipeline.wrap_engines(wrap)
 

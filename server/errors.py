@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from engines.errors import HalfstepError
 
@@ -51,7 +52,7 @@ class ApiError(Exception):
         """OpenAI's error family."""
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def payload(self) -> bytes:
@@ -96,6 +97,11 @@ def result_store_away() -> OverloadedError:
     """What a request gets while the result store does not answer."""
     message = "The result store does not answer; send the request again."
     return OverloadedError("result_store_unavailable", message, retry_after_s=1.0)
+
+
+def not_worth_a_retry(status: int, code: str, message: str) -> ApiError:
+    """Of a status that OpenAI's SDKs send again by themselves, where the answer would be the same."""
+    return ApiError(status, code, message, headers={"x-should-retry": "false"})
 
 
 def _retry_headers(retry_after_s: float) -> dict[str, str]:

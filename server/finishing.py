@@ -42,7 +42,7 @@ class Finisher:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
     async def previews(self, request: DenoiseRequest, event: Progress, engine: str) -> tuple[Preview, ...]:
-        """Those that are not withheld. Raises: OSError, ValueError when Pillow does; JobFailedError."""
+        """Those that are not withheld. Raises: JobFailedError; whatever Pillow does."""
         images = [await self._pasted(request, pixels) for _, _, pixels in event.previews]
         flags = await self._flags(request, images)
         shown = [each for each in zip(event.previews, images, flags, strict=True) if not each[2]]
@@ -56,9 +56,7 @@ class Finisher:
         )
 
     async def result(self, lease: Lease, made: Made, engine: str) -> JobResult:
-        """Raises: OSError, ValueError when Pillow does; JobFailedError where its files cannot be checked or
-        stored.
-        """
+        """Raises: JobFailedError where its files cannot be checked or stored; whatever Pillow does."""
         request, begun = lease.job.request, time.perf_counter()
         pixels = await asyncio.gather(*(self._pasted(request, each) for each in made.pixels))
         flags = await self._flags(request, pixels)

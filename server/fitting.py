@@ -57,7 +57,10 @@ def fit_image(
     wanted = ImageChops.invert(rule(held)) if invert else rule(held)
     area = _thresholded(_fitted(_thresholded(wanted), target, Image.Resampling.BOX, fit))
     if not area.getbbox():
-        message = "mask has nothing to edit (after the crop to the size); in OpenAI's format alpha 0 is edited."
+        message = (
+            "mask has nothing to edit, at least after the crop to the size: the part to draw anew is alpha 0 in "
+            "POST /v1/images/edits, white in POST /v1/jobs and img2img."
+        )
         raise InvalidRequestError("empty_mask", message, param="mask")
     return Fitted(write_png(drawn), write_png(area), size)
 

@@ -54,5 +54,8 @@ def read_settings(**flags: Any) -> Settings:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        name, message = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # two settings that do not go together
+            raise StartError(f"The settings are wrong: {message}.") from None
+        name = str(first["loc"][0])
         raise StartError(f"The setting {name} (HALFSTEP_{name.upper()}) is wrong: {message}.") from None

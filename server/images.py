@@ -41,10 +41,14 @@ Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` is the limit, with an answer of
 
 
 def decode_file(text: str, param: str) -> bytes:
-    """A file that came as base64 or a data URL. Raises: InvalidRequestError; nothing is ever fetched."""
+    """A file that came as base64, in lines or not, or a data URL.
+
+    Raises: InvalidRequestError; nothing is ever fetched.
+    """
     url = _DATA_URL.match(text)
     try:
-        return base64.b64decode(text[url.end() :] if url else text, validate=True)
+        encoded = text[url.end() if url else 0 :].encode("ascii")
+        return base64.b64decode(b"".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
         message = f"{param} must be base64 or a data URL of a PNG, JPEG or WebP file; addresses are not fetched."
         raise InvalidRequestError("invalid_image", message, param=param) from None
@@ -189,6 +193,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode in {"1", "L", "LA", "La"}:
         return image.convert("L")
+    if image.mode == "P" and image.has_transparency_data:
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns
     return image if image.mode == "CMYK" else image.convert("RGB")
 
 

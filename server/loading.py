@@ -76,7 +76,8 @@ def build_store(settings: Settings, *, patient: bool = False) -> JobStore:
     """
     if not settings.redis:
         return MemoryStore(settings.lease_s, settings.result_ttl_s)
-    from server.stores.redis.store import ANSWER_S, PATIENT_ANSWER_S, RedisStore  # noqa: PLC0415 - only where used
+    from server.stores.redis.connections import ANSWER_S, PATIENT_ANSWER_S  # noqa: PLC0415 - only where used
+    from server.stores.redis.store import RedisStore  # noqa: PLC0415
 
     answer_s = PATIENT_ANSWER_S if patient else ANSWER_S
     try:

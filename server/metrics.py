@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -11,15 +12,18 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from engines.bundle import Bundle
+from engines.manifest import BundleManifest
 from server.jobs import Backlog, JobStatus, Timing, Total
 from server.request import DenoiseRequest
 from server.work import Dropped, Stepped
 
 _REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 STAGES = ("condition", "steps", "decode", "encode")
+FAULTS = ("condition", "steps", "decode", "engine")
+"""Where a job fails by itself: in a stage, or by taking the engine process down."""
 
 
 class StoreTotals(Collector):
@@ -86,7 +90,9 @@ class Metrics:
         self.safety_checks = count("halfstep_safety_checks_total", checked, ["model", "outcome"])
         failed = "Calls of the result store that failed"
         self.result_store_failures = count("halfstep_result_store_failures_total", failed, ["operation"])
-        self.store_up = gauge("halfstep_store_up", "Whether the job store answered (1) or not (0)", [])
+        self.store_up = gauge(
+            "halfstep_store_up", "Whether the job store answered and takes work in (1) or not (0)", []
+        )
         self._totals = StoreTotals()
         self.registry.register(self._totals)
 
@@ -99,6 +105,8 @@ class Metrics:
         self.rows = gauge("halfstep_rows_in_flight", "Images in the making", [])
         self.retries = count("halfstep_retries_total", "Jobs taken back from a silent worker", [])
         self.poison = count("halfstep_poison_jobs_total", "Jobs that failed by themselves", stage)
+        died = "Engine processes that died, hung or could not be started"
+        self.engine_deaths = count("halfstep_engine_deaths_total", died, [])
 
     def _make_engine_metrics(self) -> None:
         count, times, gauge = self._counter, self._histogram, self._gauge
@@ -124,7 +132,7 @@ class Metrics:
             self.takeovers.labels("bundle", outcome)
         parity = "Largest difference of a graph from what it was made from: torch, or float32 where it is int8"
         self.parity = gauge("halfstep_parity_error", parity, ["model", "graph"])
-        memory = "Memory of the engine: of its device, or of its process on a CPU"
+        memory = "Resident memory of the process the engine runs in; a GPU's own is not in it"
         self.memory = gauge("halfstep_device_memory_bytes", memory, ["device"])
 
     def is_a(self, role: Literal["serve", "api", "worker"]) -> None:
@@ -136,8 +144,17 @@ class Metrics:
         self.serves({bundle.manifest.name: bundle.sha256 for bundle in bundles})
         self.parity.clear()
         for bundle in bundles:
+            self._begin(bundle.manifest)
             for graph, spec in bundle.manifest.graphs.items():
                 self.parity.labels(bundle.manifest.name, graph).set(spec.parity.max_abs_error)
+
+    def _begin(self, manifest: BundleManifest) -> None:
+        """Count from 0: of a series that begins at 1, Prometheus sees no increase and no alert rings."""
+        for task in manifest.tasks:
+            self.accepted.labels(manifest.name, task)
+            for size in manifest.sizes:
+                for status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+                    self.requests.labels(manifest.name, task, str(size), status.value)
 
     def serves(self, versions: Mapping[str, str]) -> None:
         """Note the version of each model, by the sha256 of its manifest, in place of those before."""
@@ -150,6 +167,8 @@ class Metrics:
         self.engine.clear()
         self.preferred.clear()
         for model, engine in engines.items():
+            for fault in FAULTS:
+                self.poison.labels(model, fault)  # from 0, as above
             self.engine.labels(model, engine).set(1)
             self.preferred.labels(model).set(preferred)
 
@@ -157,14 +176,16 @@ class Metrics:
         """Report the resident memory of the process the engine runs in, looked up at each scrape."""
         self.memory.labels("cpu").set_function(lambda: _resident_bytes(pid()))
 
-    def store_holds(self, backlog: Backlog, totals: Sequence[Total]) -> None:
+    def store_holds(self, backlog: Backlog, totals: Sequence[Total], *, takes_work: bool = True) -> None:
         """Note what the store says, which is the same for all processes and survives each of them."""
-        self.store_up.set(1)
+        self.store_up.set(takes_work)
         self.queued_s.set(backlog.seconds)
         self._totals.read(totals)
 
     def store_away(self) -> None:
+        """What was last heard of the queue would pass for what it is now: the largest figure counts."""
         self.store_up.set(0)
+        self.queued_s.set(math.nan)
 
     def engine_did(self, event: Stepped | Dropped) -> None:
         if isinstance(event, Dropped):

@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -231,10 +230,19 @@ class Process(DrainingServer):
         self._service.draining.set()
 
     async def _hear_offers(self) -> None:
-        """What the workers have measured is what admission predicts with."""
+        """What the workers have measured is what admission predicts with. An outage of the store is logged once."""
+        away = False
         while True:
-            with suppress(OSError):
+            try:
                 self._service.costs.update(await self._service.store.offers())
+            except OSError as error:
+                if not away:
+                    _log.warning("store_away", call="offers", error=str(error))
+                away = True
+            else:
+                if away:
+                    _log.warning("store_back")
+                away = False
             await asyncio.sleep(LOOK_AT_OFFERS_S)
 
 

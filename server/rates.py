@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import limits
 from limits.aio.storage import MemoryStorage, RedisStorage
@@ -14,15 +15,10 @@ from server.stores.base import StoreUnavailableError
 
 
 class Rates:
-    """redis_url: where to count, None for this process alone."""
+    """redis_url: where to count, None for this process alone; answer_s: as for the job store."""
 
-    def __init__(self, redis_url: str | None = None) -> None:
-        storage = (
-            MemoryStorage()
-            if redis_url is None
-            else RedisStorage(f"async+{redis_url}", wrap_exceptions=True, implementation="redispy")
-        )
-        self._limiter = SlidingWindowCounterRateLimiter(storage)
+    def __init__(self, redis_url: str | None = None, answer_s: float | None = None) -> None:
+        self._limiter = SlidingWindowCounterRateLimiter(_storage(redis_url, answer_s))
 
     async def spend(self, rate: str | None, amount: int, *who: str) -> float | None:
         """Take ``amount`` from what the rate allows, or say in how many seconds there may be some again.
@@ -43,3 +39,13 @@ class Rates:
         except StorageError as error:
             raise StoreUnavailableError("the store of rate limits cannot be reached") from error
         return max(reset_s, 0.001)
+
+
+def _storage(redis_url: str | None, answer_s: float | None) -> MemoryStorage | RedisStorage:
+    if redis_url is None:
+        return MemoryStorage()
+    from server.stores.redis.connections import ANSWER_S, connect  # noqa: PLC0415 - only where used
+
+    pool: Any = connect(redis_url, answer_s or ANSWER_S)
+    # The pool knows the address; the storage's own clients have no deadline and read no unix://.
+    return RedisStorage("async+redis://", wrap_exceptions=True, implementation="redispy", connection_pool=pool)

@@ -74,19 +74,20 @@ def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
     """The fields of a request that every task has."""
     _check_prompt("prompt", body.prompt, model)
     _check_combinations(body)
-    steps = _one("steps", body.steps, "num_inference_steps", body.num_inference_steps)
+    steps_name, steps = _one("steps", body.steps, "num_inference_steps", body.num_inference_steps)
     guidance = _one("guidance_scale", body.guidance_scale, "guidance", body.guidance)
     n = body.n or 1
     try:
         student = find_student(model.manifest, steps, body.sampler)
     except RequestError as error:
-        raise InvalidRequestError(error.code, str(error), param=error.param) from None
+        param = steps_name if error.param == "steps" else error.param
+        raise InvalidRequestError(error.code, str(error), param=param) from None
     return {
         "model": model.name,
         "prompt": body.prompt,
         "n": n,
         "seed": _seed(body.seed, n),
-        "guidance_scale": _guidance(guidance, model),
+        "guidance_scale": _guidance(*guidance, model),
         "steps": student.steps,
         "sampler": student.sampler,
         "output_format": body.output_format or "png",
@@ -146,21 +147,21 @@ def _check_combinations(body: GenerationBody) -> None:
         raise InvalidRequestError("unsupported_value", message, param="partial_images")
 
 
-def _one(name: str, value: ValueT | None, alias: str, other: ValueT | None) -> ValueT | None:
-    """The value of a field with two names."""
+def _one(name: str, value: ValueT | None, alias: str, other: ValueT | None) -> tuple[str, ValueT | None]:
+    """The name that a field with two was sent under, and its value."""
     if value is not None and other is not None and value != other:
         message = f"{name} and {alias} are two names of one field and differ; send one of them."
         raise InvalidRequestError("conflicting_fields", message, param=alias)
-    return other if value is None else value
+    return (alias, other) if value is None and other is not None else (name, value)
 
 
-def _guidance(value: float | None, model: Model) -> float:
+def _guidance(name: str, value: float | None, model: Model) -> float:
     allowed = model.manifest.guidance
     if value is None:
         return allowed.default
     if not allowed.min <= value <= allowed.max:
-        message = f"guidance_scale must be {allowed.min:g} to {allowed.max:g} for this model (1 is guidance off)."
-        raise InvalidRequestError("out_of_range", message, param="guidance_scale")
+        message = f"{name} must be {allowed.min:g} to {allowed.max:g} for this model (1 is guidance off)."
+        raise InvalidRequestError("out_of_range", message, param=name)
     return value
 
 

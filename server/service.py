@@ -16,7 +16,7 @@ from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
 from server.counting import RequestCounts
-from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError
+from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError, not_worth_a_retry
 from server.jobs import (
     EncodedImage,
     End,
@@ -112,12 +112,16 @@ class Service:
             raise
         finally:
             self._open.discard(job.id)
-            with suppress(StoreUnavailableError):  # the job ends by itself, and is dropped after its time
+            try:
                 await self.store.cancel(job.id)
                 state = await self.store.get(job.id)
+            except StoreUnavailableError:  # the job ends by itself, and is dropped after its time
+                self.counts.await_end(job)
+            else:
                 status = JobStatus.CANCELLED if state is None else state.status
                 self.counts.ended(job, End(status=status, seconds=time.monotonic() - started))
-                await self.store.forget(job.id)
+                with suppress(StoreUnavailableError):
+                    await self.store.forget(job.id)
 
     async def submit(
         self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
@@ -251,7 +255,7 @@ def _refusal(failure: JobFailure) -> OverloadedError:
 
 def _key_reused() -> ApiError:
     message = "This Idempotency-Key was used for another body; take a new key for a new request."
-    return ApiError(422, "idempotency_key_reuse", message, headers={"x-should-retry": "false"})
+    return not_worth_a_retry(422, "idempotency_key_reuse", message)
 
 
 def succeeded(state: JobState) -> bool:

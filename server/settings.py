@@ -24,10 +24,15 @@ DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
 MIN_SECRET_CHARS = 24
 
 
+PREFIX = "HALFSTEP_"
+CLIENT_KEY = "HALFSTEP_API_KEY"
+"""What the playground's curl lines read; a client's, no setting."""
+
+
 class Settings(BaseSettings):
     """How this process serves. Units stand in the names."""
 
-    model_config = SettingsConfigDict(env_prefix="HALFSTEP_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     # ---- models and engines
     bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
@@ -60,7 +65,7 @@ class Settings(BaseSettings):
     isolate_engine: bool = Field(
         False,
         description="run the engine in a process of its own; a worker always does, and so does `serve` with a "
-        "`start_backend`. It is started again when it dies.",
+        "`start_backend`. It is started again when it dies, hangs or loses its GPU.",
     )
     hang_s: float = Field(
         30.0,
@@ -243,3 +248,9 @@ class Settings(BaseSettings):
             return json.loads(value)
         except ValueError:
             raise ValueError("this is no JSON list; paths need no JSON") from None
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that look like settings and are none: misspelt, or of another version."""
+    known = {CLIENT_KEY, *(PREFIX + name.upper() for name in Settings.model_fields)}
+    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)

@@ -27,7 +27,8 @@ Made by `make docs` from the class `Settings` in `server/settings.py`; `python -
 
 A command-line flag wins over the environment, the environment over the default. Settings without a flag are set
 through the environment only. Lists stand there as words with commas between them. A wrong value ends the
-process with one sentence that names it.
+process with one sentence that names it; a variable that begins with `HALFSTEP_` and is no setting is told in the
+log, as `settings_unknown`.
 """
 
 _UNITS = {"_s": "seconds", "_bytes": "bytes"}

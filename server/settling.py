@@ -13,7 +13,7 @@ import structlog
 from server.engine import Engine
 from server.finishing import Finisher
 from server.holdings import Held, Holdings
-from server.jobs import JobFailedError, Lease, Report
+from server.jobs import JobStatus, Lease, Report
 from server.metrics import Metrics
 from server.stages import failure_of
 from server.stores.base import JobStore
@@ -147,7 +147,7 @@ class Settling:
         lease = held.lease
         try:
             previews = await self._finisher.previews(lease.job.request, event, held.engine)
-        except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
+        except Exception as error:  # whatever Pillow raises: one bad job is no end of the worker
             await self._end(held, partial(self._store.fail, lease, failure_of(error)))
             self._engine.stop_job(lease.token)
             return
@@ -158,7 +158,7 @@ class Settling:
         lease, begun = held.lease, time.perf_counter()
         try:
             result = await self._finisher.result(lease, made, held.engine)
-        except (OSError, ValueError, JobFailedError) as error:  # the former two are what Pillow raises
+        except Exception as error:  # whatever Pillow raises: one bad job is no end of the worker
             failure = failure_of(error)
             record_job(lease, "failed", made.spans)
             await self._end(held, partial(self._store.fail, lease, failure))
@@ -169,11 +169,16 @@ class Settling:
 
     async def _give_back_lost(self, died: Died) -> None:
         """The jobs that were in a dead engine process are tried again, each alone."""
+        self._metrics.engine_deaths.inc()
         for held in filter(None, map(self._holdings.get, died.tokens)):
             record_job(held.lease, "lost", {})
-            await self._end(held, partial(self._store.give_back, held.lease, crashed=True))
+            await self._end(held, partial(self._give_back_crashed, held.lease))
 
-    async def _end(self, held: Held, transition: Callable[[], Awaitable[bool]]) -> None:
+    async def _give_back_crashed(self, lease: Lease) -> None:
+        if await self._store.give_back(lease, crashed=True) is JobStatus.FAILED:
+            self._metrics.poison.labels(lease.job.request.model, "engine").inc()
+
+    async def _end(self, held: Held, transition: Callable[[], Awaitable[object]]) -> None:
         """Commit how a lease ended, however long the store is away, and have its rows free."""
         while held.lease.token in self._holdings:
             try:

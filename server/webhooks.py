@@ -94,19 +94,23 @@ class Webhooks:
             self.check(delivery.url)  # the setting may have changed since
             content = json.dumps(await self._message(delivery)).encode()
             url = httpx.URL(delivery.url)
-            address = await self._address(url)
-            headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
-            response = await client.post(
-                url.copy_with(host=address),
-                content=content,
-                headers={**headers, "content-type": "application/json"},
-                extensions={"sni_hostname": url.host},
-            )
+            async with asyncio.timeout(TIMEOUT_S):  # of all of it: the client's own is of each part
+                address = await self._address(url)
+                headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
+                post = client.stream(
+                    "POST",
+                    url.copy_with(host=address),
+                    content=content,
+                    headers={**headers, "content-type": "application/json"},
+                    extensions={"sni_hostname": url.host},
+                )
+                async with post as response:  # whose body may have no end, and is not read
+                    status = response.status_code
         except InvalidRequestError:
             return "not_allowed"
         except (httpx.HTTPError, OSError, RefusedAddressError) as error:
             return type(error).__name__
-        return None if response.is_success else f"status_{response.status_code}"
+        return None if 200 <= status < 300 else f"status_{status}"
 
     async def _message(self, delivery: Delivery) -> dict[str, Any]:
         """Of stored files, while there are any, it says where. Raises: OSError when one of the stores is away."""

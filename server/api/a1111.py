@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.a1111_answers import as_a1111, images_answer
+from server.api.a1111_answers import images_answer
 from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
 from server.api.a1111_reference import DRAWN, IMAGE_BODY, TEXT_BODY
 from server.api.body import IMAGES_BODY_BYTES, read_object
@@ -37,24 +37,22 @@ def a1111_routes(service: Service) -> APIRouter:
     @router.post("/txt2img", responses=DRAWN, openapi_extra=TEXT_BODY)
     async def txt2img(request: Request) -> Response:
         """Draw a prompt."""
-        with as_a1111():
-            wish = validate(TextWish, await read_object(request, service.settings))
-            body, adjusted = adjusted_text(wish, service.catalogue)
-            return await drawings.make(request, resolve(body, service.catalogue), adjusted, send=wish.send_images)
+        wish = validate(TextWish, await read_object(request, service.settings))
+        body, adjusted = adjusted_text(wish, service.catalogue)
+        return await drawings.make(request, resolve(body, service.catalogue), adjusted, send=wish.send_images)
 
     @router.post("/img2img", responses=DRAWN, openapi_extra=IMAGE_BODY)
     async def img2img(request: Request) -> Response:
         """Draw a prompt from an image; with a mask, only where the mask is white."""
-        with as_a1111():
-            fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
-            wish = validate(ImageWish, fields)
-            if len(wish.init_images) != 1:
-                message = "init_images must hold exactly one image."
-                raise InvalidRequestError("out_of_range", message, param="init_images")
-            image = decode_file(wish.init_images[0], "init_images")
-            mask = None if wish.mask is None else decode_file(wish.mask, "mask")
-            wanted, adjusted = await asyncio.to_thread(resolve_image, wish, image, mask, service.catalogue)
-            return await drawings.make(request, wanted, adjusted, send=wish.send_images)
+        fields = await read_object(request, service.settings, limit_bytes=IMAGES_BODY_BYTES)
+        wish = validate(ImageWish, fields)
+        if len(wish.init_images) != 1:
+            message = "init_images must hold exactly one image."
+            raise InvalidRequestError("out_of_range", message, param="init_images")
+        image = decode_file(wish.init_images[0], "init_images")
+        mask = decode_file(wish.mask, "mask") if wish.mask else None
+        wanted, adjusted = await asyncio.to_thread(resolve_image, wish, image, mask, service.catalogue)
+        return await drawings.make(request, wanted, adjusted, send=wish.send_images)
 
     @router.get("/progress")
     async def progress() -> dict[str, Any]:

@@ -1,11 +1,9 @@
-"""What AUTOMATIC1111's clients read: images with their ``info``, and errors."""
+"""What AUTOMATIC1111's clients read: images with their ``info``."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -13,31 +11,8 @@ from starlette.responses import Response
 
 from server.api.answers import result_of
 from server.encoding import infotext
-from server.errors import ApiError
 from server.images import write_png
 from server.jobs import JobState, JobStatus
-
-
-class A1111Error(ApiError):
-    """An error in the shape these clients read; a wrong field is 422."""
-
-    @classmethod
-    def of(cls, error: ApiError) -> A1111Error:
-        status = 422 if error.status == 400 else error.status
-        made = cls(status, error.code, error.message, param=error.param, headers=error.headers)
-        made.after_acceptance = error.after_acceptance
-        return made
-
-    def body(self) -> dict[str, Any]:
-        return {"error": self.code, "detail": self.message, "body": "", "errors": self.param or ""}
-
-
-@contextmanager
-def as_a1111() -> Iterator[None]:
-    try:
-        yield
-    except ApiError as error:
-        raise A1111Error.of(error) from None
 
 
 def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.noise import MAX_SEED
+from server.api.validation import PLAIN_NAME
 from server.catalogue import Catalogue, Model
 from server.errors import InvalidRequestError
 from server.fitting import nearest_size, white_or_opaque_is_edit
@@ -31,7 +32,6 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "s_tmax": (0, None),
     "s_tmin": (0, None),
     "s_noise": (1, None),
-    "override_settings": ({}, None),
     "script_name": ("", None),
     "script_args": ([], None),
     "scheduler": ("automatic", "Automatic", None),
@@ -40,6 +40,14 @@ _ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "inpainting_fill": (0, 1, None),
     "initial_noise_multiplier": (1, None),
     "include_init_images": (False, None),
+    "s_min_uncond": (0, None),
+    "refiner_checkpoint": ("", "None", None),
+    "firstpass_image": ("", None),
+    "force_task_id": ("", None),
+    "infotext": ("", None),
+    "comments": ({}, None),
+    "latent_mask": ("", None),
+    "mask_round": (True, None),
 }
 """Values with which a field changes nothing here."""
 
@@ -48,9 +56,10 @@ _IDLE = frozenset(
         *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name"),
         *("hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "firstphase_width"),
         *("firstphase_height", "do_not_save_samples", "do_not_save_grid", "override_settings_restore_afterwards"),
+        *("refiner_switch_at", "disable_extra_networks"),
     }
 )
-"""Fields that say how to do what is off here (a second pass, saving on the server)."""
+"""Fields that say how to do what is off here (a second pass, a refiner, extra networks, saving on the server)."""
 
 
 class TextWish(BaseModel):
@@ -69,6 +78,7 @@ class TextWish(BaseModel):
     width: int | None = Field(None, ge=1, le=16384)
     height: int | None = Field(None, ge=1, le=16384)
     denoising_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    override_settings: dict[str, Any] | None = Field(None, description="sd_model_checkpoint, a model's name, alone")
     alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
     send_images: bool = True
 
@@ -79,6 +89,8 @@ class ImageWish(TextWish):
     init_images: list[str] = Field(default_factory=list)
     mask: str | None = None
     mask_blur: int | None = Field(None, ge=0, le=64)
+    mask_blur_x: int | None = Field(None, ge=0, le=64)
+    mask_blur_y: int | None = Field(None, ge=0, le=64)
     inpainting_mask_invert: int = Field(0, ge=0, le=1)
     inpaint_full_res: bool | int = False
     inpaint_full_res_padding: int | None = Field(None, ge=0)
@@ -91,7 +103,7 @@ def adjusted_text(wish: TextWish, catalogue: Catalogue) -> tuple[GenerationBody,
     Raises: InvalidRequestError naming a field that asks for what is not here.
     """
     _check_rest(wish)
-    model = catalogue.default
+    model = _model(wish, catalogue)
     adjusted: dict[str, Any] = {}
     fields = _brought(wish, model, adjusted)
     width, height = wish.width or 512, wish.height or 512
@@ -106,7 +118,7 @@ def resolve_image(
 ) -> tuple[DenoiseRequest, dict[str, Any]]:
     """The request, and what was changed. Decodes the files, so call it beside the event loop."""
     _check_rest(wish)
-    model = catalogue.default
+    model = _model(wish, catalogue)
     adjusted: dict[str, Any] = {}
     fields = _brought(wish, model, adjusted)
     strength = 0.75 if wish.denoising_strength is None else wish.denoising_strength
@@ -128,8 +140,19 @@ def resolve_image(
     _note(adjusted, "denoising_strength", strength, wanted.effective_strength)
     if mask is not None:
         _note(adjusted, "inpaint_full_res", bool(wish.inpaint_full_res), False)
-        _note(adjusted, "mask_blur", wish.mask_blur or 0, 0)
+        for name in ("mask_blur", "mask_blur_x", "mask_blur_y"):
+            _note(adjusted, name, getattr(wish, name) or 0, 0)
     return wanted, adjusted
+
+
+def _model(wish: TextWish, catalogue: Catalogue) -> Model:
+    """That of ``override_settings``, as these clients choose one for a single request, else the default."""
+    asked = wish.override_settings or {}
+    name = asked.get("sd_model_checkpoint")
+    if not asked.keys() <= {"sd_model_checkpoint"} or not isinstance(name, str | None):
+        message = "override_settings may hold sd_model_checkpoint alone here: a name that GET sd-models lists."
+        raise InvalidRequestError("unsupported_value", message, param="override_settings")
+    return catalogue.find(name)
 
 
 def _brought(wish: TextWish, model: Model, adjusted: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +176,7 @@ def _brought(wish: TextWish, model: Model, adjusted: dict[str, Any]) -> dict[str
         raise InvalidRequestError("out_of_range", message, param="batch_size")
     seed = secrets.randbelow(2**32) if wish.seed == -1 else wish.seed
     return {
+        "model": model.name,
         "prompt": wish.prompt,
         "n": n,
         "seed": seed,
@@ -171,7 +195,11 @@ def _check_rest(wish: TextWish) -> None:
         if name in _ASKS_NOTHING:
             message = f"{name} is not supported here; leave it at its default."
             raise InvalidRequestError("unsupported_value", message, param=name)
-        raise InvalidRequestError("unknown_field", "The body has a field that this API does not have.")
+        plain = name if PLAIN_NAME.fullmatch(name) else None
+        message = (
+            f"This API has no field {plain}." if plain else "The body has a field that this API does not have."
+        )
+        raise InvalidRequestError("unknown_field", message, param=plain)
     for script in wish.alwayson_scripts.values():
         if not isinstance(script, dict) or script.get("args") not in ([], [False], None):
             message = "alwayson_scripts must be empty or off: there are no scripts here."

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from server.api.a1111_fields import ImageWish, TextWish
-from server.schemas import ErrorResponse
 
 
 class A1111Answer(BaseModel):
@@ -28,7 +27,7 @@ class A1111ErrorBody(BaseModel):
 
 
 def _refusal(description: str) -> dict[str, Any]:
-    return {"model": A1111ErrorBody | ErrorResponse, "description": description}
+    return {"model": A1111ErrorBody, "description": description}
 
 
 def _body(schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:

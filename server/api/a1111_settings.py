@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from server.api.a1111_answers import as_a1111
 from server.api.a1111_reference import OPTIONS_BODY, REFUSED
 from server.api.body import read_object
 from server.errors import InvalidRequestError
@@ -26,12 +25,14 @@ def a1111_settings_routes(service: Service) -> APIRouter:
     @router.post("/options", responses=REFUSED, openapi_extra=OPTIONS_BODY)
     async def set_options(request: Request) -> None:
         """Accepts what is set already: nothing here is shared between requests."""
-        with as_a1111():
-            now = await options()
-            for name, value in (await read_object(request, service.settings)).items():
-                if name not in now or now[name] != value:
-                    message = "This option cannot be changed here; it is set where the server is started."
-                    raise InvalidRequestError("unsupported_value", message, param="options")
+        now = await options()
+        for name, value in (await read_object(request, service.settings)).items():
+            if name not in now or now[name] != value:
+                message = (
+                    "Options cannot be changed here, where nothing is shared between requests; a request chooses "
+                    "its model by override_settings.sd_model_checkpoint."
+                )
+                raise InvalidRequestError("unsupported_value", message, param="options")
 
     @router.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:

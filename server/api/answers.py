@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from server.catalogue import Catalogue
-from server.errors import ApiError, OverloadedError
-from server.jobs import EncodedImage, JobFailure, JobResult, JobState, Preview, Timing
+from server.errors import ApiError, OverloadedError, not_worth_a_retry
+from server.jobs import POISON, EncodedImage, JobFailure, JobResult, JobState, Preview, Timing
 from server.links import Link
 from server.request import DenoiseRequest, find_size
 from server.schemas import (
@@ -47,6 +47,8 @@ def failure_error(failure: JobFailure) -> ApiError:
     """A failed job is the server's fault: what the client could get wrong was checked before."""
     if failure.retry_after_s is not None:
         return OverloadedError(failure.code, failure.message, retry_after_s=failure.retry_after_s)
+    if failure.code == POISON.code:
+        return not_worth_a_retry(500, failure.code, failure.message)
     return ApiError(500, failure.code, failure.message)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.api.a1111_errors import A1111_PATH
 from server.api.gate import is_open
 from server.schemas import ErrorResponse
 
@@ -26,6 +27,7 @@ _WITH_KEYS = {
 }
 _SPENDING = {"429": "This API key is used too often; Retry-After says when to try again"}
 _ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
+_A1111_ERROR = {"$ref": "#/components/schemas/A1111ErrorBody"}
 _AUTOMATIC_422 = "HTTPValidationError"
 
 
@@ -57,5 +59,5 @@ def _complete(responses: dict[str, Any], path: str, method: str) -> None:
     if not is_open(path):
         common |= _WITH_KEYS if method == "get" else _WITH_KEYS | _SPENDING
     for status, description in common.items():
-        content = {"application/json": {"schema": _ERROR}}
+        content = {"application/json": {"schema": _A1111_ERROR if path.startswith(A1111_PATH) else _ERROR}}
         responses.setdefault(status, {"description": description, "content": content})

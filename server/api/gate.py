@@ -52,7 +52,7 @@ class Gate:
             except (ApiError, StoreUnavailableError) as cause:
                 error = cause if isinstance(cause, ApiError) else store_away()
                 self._metrics.rejected.labels(error.code).inc()
-                await respond(error, send)
+                await respond(error, scope, send)
                 return
         await self._app(scope, receive, send)
 

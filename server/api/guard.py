@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.a1111_errors import error_at
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.settings import Settings
@@ -40,14 +41,14 @@ class Guard:
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             self._metrics.rejected.labels(refusal.code).inc()
-            await respond(refusal, send)
+            await respond(refusal, scope, send)
             return
         try:
             await self._app(scope, self._timely(receive), noted)
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", error=type(error).__name__)
             if not started:
-                await respond(internal_error(), send)
+                await respond(internal_error(), scope, send)
 
     def _timely(self, receive: Receive) -> Receive:
         """``receive`` that raises ApiError 408 once the body is late; later messages have all the time."""
@@ -85,8 +86,9 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "The server failed; its log has the reason under this request id.")
 
 
-async def respond(error: ApiError, send: Send) -> None:
+async def respond(refusal: ApiError, scope: Scope, send: Send) -> None:
     """Send an error without a framework."""
+    error = error_at(scope["path"], refusal)
     payload = error.payload()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from starlette.requests import Request
 
@@ -14,8 +14,6 @@ from server.job_schemas import JobEventBody, JobImageBody, JobPreviewBody, JobSt
 from server.jobs import JobEvent, JobState, JobStatus
 from server.schemas import ErrorDetail
 from server.service import Service
-
-KEEP_ALIVE_S = 15.0
 
 
 async def job_body(service: Service, request: Request, state: JobState) -> JobStateBody:
@@ -58,29 +56,15 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
 
 
 async def job_events(service: Service, request: Request, job_id: str, after: str | None) -> AsyncIterator[str]:
-    """Server-sent events that come after ``after``, with a comment now and then so that proxies keep the line."""
+    """Server-sent events that come after ``after``, until the job has ended or is gone."""
     state = await service.store.get(job_id)
-    told = aiter(service.store.events(job_id, after))
-    coming: asyncio.Task[JobEvent] | None = None
-    try:
-        while state is not None:
-            coming = coming or asyncio.ensure_future(anext(told))
-            done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_S)
-            if not done:
-                yield ": still there\n\n"
-                continue
-            try:
-                event = coming.result()
-            except (StopAsyncIteration, KeyError):
-                return
-            coming = None
+    with suppress(KeyError):  # gone meanwhile
+        async for event in service.store.events(job_id, after):
             if event.terminal:
                 state = await service.store.get(job_id)
-            if state is not None:
-                yield await _line(service, request, state, event)
-    finally:
-        if coming is not None:
-            coming.cancel()
+            if state is None:
+                return
+            yield await _line(service, request, state, event)
 
 
 async def _line(service: Service, request: Request, state: JobState, event: JobEvent) -> str:

@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from server.api.answers import withheld
+from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive
 from server.api.job_answers import job_body, job_events
 from server.api.job_reference import EVENTS, IMAGE, JOB, REFUSED, UNKNOWN
 from server.auth import current_caller
-from server.errors import ApiError, InvalidRequestError, NotFoundError
+from server.errors import ApiError, InvalidRequestError, NotFoundError, not_worth_a_retry
 from server.job_schemas import JobStateBody
 from server.jobs import EncodedImage, JobState, JobStatus
 from server.request import media_type
@@ -42,7 +43,8 @@ def job_routes(service: Service) -> APIRouter:
         await service.store.cancel(job_id)
         state = await find_job(service, job_id)
         if state.status is not JobStatus.CANCELLED:
-            raise ApiError(409, "already_ended", f"This job has {state.status.value}; there is nothing to cancel.")
+            message = f"This job has {state.status.value}; there is nothing to cancel."
+            raise not_worth_a_retry(409, "already_ended", message)
         return await job_body(service, request, state)
 
     @router.get("/{job_id}/images/{index}", response_class=Response, responses=IMAGE | UNKNOWN)
@@ -63,7 +65,7 @@ def job_routes(service: Service) -> APIRouter:
         if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
         lines = job_events(service, request, job_id, last_event_id)
-        return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return StreamingResponse(kept_alive(lines), media_type=EVENT_STREAM, headers=HEADERS)
 
     return router
 
@@ -84,7 +86,7 @@ def _image(state: JobState, index: str) -> EncodedImage:
     if not state.status.terminal:
         raise ApiError(409, "not_ready", "This job has not ended yet; its status_url tells when it has.")
     if state.result is None:
-        raise ApiError(409, "no_images", f"This job ended as {state.status.value}; it has no images.")
+        raise not_worth_a_retry(409, "no_images", f"This job ended as {state.status.value}; it has no images.")
     known = {str(k): image for k, image in enumerate(state.result.images)}
     if index not in known:
         raise NotFoundError("not_found", f"This job has the images 0 to {len(known) - 1}.")

@@ -10,6 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.body import client_gone
+from server.api.validation import PLAIN_NAME
 from server.errors import ApiError, InvalidRequestError
 from server.images import MAX_IMAGE_BYTES, image_too_large
 
@@ -26,7 +27,7 @@ _MAX_OVERHEAD = 1024 * 1024
 
 @dataclass
 class Form:
-    """texts, files: by field. An empty text is a field left out."""
+    """texts, files: by field. An empty text is a field left out, and so is an empty file without a name."""
 
     texts: dict[str, str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class _Reader:
         self._seen: set[str] = set()
         self._header = [bytearray(), bytearray()]
         self._name = ""
+        self._named_file = False
         self._data = bytearray()
 
     def callbacks(self) -> MultipartCallbacks:
@@ -89,20 +91,22 @@ class _Reader:
     def _begin(self) -> None:
         if len(self._seen) == MAX_PARTS:
             raise ApiError(413, "too_many_parts", f"A form here has at most {MAX_PARTS} parts.")
-        self._name, self._data = "", bytearray()
+        self._name, self._named_file, self._data = "", False, bytearray()
 
     def _header_end(self) -> None:
         name, value = (bytes(part) for part in self._header)
         self._header = [bytearray(), bytearray()]
         if name.lower() == b"content-disposition":
-            self._name = _utf8(parse_options_header(value)[1].get(b"name", b""))
+            options = parse_options_header(value)[1]
+            self._name = _utf8(options.get(b"name", b""))
+            self._named_file = bool(options.get(b"filename"))
 
     def _named(self) -> None:
         if not self._name:
             raise _broken()
         field_name = FILES.get(self._name, self._name)
         if field_name in self._seen:
-            raise InvalidRequestError("duplicate_part", "The form has two parts of one field; send it once.")
+            raise _twice(field_name)
         self._seen.add(field_name)
 
     def _more(self, data: bytes, start: int, end: int) -> None:
@@ -115,13 +119,21 @@ class _Reader:
             raise ApiError(413, "payload_too_large", message)
 
     def _part_end(self) -> None:
-        if self._name in FILES:
+        if self._name in FILES and (self._data or self._named_file):
             self.form.files[FILES[self._name]] = bytes(self._data)
         elif self._data:
             self.form.texts[self._name] = _utf8(bytes(self._data))
 
     def _end(self) -> None:
         self.ended = True
+
+
+def _twice(field_name: str) -> InvalidRequestError:
+    param = field_name if PLAIN_NAME.fullmatch(field_name) else None
+    message = f"The form has two parts of {'one field' if param is None else param}; send it once."
+    if param == "image":
+        message = "The form has more than one image; send the one that is to be edited."
+    return InvalidRequestError("duplicate_part", message, param=param)
 
 
 def _utf8(data: bytes) -> str:

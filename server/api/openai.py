@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import base_url, client_gone, read_object
 from server.api.disconnection import cancelled_when_gone
+from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive
 from server.api.multipart import read_form
 from server.api.reference import (
     EDIT_BODY,
@@ -94,7 +95,7 @@ class _AcceptedStream(StreamingResponse):
     """The events of an accepted request; leaves ``accepted`` even when the client was gone before the first."""
 
     def __init__(self, accepted: AbstractAsyncContextManager[str], events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        super().__init__(kept_alive(events), media_type=EVENT_STREAM, headers=HEADERS)
         self._accepted = accepted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

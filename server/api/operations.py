@@ -38,9 +38,19 @@ def operations_routes(
     async def read_metrics() -> Response:
         """Prometheus metrics: of this process, and of the store all processes share while it answers."""
         try:
-            metrics.store_holds(await store.backlog(), await store.totals())
+            backlog, totals = await store.backlog(), await store.totals()
+            metrics.store_holds(backlog, totals, takes_work=await _takes_work(store))
         except StoreUnavailableError:
             metrics.store_away()
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+async def _takes_work(store: JobStore) -> bool:
+    """A full store still answers, and takes nothing in."""
+    try:
+        await store.ping()
+    except StoreUnavailableError:
+        return False
+    return True

@@ -15,7 +15,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
-_PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+"""Names of fields that an error may repeat, known or not."""
 _RANGE_ERRORS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
 _TYPE_WORDS = {
     "int_type": "an integer",
@@ -87,7 +88,7 @@ def _is_unknown(detail: ErrorDetails) -> bool:
 
 def _unknown_field(schema: type[BaseModel], name: str) -> InvalidRequestError:
     known = ", ".join(schema.model_fields)
-    if not _PLAIN_NAME.fullmatch(name):
+    if not PLAIN_NAME.fullmatch(name):
         return InvalidRequestError("unknown_field", f"The body has a field that is not one of: {known}.")
     return InvalidRequestError(
         "unknown_field", f"There is no field {name} here; the fields are: {known}.", param=name
@@ -98,4 +99,4 @@ def _range(schema: type[BaseModel], param: str) -> str:
     bounds = schema.model_fields[param].metadata
     low = next((bound.ge for bound in bounds if hasattr(bound, "ge")), None)
     high = next((bound.le for bound in bounds if hasattr(bound, "le")), None)
-    return f"{low} to {high}"
+    return f"at least {low}" if high is None else f"{low} to {high}"

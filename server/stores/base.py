@@ -16,6 +16,7 @@ from server.jobs import (
     JobFailure,
     JobResult,
     JobState,
+    JobStatus,
     Lease,
     Report,
     Submission,
@@ -75,8 +76,8 @@ class JobStore(Protocol):
         """End a job whose deadline passed while it ran; False when it did not pass or the lease is not held."""
         ...
 
-    async def give_back(self, lease: Lease, *, crashed: bool = False) -> bool:
-        """Queue a leased job again, ahead of others; False when the lease is no longer held.
+    async def give_back(self, lease: Lease, *, crashed: bool = False) -> JobStatus | None:
+        """Queue a leased job again, ahead of others; its status from then on, None when the lease is not held.
 
         crashed: the engine process died with it; it then runs alone, and where it did already, counts towards
         ``MAX_CRASHES``, at which it fails with ``POISON``.

@@ -99,17 +99,17 @@ class MemoryStore:
         record = self.jobs.held(lease)
         return record is not None and self.jobs.expire(record)
 
-    async def give_back(self, lease: Lease, *, crashed: bool = False) -> bool:
+    async def give_back(self, lease: Lease, *, crashed: bool = False) -> JobStatus | None:
         record = self.jobs.held(lease)
         if record is None:
-            return False
+            return None
         if crashed and lease.alone:
             record.crashes += 1
         elif crashed:
             record.lost += 1
         if self.jobs.requeue(record):
             self._arrived.set()
-        return True
+        return record.status
 
     async def cancel(self, job_id: str) -> bool:
         record = self.jobs.open(job_id)

@@ -174,13 +174,15 @@ export class Painter {
   }
 }
 
-/** The model's size whose shape is nearest to the image's. */
+/** The model's size whose shape is nearest to the image's; of several, the one of nearest area, as the server has it. */
 export function nearestSize(sizes, image) {
-  const shape = (size) => {
+  const apart = (a, b) => Math.max(a / b, b / a);
+  const distance = (size) => {
     const [width, height] = size.split("x").map(Number);
-    return Math.abs(Math.log(width / height / (image.width / image.height)));
+    return [apart(width * image.height, height * image.width), apart(width * height, image.width * image.height)];
   };
-  return sizes.reduce((best, size) => (shape(size) < shape(best) ? size : best));
+  const nearer = ([shape, area], [bestShape, bestArea]) => shape < bestShape || (shape === bestShape && area < bestArea);
+  return sizes.reduce((best, size) => (nearer(distance(size), distance(best)) ? size : best));
 }
 
 function clamp(value, limit) {

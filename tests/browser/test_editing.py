@@ -64,6 +64,15 @@ def test_an_upload_takes_the_size_of_its_shape_and_may_be_cut_to_another(page: P
     expect(page.locator(f"{CARDS} img").first).to_have_attribute("width", "96")
 
 
+def test_of_sizes_of_one_shape_the_nearest_is_taken(page: Page) -> None:
+    nearest = """async ([width, height]) => {
+        const { nearestSize } = await import("/static/paint.js");
+        return nearestSize(["256x256", "512x512", "512x256"], { width, height });
+    }"""
+    shapes = [(512, 512), (300, 300), (4000, 4000), (900, 500)]
+    assert [page.evaluate(nearest, shape) for shape in shapes] == ["512x512", "256x256", "512x512", "512x256"]
+
+
 def test_an_upload_is_cut_to_the_model_and_edited(any_page: Page) -> None:
     upload(any_page)
     expect(any_page.locator("#compare")).to_be_visible()

@@ -12,7 +12,8 @@ from server.logs import configure_logs
 from server.metrics import Metrics
 from server.process import Process, bind, own_name
 from server.settings import Settings
-from server.stores.redis.store import ANSWER_S, PATIENT_ANSWER_S, RedisStore
+from server.stores.redis.connections import ANSWER_S, PATIENT_ANSWER_S
+from server.stores.redis.store import RedisStore
 from server.worker import Worker
 from server.worker_process import WorkerProcess
 from tests.chaos.plants import PLANTS

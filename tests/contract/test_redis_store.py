@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from server.jobs import IdempotencyKey, JobStatus
 from server.stores.redis.store import RedisStore
+from server.stores.redis.wire import UnreadableJobError
 from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
 from tests.contract.redis_lab import PREFIX, SLOW_MACHINE_S, make_older
 from tests.support.redis_server import BINARIES, RedisServer
@@ -159,3 +162,29 @@ async def test_ended_jobs_leave_only_the_counters(server: RedisServer, store: Re
     assert sum(t.count for t in totals if t.status is None) == 20
     assert sum(t.count for t in totals if t.status) == 20
     assert {t.status for t in totals} == {None, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED}
+
+
+async def test_a_job_of_another_version_fails_alone_and_its_words_are_not_told(
+    server: RedisServer, store: RedisStore
+) -> None:
+    await store.submit(job("old"))
+    await store.submit(job("new"))
+    data = json.loads(server.client.hget(f"{PREFIX}job:old", "data"))
+    data["request"] |= {"prompt": "canary", "added_later": "canary"}
+    server.client.hset(f"{PREFIX}job:old", "data", json.dumps(data))
+    with capture_logs() as logs:
+        leases = await store.claim("w", MODELS, 10)
+    assert [lease.job.id for lease in leases] == ["new"]
+    assert server.client.hget(f"{PREFIX}job:old", "status") == b"failed"
+    assert (await store.backlog()).jobs == 1
+    (line,) = logs
+    assert line["event"] == "job_unreadable"
+    with pytest.raises(UnreadableJobError, match="added_later") as caught:
+        await store.get("old")
+    assert "canary" not in f"{line} {caught.value!r}"
+
+
+async def test_a_worker_that_tells_its_offers_otherwise_is_there(server: RedisServer, store: RedisStore) -> None:
+    await store.announce("w", {})
+    server.client.set(f"{PREFIX}offer:w", '{"m": {"engine": "e", "ms": {}, "added_later": 1}}')
+    assert await store.offers() == {"w": {}}

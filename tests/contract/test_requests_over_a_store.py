@@ -13,8 +13,10 @@ import pytest
 
 from server.app import create_app
 from server.auth import Keyring
+from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
+from server.stores.base import StoreUnavailableError
 from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
 from tests.support.keys import bearer, write_key_file
 from tests.support.offline import offline_service
@@ -190,3 +192,23 @@ async def test_an_end_that_nobody_saw_is_counted_all_the_same(serve: Serve, lab:
     await service.counts.look()
     assert counted(service, "halfstep_requests_total") == {"unknown": 1}
     assert not service.counts.followed
+
+
+async def test_an_end_that_an_outage_hid_is_counted_after_it(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_: str) -> bool:
+        raise StoreUnavailableError("away")
+
+    service = serve()
+    request = DenoiseRequest(
+        model="toy-digits", prompt="one", seed=1, guidance_scale=2.0, steps=4, width=64, height=64
+    )
+    with monkeypatch.context() as outage:
+        async with service.accepted(request):
+            outage.setattr(lab.store, "cancel", away)
+    (lease,) = await lab.store.claim("w", MODELS, 1)
+    await lab.store.finish(lease, RESULT)
+    await service.counts.look()
+    assert counted(service, "halfstep_requests_accepted_total") == {"text_to_image": 1}
+    assert counted(service, "halfstep_requests_total") == {"succeeded": 1}

@@ -169,11 +169,11 @@ class StoreMachine(RuleBasedStateMachine):
     def give_back(self, lease: Lease, crashed: bool) -> None:
         given = self.do(self.lab.store.give_back(lease, crashed=crashed))
         known = self.holds(lease)
-        assert given == (known is not None)
         if known:
             known.crashes += crashed and lease.alone
             known.lost += crashed and not lease.alone
             self.requeue(known)
+        assert given is (known.status if known else None)
 
     @rule(name=jobs, abandon=st.booleans())
     def cancel(self, name: str, abandon: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,11 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from tests.support.pictures import photo
+from tests.support.pictures import file_of, photo
 from tests.support.serving import serving, until
 
 BOX = (16, 16, 40, 48)
+PHOTO = base64.b64encode(file_of(photo())).decode()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,8 @@ def test_images_may_be_left_out(http: httpx.Client) -> None:
         ("txt2img", {"prompt": "seven", "steps": 0}, 422, "out_of_range", "steps"),
         ("txt2img", {"prompt": "seven", "seed": -2}, 422, "out_of_range", "seed"),
         ("txt2img", {"prompt": "seven", "batch_size": 5, "n_iter": 3}, 422, "out_of_range", "batch_size"),
-        ("txt2img", {"prompt": "seven", "whatever": 1}, 422, "unknown_field", ""),
+        ("txt2img", {"prompt": "seven", "whatever": 1}, 422, "unknown_field", "whatever"),
+        ("txt2img", {"prompt": "seven", "<b>": 1}, 422, "unknown_field", ""),
         ("img2img", {"prompt": "seven"}, 422, "out_of_range", "init_images"),
         ("img2img", {"prompt": "seven", "init_images": ["http://a/b.png"]}, 422, "invalid_image", "init_images"),
         (
@@ -129,8 +133,31 @@ def test_images_may_be_left_out(http: httpx.Client) -> None:
             {"prompt": "seven", "init_images": ["R0lGODlhAQABAAAAACw="]},
             415,
             "unsupported_image_type",
-            "image",
+            "init_images",
         ),
+        (
+            "img2img",
+            {"prompt": "seven", "init_images": [PHOTO], "denoising_strength": 0},
+            422,
+            "out_of_range",
+            "denoising_strength",
+        ),
+        (
+            "txt2img",
+            {"prompt": "seven", "override_settings": {"sd_model_checkpoint": "other"}},
+            404,
+            "model_not_found",
+            "override_settings",
+        ),
+        (
+            "txt2img",
+            {"prompt": "seven", "override_settings": {"sd_vae": "x"}},
+            422,
+            "unsupported_value",
+            "override_settings",
+        ),
+        ("nothing", {}, 404, "not_found", ""),
+        ("progress", {}, 405, "method_not_allowed", ""),
         ("options", {"sd_model_checkpoint": "other"}, 422, "unsupported_value", "options"),
     ],
 )
@@ -141,6 +168,36 @@ def test_what_is_wrong_is_named(
     told = answer.json()
     assert (answer.status_code, told["error"], told["errors"]) == (status, error, field)
     assert set(told) == {"error", "detail", "body", "errors"}
+
+
+def test_all_fields_of_the_original_are_accepted_at_their_defaults(http: httpx.Client) -> None:
+    """Clients made from its description send every field there is.
+
+    Source: ``StableDiffusionImg2ImgProcessingAPI`` of AUTOMATIC1111/stable-diffusion-webui 1.10.
+    """
+    text = {
+        **dict.fromkeys(("styles", "eta", "s_min_uncond", "s_churn", "s_tmax", "s_tmin", "s_noise", "scheduler")),
+        **dict.fromkeys(("override_settings", "refiner_checkpoint", "refiner_switch_at", "comments", "infotext")),
+        **dict.fromkeys(("force_task_id", "firstpass_image", "script_name", "restore_faces", "tiling")),
+        **{"prompt": "seven", "negative_prompt": "", "seed": -1, "subseed": -1, "subseed_strength": 0},
+        **{"seed_resize_from_h": -1, "seed_resize_from_w": -1, "batch_size": 1, "n_iter": 1, "steps": 50},
+        **{"cfg_scale": 7.0, "width": 512, "height": 512, "do_not_save_samples": False, "do_not_save_grid": False},
+        **{"override_settings_restore_afterwards": True, "disable_extra_networks": False, "script_args": []},
+        **{"sampler_name": None, "sampler_index": "Euler", "send_images": True, "save_images": False},
+        **{"alwayson_scripts": {}, "denoising_strength": 0.75},
+    }
+    image = {
+        **{"init_images": [PHOTO], "resize_mode": 0, "image_cfg_scale": None, "mask": None, "mask_round": True},
+        **{"mask_blur_x": 4, "mask_blur_y": 4, "mask_blur": None, "inpainting_fill": 0, "inpaint_full_res": True},
+        **{"inpaint_full_res_padding": 0, "inpainting_mask_invert": 0, "initial_noise_multiplier": None},
+        **{"latent_mask": None, "include_init_images": False},
+    }
+    for path, body in (("txt2img", text), ("img2img", text | image), ("img2img", text | image | {"mask": ""})):
+        answer = http.post(f"/{path}", json=body)
+        assert answer.status_code == 200, answer.text
+    masked = http.post("/img2img", json=text | image | {"mask": base64.b64encode(file_of(white(BOX))).decode()})
+    adjusted = json.loads(masked.json()["info"])["adjusted"]
+    assert {"mask_blur_x", "mask_blur_y", "inpaint_full_res"} <= set(adjusted)
 
 
 def test_what_clients_ask_first(api: webuiapi.WebUIApi) -> None:

@@ -120,7 +120,7 @@ def test_models_list_the_tasks(http: httpx.Client) -> None:
         ({}, {"image": b""}, 400, "invalid_image", "image"),
         ({}, {"image": b"http://example.com/a.png"}, 400, "invalid_image", "image"),
         ({}, {"image": file_of(photo(), "GIF")}, 415, "unsupported_image_type", "image"),
-        ({}, {"image": PHOTO, "image[]": PHOTO}, 400, "duplicate_part", None),
+        ({}, {"image": PHOTO, "image[]": PHOTO}, 400, "duplicate_part", "image"),
         ({}, {"image": PHOTO, "mask": mask_file((0, 0, 0, 0))}, 400, "empty_mask", "mask"),
         ({}, {"image": PHOTO, "mask": mask_file(BOX, (32, 32))}, 400, "mask_size_mismatch", "mask"),
         ({}, {"image": PHOTO, "mask": PHOTO}, 400, "opaque_mask", "mask"),
@@ -155,6 +155,17 @@ def test_what_is_wrong_is_named(
 def test_a_broken_form_is_said_so(http: httpx.Client, kind: str, body: bytes) -> None:
     answer = http.post(URL, content=body, headers={"content-type": kind})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_multipart")
+
+
+def test_a_file_that_nobody_chose_is_left_out_and_an_empty_one_is_not(http: httpx.Client) -> None:
+    """Browsers send a file field without a file as no bytes under an empty name."""
+    answers = [
+        http.post(URL, data={"prompt": "seven"}, files={"image": ("a.png", PHOTO), "mask": (name, b"")})
+        for name in (None, "", "mask.png")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 400]
+    assert answers[0].json()["task"] == "edit"
+    assert answers[2].json()["error"]["param"] == "mask"
 
 
 def test_a_file_name_is_discarded(http: httpx.Client) -> None:

@@ -81,6 +81,12 @@ def test_a_data_url_is_the_file_it_holds(http: httpx.Client) -> None:
     assert (pixels(http, plain) == pixels(http, url)).all()
 
 
+def test_base64_may_come_in_lines(http: httpx.Client) -> None:
+    lines = base64.encodebytes(base64.b64decode(PHOTO)).decode()
+    assert "\n" in lines.strip()
+    assert made(http, task="edit", image=lines)["status"] == "succeeded"
+
+
 def test_null_is_left_out_and_a_job_without_an_image_has_no_strength(http: httpx.Client) -> None:
     job = made(http, task=None, image=None, mask=None, strength=None, mode=None, source_prompt=None)
     assert (job["task"], job["strength"], job["mode"]) == ("text_to_image", None, None)

@@ -86,6 +86,20 @@ def test_events_come_as_they_happen(running: Live, api: httpx.Client) -> None:
         assert list(lines)[-1] == "event: completed"
 
 
+def test_a_line_without_news_is_kept_open(
+    running: Live, api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.event_stream.KEEP_ALIVE_S", 0.01)
+    running.bench.hold()
+    wish = {"prompt": "seven", "stream": True}
+    with api.stream("POST", "/v1/images/generations", json=wish) as stream:
+        assert stream.headers["x-accel-buffering"] == "no"
+        lines = stream.iter_lines()
+        assert [next(lines) for _ in range(3)] == [": still there", "", ": still there"]
+        running.bench.allow()
+        assert "event: image_generation.completed" in list(lines)
+
+
 @pytest.mark.parametrize("after", ["x", "-1", "1-2-3", "0-0", "9" * 50])
 def test_what_is_no_event_id_is_400(api: httpx.Client, after: str) -> None:
     job = submit(api)
@@ -101,14 +115,18 @@ def test_a_cancelled_job_stops_and_cancelling_twice_is_fine(running: Live, api: 
     assert [api.delete(job["cancel_url"]).status_code for _ in range(2)] == [200, 200]
     state = api.get(job["status_url"]).json()
     assert (state["status"], state["images"]) == ("cancelled", [])
-    assert error(api.get(f"{job['status_url']}/images/0")) == (409, "no_images")
+    without = api.get(f"{job['status_url']}/images/0")
+    assert error(without) == (409, "no_images")
+    assert without.headers["x-should-retry"] == "false"
     assert events(api, job["events_url"])[-1]["event"] == "cancelled"
 
 
 def test_what_has_ended_cannot_be_cancelled(api: httpx.Client) -> None:
     job = submit(api)
     ended(api, job)
-    assert error(api.delete(job["cancel_url"])) == (409, "already_ended")
+    refused = api.delete(job["cancel_url"])
+    assert error(refused) == (409, "already_ended")
+    assert refused.headers["x-should-retry"] == "false"
 
 
 # ---- too early, too late, not there
@@ -117,7 +135,9 @@ def test_what_has_ended_cannot_be_cancelled(api: httpx.Client) -> None:
 def test_an_image_before_its_time_is_409(running: Live, api: httpx.Client) -> None:
     running.bench.hold()
     job = submit(api)
-    assert error(api.get(f"{job['status_url']}/images/0")) == (409, "not_ready")
+    early = api.get(f"{job['status_url']}/images/0")
+    assert error(early) == (409, "not_ready")
+    assert "x-should-retry" not in early.headers
 
 
 def test_a_job_after_its_time_is_410_and_an_unknown_one_404(toy_bundle: Path) -> None:

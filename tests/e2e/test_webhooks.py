@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from pydantic import ValidationError
 
+from server.jobs import Job, JobStatus
+from server.request import DenoiseRequest
 from server.settings import Settings
+from server.stores.memory_outbox import MemoryOutbox
+from server.webhooks import Webhooks
 from tests.support.live import live
 from tests.support.serving import until
 from tests.support.webhook_receiver import LOOPBACK, SECRET, receiver
@@ -50,6 +60,35 @@ def test_a_private_address_hears_nothing_unless_its_network_is_allowed(toy_bundl
 
         until(postponed, "it was tried")
         assert heard == []
+
+
+@pytest.mark.anyio
+async def test_an_answer_without_an_end_is_heard_by_its_status() -> None:
+    """And holds up no other webhook."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n")
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"and so on ")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    outbox = MemoryOutbox(30.0, time.monotonic)
+    store: Any = SimpleNamespace(
+        claim_deliveries=AsyncMock(side_effect=outbox.claim),
+        delivered=AsyncMock(side_effect=outbox.delivered),
+    )
+    request = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=8, height=8)
+    outbox.add(Job(id="a", request=request, cost_s=0, webhook_url=origin), JobStatus.SUCCEEDED, 1.0)
+    sending = asyncio.create_task(Webhooks((origin, LOOPBACK), SECRET, store).run())
+    async with asyncio.timeout(60):
+        while not store.delivered.called:  # noqa: ASYNC110 - a mock has no event
+            await asyncio.sleep(0.01)
+    sending.cancel()
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,21 @@ def refuse() -> None:
     raise RuntimeError("poison")
 
 
-FAULTS: dict[int, Callable[[], None]] = {5: leave, 6: refuse, 7: segfault, 8: hang, 9: killed_for_memory}
+def lose_device() -> None:
+    lost.append(True)
+
+
+lost: list[bool] = []
+"""Not empty once the device is lost: no call returns any more."""
+
+FAULTS: dict[int, Callable[[], None]] = {
+    0: lose_device,
+    5: leave,
+    6: refuse,
+    7: segfault,
+    8: hang,
+    9: killed_for_memory,
+}
 """What a step does when a row of this class is in it."""
 
 NAN_CLASS = 4
@@ -61,6 +75,8 @@ def _faulty(graph: str, engine: EngineBackend) -> EngineBackend:
         classes = rows[CONDITION].reshape(len(rows[CONDITION]), -1).argmax(axis=1)
         for row in classes:
             FAULTS.get(int(row), lambda: None)()
+        if lost:
+            raise RuntimeError("the device is lost")
         out = engine.run(rows)
         out[NEXT_LATENT][classes == NAN_CLASS] = np.nan
         return out

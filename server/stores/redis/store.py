@@ -7,10 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapp
 from contextlib import suppress
 from typing import Any
 
-from pydantic import TypeAdapter
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+import structlog
+from pydantic import TypeAdapter, ValidationError
+from redis.asyncio import Redis
 
 from server.costs import Offer
 from server.jobs import (
@@ -33,25 +32,25 @@ from server.jobs import (
     Submission,
     Total,
 )
+from server.stores.base import StoreUnavailableError
 from server.stores.redis import wire
+from server.stores.redis.connections import ANSWER_S, connect
 from server.stores.redis.errors import translated
 from server.stores.redis.scripts import Scripts
 from server.stores.redis.signals import ARRIVED, Signals, signalled
 
-ANSWER_S = 0.8
-"""How long a connection, and then an answer, may take before Redis counts as away; for those whose clients wait."""
-
-PATIENT_ANSWER_S = 3.0
-"""The same for a worker, which nobody waits for."""
-
 LOOK_S = 1.0
 """Those who wait look at the store at least so often; signals only make it sooner."""
 
-CONNECTIONS = 64
 EVENTS_AT_ONCE = 100
 ENDS_AT_ONCE = 200
 
+UNREADABLE = JobFailure(
+    code="unreadable_job", message="The worker runs another version, which cannot read this request; send it again."
+)
+
 _OFFERS = TypeAdapter(dict[str, Offer])
+_log = structlog.get_logger()
 _LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
 
 
@@ -59,7 +58,7 @@ class RedisStore:
     """url: ``redis://`` or ``rediss://``; lease_s and result_ttl_s: see Settings; prefix: of every key.
 
     No call is sent twice: after a lost answer nobody knows whether it took effect, so the caller is told
-    (StoreUnavailableError) and decides.
+    (StoreUnavailableError) and decides. Raises: ValueError when the URL is none.
     """
 
     outlives_process = True
@@ -73,15 +72,7 @@ class RedisStore:
         answer_s: float = ANSWER_S,
         prefix: str = "halfstep:",
     ) -> None:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=answer_s,
-            socket_timeout=answer_s,
-            socket_connect_timeout=answer_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._redis = Redis.from_pool(pool)
+        self._redis = Redis.from_pool(connect(url, answer_s))
         self._prefix = prefix
         self._lease_ms = round(lease_s * 1000)
         self._scripts = Scripts(self._redis, prefix, round(result_ttl_s * 1000), self._lease_ms)
@@ -110,7 +101,7 @@ class RedisStore:
                 replies = await self._scripts.run("claim", worker, rows, *sorted(models))
                 left_s = until - time.monotonic()
                 if replies or left_s <= 0:
-                    return [wire.lease_from(reply, worker) for reply in replies]
+                    return await self._readable(replies, worker)
                 await signalled(arrived, min(left_s, LOOK_S))
 
     async def heartbeat(self, leases: Collection[Lease]) -> frozenset[str]:
@@ -133,9 +124,9 @@ class RedisStore:
     async def expire(self, lease: Lease) -> bool:
         return bool(await self._scripts.run("expire", *wire.held_args(lease)))
 
-    async def give_back(self, lease: Lease, *, crashed: bool = False) -> bool:
+    async def give_back(self, lease: Lease, *, crashed: bool = False) -> JobStatus | None:
         args = (*wire.held_args(lease), int(crashed), int(lease.alone), *_LIMITS)
-        return bool(await self._scripts.run("give_back", *args))
+        return wire.RETURNED[await self._scripts.run("give_back", *args)]
 
     async def cancel(self, job_id: str) -> bool:
         return bool(await self._scripts.run("cancel", job_id))
@@ -220,7 +211,7 @@ class RedisStore:
         gone = [worker for worker, offers in zip(workers, told, strict=True) if offers is None]
         if gone:
             await _ask(self._redis.srem(self._key("workers"), *gone))
-        return {w: _OFFERS.validate_json(offers) for w, offers in zip(workers, told, strict=True) if offers}
+        return {w: _offers_from(offers) for w, offers in zip(workers, told, strict=True) if offers}
 
     async def claim_deliveries(self, n: int) -> list[Delivery]:
         return [wire.delivery_from(reply) for reply in await self._scripts.run("claim_deliveries", n)]
@@ -246,8 +237,29 @@ class RedisStore:
             raise KeyError(job_id)
         return JobStatus(status.decode())
 
+    async def _readable(self, replies: Sequence[wire.Reply], worker: str) -> list[Lease]:
+        """The leases among them. A job that cannot be read fails alone: it would end one worker after another."""
+        leases = []
+        for reply in replies:
+            try:
+                leases.append(wire.lease_from(reply, worker))
+            except wire.UnreadableJobError as error:
+                job_id, attempt = reply[0].decode(), reply[3]
+                _log.error("job_unreadable", job=job_id, reason=str(error))
+                with suppress(StoreUnavailableError):  # then its lease runs out, and it is found again
+                    await self._scripts.run("fail", job_id, worker, attempt, UNREADABLE.model_dump_json())
+        return leases
+
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)
+
+
+def _offers_from(told: bytes) -> dict[str, Offer]:
+    """Nothing from a worker of a version that tells it otherwise: it is there, and what it costs is not known."""
+    try:
+        return _OFFERS.validate_json(told)
+    except ValidationError:
+        return {}
 
 
 async def _ask(call: Awaitable[Any]) -> Any:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from server.jobs import (
     Delivery,
     End,
@@ -22,6 +24,9 @@ from server.jobs import (
 )
 
 Reply = Sequence[Any]
+
+RETURNED = (None, JobStatus.QUEUED, JobStatus.FAILED)
+"""What give_back.lua answers."""
 
 _EVENT_ID = re.compile(r"\d+-\d+", re.ASCII)
 
@@ -58,12 +63,23 @@ def held_args(lease: Lease) -> tuple[str, str, int]:
     return lease.job.id, lease.worker, lease.attempt
 
 
+class UnreadableJobError(ValueError):
+    """A job as another version of this program wrote it; what it holds is not repeated."""
+
+
 def job_from(data: bytes, created_ms: bytes) -> Job:
-    return Job.model_validate_json(data).model_copy(update={"created_s": int(created_ms) / 1000})
+    """Raises: UnreadableJobError."""
+    try:
+        job = Job.model_validate_json(data)
+    except ValidationError as error:
+        wrong = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors(include_input=False)}))
+        raise UnreadableJobError(f"this version cannot read the job's {wrong}") from None
+    return job.model_copy(update={"created_s": int(created_ms) / 1000})
 
 
 def lease_from(reply: Reply, worker: str) -> Lease:
-    data, created_ms, attempt, queued_ms, alone, left_ms = reply
+    """Raises: UnreadableJobError."""
+    _, data, created_ms, attempt, queued_ms, alone, left_ms = reply
     return Lease(
         job=job_from(data, created_ms),
         worker=worker,

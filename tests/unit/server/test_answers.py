@@ -10,9 +10,11 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
+from server.api.answers import failure_error
 from server.app import create_app
-from server.jobs import Backlog, IdempotencyKey, Job, JobFailure, Submission
+from server.jobs import POISON, Backlog, IdempotencyKey, Job, JobFailure, Submission
 from server.service import Service
+from server.stores.base import StoreUnavailableError
 from tests.support.offline import offline_client, offline_service
 
 URL = "/v1/images/generations"
@@ -106,3 +108,23 @@ def test_probes_answer_head(service: Service, client: TestClient, path: str) -> 
     assert client.head(path).status_code == 200
     service.draining.set()
     assert client.head(path).status_code == client.get(path).status_code
+
+
+def test_a_request_that_took_the_engine_down_is_not_to_be_sent_again_by_itself() -> None:
+    """SDKs send a 500 again, twice by default, and it would take the engine down again each time."""
+    assert failure_error(POISON).headers["x-should-retry"] == "false"
+    assert failure_error(JobFailure(code="engine_error", message="It failed.")).headers == {}
+
+
+def test_an_error_of_any_layer_has_the_shape_of_its_path(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away() -> Backlog:
+        raise StoreUnavailableError
+
+    monkeypatch.setattr(service.store, "backlog", away)
+    drawn = client.post("/sdapi/v1/txt2img", json={"prompt": "seven"})
+    packed = client.post("/sdapi/v1/txt2img", json={}, headers={"content-encoding": "gzip"})
+    assert [answer.status_code for answer in (drawn, packed)] == [503, 415]
+    assert [answer.json()["error"] for answer in (drawn, packed)] == ["store_unavailable", "unsupported_encoding"]
+    assert drawn.headers["retry-after"] == "1"

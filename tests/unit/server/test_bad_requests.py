@@ -143,8 +143,8 @@ def test_field(client: TestClient, field: str, value: Any, code: str) -> None:
 COMBINATIONS = [
     ({"steps": 4, "num_inference_steps": 8}, "conflicting_fields", "num_inference_steps"),
     ({"guidance": 2, "guidance_scale": 3}, "conflicting_fields", "guidance"),
-    ({"guidance": 99}, "out_of_range", "guidance_scale"),
-    ({"num_inference_steps": 5}, "out_of_range", "steps"),
+    ({"guidance": 99}, "out_of_range", "guidance"),
+    ({"num_inference_steps": 5}, "out_of_range", "num_inference_steps"),
     ({"sampler": "stochastic", "steps": 8}, "out_of_range", "sampler"),
     ({"output_compression": 50}, "unsupported_value", "output_compression"),
     ({"partial_images": 2}, "unsupported_value", "partial_images"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -51,9 +52,9 @@ def job(name: str, digit: int, **fields: Any) -> Job:
 
 
 @asynccontextmanager
-async def working(engine: EngineProcess, store: MemoryStore) -> AsyncIterator[None]:
+async def working(engine: EngineProcess, store: MemoryStore, metrics: Metrics | None = None) -> AsyncIterator[None]:
     await asyncio.to_thread(engine.spawn)
-    task = asyncio.create_task(Worker("w", engine, store, Metrics()).run())
+    task = asyncio.create_task(Worker("w", engine, store, metrics or Metrics()).run())
     yield
     assert not task.done()
     task.cancel()
@@ -73,6 +74,7 @@ def files(state: JobState) -> list[bytes | None]:
 @pytest.mark.parametrize(
     ("digit", "code", "deaths"),
     [
+        pytest.param(0, "poison", 3, id="device-lost"),
         pytest.param(4, "non_finite", 0, id="nan"),
         pytest.param(5, "poison", 3, id="exit"),
         pytest.param(6, "engine_error", 0, id="exception"),
@@ -83,10 +85,10 @@ def files(state: JobState) -> list[bytes | None]:
 )
 async def test_poison_fails_alone(settings: Settings, digit: int, code: str, deaths: int) -> None:
     store, engine, pids = MemoryStore(), EngineProcess(settings, FAULTY), set[int]()
-    names = ["a", "b", "bad", "c"]
+    metrics, names = Metrics(), ["a", "b", "bad", "c"]
     for name, of in zip(names, (1, 2, digit, 3), strict=True):
         await store.submit(job(name, of))
-    async with working(engine, store):
+    async with working(engine, store, metrics):
         waiting = asyncio.create_task(ended(store, *names))
         while not waiting.done():
             pids.add(engine.pid)
@@ -101,6 +103,9 @@ async def test_poison_fails_alone(settings: Settings, digit: int, code: str, dea
     assert bad.attempt == max(1, deaths)
     assert [files(state) for state in (a, b, c)] == [files(state) for state in again]
     assert len(pids) == deaths + 1
+    value, stage = metrics.registry.get_sample_value, "engine" if deaths else "steps"
+    assert value("halfstep_engine_deaths_total") == deaths
+    assert value("halfstep_poison_jobs_total", {"model": "toy-digits", "stage": stage}) == 1
 
 
 async def test_a_killed_engine_is_replaced_and_its_jobs_made_again(settings: Settings) -> None:
@@ -192,6 +197,34 @@ async def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:
     engine = EngineProcess(Settings(bundles=(tmp_path / "nothing",), cache_dir=None))
     with pytest.raises(BackendError, match="nothing"):
         await asyncio.to_thread(engine.spawn)
+
+
+LOADS_FOR_EVER = """
+import socket, subprocess, sys, time
+from server.engine_wire import frame
+from server.settings import Settings
+
+ours, theirs = socket.socketpair()
+load = "lambda *_: print('loading', flush=True) or time.sleep(300)"
+child = f"from server.engine_child import main; import time; main({load})"
+page = open(sys.argv[1], "w+b")
+page.truncate(4096)
+fds = (theirs.fileno(), page.fileno())
+subprocess.Popen([sys.executable, "-c", child, *map(str, fds)], pass_fds=fds)
+theirs.close()
+ours.sendall(frame({"settings": Settings().model_dump(mode="json"), "known": {}, "versions": {}}))
+time.sleep(300)
+"""
+
+
+def test_an_engine_that_loads_ends_with_its_worker(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADS_FOR_EVER, str(tmp_path / "page")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "loading\n"
+        worker.kill()
+        ended, _, _ = select.select([worker.stdout], [], [], 120)  # once nobody holds the other end any more
+        assert ended
 
 
 async def test_an_engine_that_dies_while_loading_says_so(settings: Settings) -> None:

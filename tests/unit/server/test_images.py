@@ -93,6 +93,16 @@ def test_transparency_is_flattened_on_white() -> None:
     assert np.asarray(to_rgb(open_image(file_of(clear), "image"))).min() == 255
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_flattened_without_a_warning() -> None:
+    palette = Image.new("P", SIZE, 1)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    seen = file_of(palette, transparency=b"\x00\xff")
+    clear = file_of(palette, transparency=b"\x00\x00")
+    assert to_rgb(open_image(seen, "image")).getpixel((0, 0)) == (200, 100, 50)
+    assert to_rgb(open_image(clear, "image")).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_exif_turns_the_image() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter clockwise

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from server.engine_thread import EngineThread
 from server.process import Process, bind
@@ -153,6 +154,23 @@ def test_a_process_that_does_not_end_is_ended_and_says_where_it_was() -> None:
     assert "in main_loop" in done.stderr or "in run" in done.stderr
 
 
+TOLD_WHILE_LOADING = """
+import os, signal, time
+import server.start
+from server.cli import app
+
+server.start.worker = lambda settings: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(100)
+app(["worker", "--redis", "redis://127.0.0.1:1"])
+"""
+
+
+def test_a_process_that_is_told_to_end_while_it_loads_ends_well() -> None:
+    """By a handler: the first process of a container has no default one."""
+    command = [sys.executable, "-c", TOLD_WHILE_LOADING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_dead_worker_fails_what_waits_and_turns_new_work_away(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +204,26 @@ def test_a_drain_ends_in_time_though_the_store_is_away(start: Start, monkeypatch
     lab.bench.allow()
     lab.ended.result(timeout=60)
     assert answer.done()
+
+
+def test_an_outage_of_the_store_is_logged_once_with_its_reason(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    async def away() -> dict[str, Any]:
+        tries.append("one")
+        raise StoreUnavailableError("refused")
+
+    monkeypatch.setattr("server.process.LOOK_AT_OFFERS_S", 0.01)
+    with capture_logs() as logs:
+        lab = start()
+        with monkeypatch.context() as outage:
+            outage.setattr(lab.service.store, "offers", away)
+            until(lambda: len(tries) > 3, "it was tried again")
+        until(lambda: any(line["event"] == "store_back" for line in list(logs)), "it is back")
+    told = [(line["event"], line.get("error")) for line in logs if line["event"].startswith("store_")]
+    assert told == [("store_away", "refused"), ("store_back", None)]
 
 
 def test_webhooks_that_fail_for_good_end_the_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,26 @@ def test_help_names_the_variable_of_every_flag(name: str) -> None:
     flags = {"bundles" if flag.name == "bundle" else flag.name for flag in command.params}
     shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "400"}).output
     assert set(re.findall(r"HALFSTEP_(\w+)", shown)) == {flag.upper() for flag in flags}
+
+
+def test_settings_that_do_not_go_together_are_one_sentence() -> None:
+    environment = {"HALFSTEP_WEBHOOK_ALLOW": "https://hooks.example.com", "HALFSTEP_SECRET": "", "COLUMNS": "500"}
+    ended = CliRunner().invoke(app, ["serve"], env=environment)
+    assert ended.exit_code == 1
+    assert ended.output.startswith("Error: The settings are wrong: webhooks are signed: set HALFSTEP_SECRET")
+
+
+def test_a_misspelt_setting_is_told_and_not_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.cli.configure_logs", lambda _: None)
+    environment = {"HALFSTEP_SECRETS": "canary", "HALFSTEP_REDIS": "", "HALFSTEP_API_KEY": "of a client"}
+    with capture_logs() as logs:
+        CliRunner().invoke(app, ["api"], env=environment)
+    assert [(line["event"], line["variables"]) for line in logs] == [("settings_unknown", ["HALFSTEP_SECRETS"])]
+
+
+@pytest.mark.parametrize("password", ["canary/slash", "canary#hash", "canary?mark"])
+def test_a_wrong_address_of_redis_tells_nothing_of_its_password(password: str) -> None:
+    ended = CliRunner().invoke(app, ["api", "--redis", f"redis://:{password}@host:6379/0"], env={"COLUMNS": "500"})
+    assert ended.exit_code == 1
+    assert "percent-encoded" in ended.output
+    assert "canary" not in ended.output

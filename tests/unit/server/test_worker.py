@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -161,17 +162,19 @@ async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(
             await task
 
 
-async def test_a_preview_that_cannot_be_encoded_fails_its_own_request(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("previews", [0, 1])
+@pytest.mark.parametrize("fault", [OSError("encoder error -2"), struct.error("int too large to convert")], ids=repr)
+async def test_what_cannot_be_encoded_fails_its_own_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: Exception, previews: int
 ) -> None:
     def broken(pixels: Any, encoding: Any) -> bytes:
-        raise OSError("encoder error -2")
+        raise fault
 
     store, metrics = MemoryStore(), Metrics()
     async with working(bench.pipeline, store, metrics=metrics) as task:
         with monkeypatch.context() as patch:
             patch.setattr("server.finishing.encode", broken)
-            (bad,) = await run(store, job("bad", steps=8, partial_images=1))
+            (bad,) = await run(store, job("bad", steps=8, partial_images=previews))
         assert bad.failure is not None
         assert bad.failure.code == "engine_error"
         (good,) = await run(store, job("good"))

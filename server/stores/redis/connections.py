@@ -1,0 +1,36 @@
+"""Connections to Redis that answer in time, or count as away."""
+
+from __future__ import annotations
+
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+ANSWER_S = 0.8
+"""How long a connection, and then an answer, may take before Redis counts as away; for those whose clients wait."""
+
+PATIENT_ANSWER_S = 3.0
+"""The same for a worker, which nobody waits for."""
+
+CONNECTIONS = 64
+
+
+def connect(url: str, answer_s: float) -> BlockingConnectionPool:
+    """No connection is made yet, and no call will be sent twice.
+
+    Raises: ValueError, in words that hold nothing of the URL: what its parser repeats may be of a password.
+    """
+    try:
+        return BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=answer_s,
+            socket_timeout=answer_s,
+            socket_connect_timeout=answer_s,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except ValueError:
+        raise ValueError(
+            "it has the form redis://:PASSWORD@HOST:6379/0 (rediss:// with TLS, or unix:///PATH), and every"
+            " / ? # @ : % of a password percent-encoded"
+        ) from None

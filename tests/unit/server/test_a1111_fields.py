@@ -1,0 +1,37 @@
+"""How AUTOMATIC1111's clients choose a model: for one request, by override_settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.bundle import verify_bundle
+from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
+from server.catalogue import Catalogue, Model
+from tests.support.pictures import file_of, photo
+
+
+@pytest.fixture(scope="module")
+def catalogue(toy_bundle: Path, sized_bundle: Path) -> Catalogue:
+    return Catalogue(Model.of(verify_bundle(path), lambda _: 0.0) for path in (toy_bundle, sized_bundle))
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "size"),
+    [
+        (None, "toy-digits", "64x64"),
+        ({}, "toy-digits", "64x64"),
+        ({"sd_model_checkpoint": "toy-digits"}, "toy-digits", "64x64"),
+        ({"sd_model_checkpoint": "toy-sized"}, "toy-sized", "64x128"),
+    ],
+)
+def test_a_request_chooses_its_model(
+    catalogue: Catalogue, asked: dict[str, Any] | None, model: str, size: str
+) -> None:
+    fields: dict[str, Any] = {"prompt": "seven", "width": 512, "height": 1024, "override_settings": asked}
+    drawn, _ = adjusted_text(TextWish(**fields), catalogue)
+    assert (drawn.model, drawn.size) == (model, size)
+    edited, _ = resolve_image(ImageWish(**fields), file_of(photo()), None, catalogue)
+    assert (edited.model, f"{edited.width}x{edited.height}") == (model, size)
