@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from server.process import FLUSH_S
+from server.engine_process import START_S
+from server.process import OVERTIME_S
 from server.settings import Settings
 from tests.deploy.sources import Deployment, Object, name_of, pod_of
 
@@ -12,6 +13,9 @@ OUTSIDE_SECRETS = {
     "halfstep": {"redis-url", "redis-password", "api-keys", "secret", "s3-access-key-id", "s3-secret-access-key"}
 }
 """Secrets that are made by hand, by name and key; docs/deploying.md says how."""
+
+BUNDLES_GIB = 4
+"""Least memory, in GiB, of a process that is given a bundle other than the embedded one."""
 
 OUTSIDE_CONFIG_MAPS = {"halfstep-bundle-key"}
 """As are these."""
@@ -58,6 +62,9 @@ def _workload(document: Object) -> Iterator[str]:
         yield from _grace(spec, container)
         if document["kind"] in ("Deployment", "StatefulSet"):
             yield from (f"no {probe}" for probe in _PROBES if probe not in container)
+        if document["metadata"]["name"] in ("halfstep-api", "halfstep-worker"):
+            yield from _start(container)
+            yield from _room(container)
 
 
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
@@ -85,9 +92,25 @@ def _grace(spec: Object, container: Object) -> Iterator[str]:
     if drain is None:
         return
     waits = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-    needed = waits + float(Settings(drain_timeout_s=drain).drain_timeout_s) + FLUSH_S
+    needed = waits + float(Settings(drain_timeout_s=drain).drain_timeout_s) + OVERTIME_S
     if spec.get("terminationGracePeriodSeconds", 30) < needed:
         yield f"killed before it has drained, which takes {needed:g} s"
+
+
+def _start(container: Object) -> Iterator[str]:
+    """What reads bundles and makes engines ready has the time that the code gives it."""
+    probe = container.get("startupProbe", {})
+    allowed = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+    if allowed < START_S:
+        yield f"killed after {allowed} s of its start, which may take {START_S:g} s"
+
+
+def _room(container: Object) -> Iterator[str]:
+    """Bundles that are mounted may be large: to check the graphs of SD 1.5 alone takes 1 GiB."""
+    mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+    limit = container.get("resources", {}).get("limits", {}).get("memory", "0Gi")
+    if "/bundles" in mounts and not (limit.endswith("Gi") and int(limit.removesuffix("Gi")) >= BUNDLES_GIB):
+        yield f"reads bundles of any size with {limit} of memory"
 
 
 # ---- references
@@ -101,6 +124,8 @@ def _references(document: Object, documents: list[Object]) -> Iterator[str]:
         target = spec["scaleTargetRef"]
         if (target["kind"], target["name"]) not in names:
             yield f"scales {target['kind']}/{target['name']}, which does not exist"
+    if document["kind"] == "HTTPRoute" and not any(map(_believes_proxies, documents)):
+        yield "no API believes the gateway that clients came over https"
     for rule in spec.get("rules", []) if document["kind"] == "HTTPRoute" else []:
         yield from (
             f"routes to {b['name']}, no Service" for b in rule["backendRefs"] if ("Service", b["name"]) not in names
@@ -122,6 +147,13 @@ def _references(document: Object, documents: list[Object]) -> Iterator[str]:
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
         yield from (f"there is no volume {name}" for name in mounts - set(volumes) - own)
         yield from _secrets(container, volumes.values())
+
+
+def _believes_proxies(document: Object) -> bool:
+    pod = pod_of(document)
+    if pod is None:
+        return False
+    return any(e["name"].endswith("_TRUSTED_PROXIES") for c in pod["spec"]["containers"] for e in c.get("env", []))
 
 
 def _secrets(container: Object, volumes: object) -> Iterator[str]:
@@ -181,6 +213,11 @@ def _compose(service: Object, file: str) -> Iterator[str]:
     image = service.get("image", "")
     if ":" not in image or image.endswith(":latest"):
         yield f"the image {image} has no version"
+    if image.startswith("halfstep-"):
+        drain = service.get("environment", {}).get("HALFSTEP_DRAIN_TIMEOUT_S", Settings().drain_timeout_s)
+        needed = float(drain) + OVERTIME_S
+        if int(service.get("stop_grace_period", "10s").removesuffix("s")) < needed:
+            yield f"killed before it has drained, which takes {needed:g} s"
     for port in service.get("ports", []):
         if not str(port).startswith("127.0.0.1:"):
             yield f"port {port} is open beyond loopback"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
+import yaml
 
 from tests.deploy import crosscheck, dockerfiles, hardening, locks, monitoring, schema
 from tests.deploy.sources import Deployment, renderer
@@ -31,6 +33,14 @@ def deployment() -> Deployment:
 @pytest.mark.parametrize("findings", CHECKS, ids=lambda check: check.__module__.rpartition(".")[2])
 def test_clean(deployment: Deployment, findings: Findings) -> None:
     assert not list(findings(deployment))
+
+
+def test_the_pod_that_fills_the_claim_is_as_closed_as_the_others(deployment: Deployment) -> None:
+    pod = yaml.safe_load((deployment.root / "k8s/bundles-writer.yaml").read_text())
+    assert not schema._object(json.dumps(pod))
+    assert not list(hardening._workload({**pod, "spec": {"template": pod}}))
+    claims = {d["metadata"]["name"] for d in deployment.written if d["kind"] == "PersistentVolumeClaim"}
+    assert {v["persistentVolumeClaim"]["claimName"] for v in pod["spec"]["volumes"][:1]} <= claims
 
 
 @needs_hadolint

@@ -100,7 +100,8 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
             ("automountServiceAccountToken: false", "automountServiceAccountToken: true", "token is mounted"),
             ("enableServiceLinks: false", "enableServiceLinks: true", "service links"),
             ('limits: {cpu: "2", memory: 1Gi}', 'limits: {cpu: "2"}', "no limit of memory"),
-            ("PeriodSeconds: 60", "PeriodSeconds: 40", "killed before it has drained"),
+            ("PeriodSeconds: 60", "PeriodSeconds: 48", "killed before it has drained"),
+            ("failureThreshold: 450", "failureThreshold: 60", "killed after 120 s of its start"),
             ("key: redis-url", "key: redis-uri", "key redis-uri is documented"),
             ("targetPort: http", "targetPort: https", "no port https"),
         ],
@@ -111,12 +112,19 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
             ("drop: [ALL]", "drop: [NET_RAW]", "capabilities are kept"),
             ("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "is writable"),
             ("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true", "may be gained"),
+            ("failureThreshold: 190", "failureThreshold: 120", "killed after 600 s of its start"),
         ],
         "k8s/base/network-policies.yaml": [
             ("policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]", "denies by default"),
         ],
         "k8s/overlays/gpu/build-engines.yaml": [
             ("claimName: halfstep-engines", "claimName: engines", "no claim engines"),
+        ],
+        "k8s/components/bundles-pvc/api.yaml": [
+            ("memory: 4Gi", "memory: 1Gi", "reads bundles of any size with 1Gi"),
+        ],
+        "k8s/components/gateway/api.yaml": [
+            ("HALFSTEP_TRUSTED_PROXIES", "HALFSTEP_CORS_ORIGINS", "no API believes the gateway"),
         ],
         "k8s/components/bundle-key/api.yaml": [
             ("name: halfstep-bundle-key", "name: bundle-keys", "no ConfigMap bundle-keys is documented"),
@@ -127,6 +135,7 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         "docker/compose.yaml": [
             ('"127.0.0.1:8000:8000"', '"8000:8000"', "open beyond loopback"),
             ("cap_drop: [ALL]", "cap_drop: []", "cap_drop is not"),
+            ("stop_grace_period: 40s", "stop_grace_period: 28s", "killed before it has drained"),
         ],
     },
     locks.findings: {
@@ -164,7 +173,7 @@ def copied(tmp_path: Path, file: str = "") -> Deployment:
     _, folder, name, *_ = (*Path(file).parts, "", "", "")
     overlay = {
         "overlays": name,
-        "components": {"gateway": "production", "bundle-key": "production"}.get(name, name),
+        "components": {"gateway": "production", "bundle-key": "production", "bundles-pvc": "gpu"}.get(name, name),
     }.get(folder, "cpu")
     return Deployment(tmp_path, (overlay,))
 
