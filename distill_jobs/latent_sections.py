@@ -143,7 +143,8 @@ FORMS = {"folder": "folder", "made": "autoencoder"}
 """Forms of a latent teacher, and the field that each alone has."""
 
 
-def _form_of_teacher(value: Any) -> str:
+def form_of_teacher(value: Any) -> str:
+    """How a teacher comes about, as the tag of its section; the form of one in YAML too."""
     given = value if isinstance(value, Mapping) else getattr(value, "model_fields_set", ())
     return next((f"({form})" for form, field in FORMS.items() if field in given), "(trained)")
 
@@ -164,5 +165,5 @@ Teacher = Annotated[
     Annotated[TeacherSection, Tag("(trained)")]
     | Annotated[FolderTeacher, Tag("(folder)")]
     | Annotated[MadeTeacher, Tag("(made)")],
-    Discriminator(_form_of_teacher),
+    Discriminator(form_of_teacher),
 ]

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from distill_jobs.errors import RecipeError
+from distill_jobs.latent_sections import FORMS, form_of_teacher
 from distill_jobs.pipelines.teacher import filled_from_teacher
 from distill_jobs.recipe import Recipe
 
@@ -34,7 +35,8 @@ def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     """A recipe by file path, or by the name of one shipped with halfstep, with ``key.sub=value`` overrides.
 
     A recipe with ``base`` is that shipped recipe, changed where its own fields say otherwise: sections field by
-    field, everything else (lists too) as a whole. Values are YAML. Raises: RecipeError naming the field.
+    field, everything else (lists too, and a teacher of another form) as a whole. Values are YAML.
+    Raises: RecipeError naming the field.
     """
     data = _load(source)
     for override in overrides or []:
@@ -73,8 +75,17 @@ def _load(source: str | Path) -> dict[str, Any]:
         if base not in shipped_recipes() or base in bases:
             raise RecipeError(f"recipe {source}: base: must be another of {', '.join(shipped_recipes())}")
         bases.append(base)
-        data = _merged(_parse(base), data)
+        data = _merged(_without_other_teacher(_parse(base), data), data)
     return data
+
+
+def _without_other_teacher(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The base, without its teacher where the changes name one of another form: given, not made, or the reverse."""
+    theirs = changes.get("teacher")
+    named = isinstance(theirs, dict) and any(field in theirs for field in FORMS.values())
+    if named and form_of_teacher(theirs) != form_of_teacher(base.get("teacher")):
+        return {name: value for name, value in base.items() if name != "teacher"}
+    return base
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill_jobs.errors import RecipeError
+from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import changed_fields, read_recipe, shipped_recipes
 from distill_jobs.student import new_teacher
@@ -154,6 +155,15 @@ def test_a_base_is_changed_field_by_field_and_its_lists_as_a_whole(tmp_path: Pat
     mine, base = read_recipe(file, ["stage_one.lr=0.25"]), read_recipe("digits")
     assert changed_fields(base, mine) == ["name", "teacher.lr", "stage_one.lr", "evaluation.seeds"]
     assert mine.teacher.updates == base.teacher.updates
+
+
+def test_a_teacher_of_another_form_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: emoji\nname: mine\nteacher: {folder: models/mine, licence: MIT}\n", encoding="utf-8")
+    mine, base = read_recipe(file), read_recipe("emoji")
+    assert isinstance(mine.teacher, FolderTeacher)
+    assert (mine.teacher.folder, mine.teacher.licence) == (Path("models/mine"), "MIT")
+    assert (mine.unet, mine.stage_two) == (base.unet, base.stage_two)
 
 
 @pytest.mark.parametrize("base", ["mine", "7", "[digits]"])
