@@ -20,6 +20,13 @@ from distill_jobs.state import Loss, RowLoss
 SCALES = 3
 """The picture, and half and a quarter of its size, at which it is compared."""
 
+HUES = ((0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
+"""Red against green and yellow against blue, of red, green and blue."""
+
+HUE_WEIGHT = 20.0
+"""Of the squared difference in hue. Where most pictures are yellow, orange is a cheap guess for red in any average
+of differences, and stays one; squares ask for the few that are far off first."""
+
 
 class AutoencoderTraining(nn.Module):
     """An autoencoder as the loop trains it: one call encodes, draws a latent and decodes it."""
@@ -77,16 +84,17 @@ def autoencoder_loss(section: AutoencoderSection, entries: Sequence[Captioned], 
 
 
 def difference(one: Tensor, other: Tensor, gradient: float) -> Tensor:
-    """(B,) mean absolute difference of pictures: (B, 3, H, W), and ``gradient`` times that of their slopes, summed
-    over SCALES sizes.
+    """(B,) mean absolute difference of pictures: (B, 3, H, W), ``gradient`` times that of their slopes, and
+    HUE_WEIGHT times the mean squared difference of their hues, summed over SCALES sizes.
 
     Slopes are what makes an edge sharp: an average alone forgives a blurred one.
     """
     total = torch.zeros(len(one), device=one.device)
-    wrong = one - other
+    wrong, hues = one - other, torch.tensor(HUES, device=one.device)
     for scale in range(SCALES):
         wrong = avg_pool2d(wrong, 2) if scale else wrong
-        total = total + wrong.abs().flatten(1).mean(1)
+        hue = torch.einsum("kc,bchw->bkhw", hues, wrong)
+        total = total + wrong.abs().flatten(1).mean(1) + HUE_WEIGHT * hue.square().flatten(1).mean(1)
         for slope in (wrong.diff(dim=-1), wrong.diff(dim=-2)):
             total = total + gradient * slope.abs().flatten(1).mean(1)
     return total

@@ -271,6 +271,17 @@ def test_a_blurred_edge_costs_more_than_the_same_error_spread_evenly() -> None:
     assert sloped[1] == pytest.approx(plain[1])
 
 
+def test_a_wrong_hue_costs_more_than_a_wrong_brightness_and_a_far_one_more_than_two_near_ones() -> None:
+    grey = torch.zeros(1, 3, 16, 16)
+    tinted, lighter, far = grey.clone(), grey.clone(), grey.clone()
+    tinted[:, 0], tinted[:, 1], lighter[:], far[:, 0] = 0.3, -0.3, 0.2, 0.6
+    far[:, 1] = -0.6
+    near, light, double = (float(difference(given, grey, 1.0)) for given in (tinted, lighter, far))
+    assert light == pytest.approx(3 * 0.2)
+    assert near > 2 * light
+    assert double > 2 * near
+
+
 def test_the_autoencoder_learns_to_give_pictures_back(tmp_path: Path) -> None:
     rows = []
     for index, colour in enumerate(("red", "gold", "green", "navy")):
