@@ -32,6 +32,8 @@ class SealedFolder:
         self.path = folder
         self._whole: dict[Path, _Identity] = {}
         """What this process has hashed or sealed, and need not hash again while it is the same file."""
+        self.wrote = False
+        """Whether the last use left a file that was not there before."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -68,15 +70,21 @@ class SealedFolder:
             file.unlink(missing_ok=True)
 
     def _seal(self) -> None:
+        self.wrote = False
         for file in self._files():
             identity = _identity(file)
             if self._whole.get(file) == identity:
                 continue
             seal = _seal_of(file)
             partial = seal.with_name(f"{seal.name}.{os.getpid()}{SEAL}")
-            partial.write_text(_sha256(file), encoding="ascii")
-            partial.replace(seal)
+            try:
+                partial.write_text(_sha256(file), encoding="ascii")
+                partial.replace(seal)
+            except OSError:  # no room: what was compiled runs all the same, and its file goes at the next use
+                partial.unlink(missing_ok=True)
+                continue
             self._whole[file] = identity
+            self.wrote = True
 
     def _files(self) -> list[Path]:
         return [f for f in self.path.iterdir() if f.is_file() and f.name != _LOCK and f.suffix != SEAL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -110,9 +111,14 @@ def test_what_another_process_left_half_written_is_not_sealed_by_one_that_lives(
 
 def test_what_a_failed_use_left_is_not_sealed_by_the_next_one(tmp_path: Path) -> None:
     folder = SealedFolder(tmp_path)
-    with pytest.raises(RuntimeError, match="no memory"), folder.in_use():
-        (tmp_path / "half.blob").write_bytes(b"half a model")
-        raise RuntimeError("no memory")
+
+    def fails() -> None:
+        with folder.in_use():
+            (tmp_path / "half.blob").write_bytes(b"half a model")
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        fails()
     with folder.in_use():
         assert not (tmp_path / "half.blob").exists()
 
@@ -146,3 +152,19 @@ def test_a_seal_without_its_file_is_removed(tmp_path: Path) -> None:
         (tmp_path / "a.blob").write_bytes(b"another, under the same name")
     with SealedFolder(tmp_path).in_use():
         assert (tmp_path / "a.blob").exists()
+
+
+def test_a_file_whose_seal_finds_no_room_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = SealedFolder(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "replace", no_room)
+        with folder.in_use():
+            (tmp_path / "a.blob").write_bytes(b"whole")
+    assert not folder.wrote
+    with folder.in_use():
+        assert not list(tmp_path.glob("a.blob*"))
