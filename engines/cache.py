@@ -7,11 +7,31 @@ under a key is ever taken from elsewhere.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from engines.errors import BackendError
+
 DEFAULT_CACHE = Path("~/.cache/halfstep")
 """Where ``python -m engines build`` keeps engines and the server looks for them; ``~`` is still to be expanded."""
+
+
+_TRIED_BYTES = 64 * 1024
+"""Written to see whether anything can be: a full disk takes empty files."""
+
+
+def open_cache(folder: Path) -> Path:
+    """The folder, made and with ``~`` expanded. Raises: BackendError when nothing can be kept in it."""
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+    except (OSError, RuntimeError) as error:  # the latter: this user has no home
+        raise BackendError(f"nothing can be kept in {folder}: {error}; choose another cache") from error
+    return folder
 
 
 @dataclass(frozen=True)

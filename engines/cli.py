@@ -17,7 +17,7 @@ from engines.backends.base import RUNGS
 from engines.backends.load import PrecisionName, choose_backend, machine_of
 from engines.bench import bench
 from engines.bundle import verify_bundle
-from engines.cache import DEFAULT_CACHE
+from engines.cache import DEFAULT_CACHE, open_cache
 from engines.ceiling import matmul_ceiling
 from engines.compare import compare_backends
 from engines.errors import BackendError, HalfstepError
@@ -83,7 +83,8 @@ def verify(
     students = ", ".join(f"{student.steps} ({student.sampler})" for student in manifest.students)
     _out.print(f"{manifest.name}: {len(manifest.files)} files, {size_mb:.1f} MB, all as the manifest says")
     _out.print(f"sizes: {', '.join(map(str, manifest.sizes))}")
-    _out.print(f"steps: {students}; guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}")
+    guidance = f"guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}"
+    _out.print(f"steps: {students}; {guidance}", soft_wrap=True)
     _out.print(f"decoder: {manifest.decoder}")
 
 
@@ -98,8 +99,9 @@ def build(
     repeats: RepeatsOption = 15,
 ) -> None:
     """Compile the graphs and measure what each batch size costs; later starts take both from the cache."""
-    sizes, folder = _rungs(rungs), cache.expanduser()
+    sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
+    folder = open_cache(cache)
     pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
     with _progress("measuring") as report:
         know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.cache import EngineKey
+from engines.errors import BackendError
 from engines.manifest import Frozen
 
 COST_FILE = "cost.json"
@@ -66,14 +67,17 @@ def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: P
 
 
 def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
-    """Keep a table, one file a call, each replaced whole."""
+    """Keep a table, one file a call, each replaced whole. Raises: BackendError when it cannot be written."""
     for call, key in keys.items():
         record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]))
         folder = key.folder(cache_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{COST_FILE}.{os.getpid()}"
-        partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / COST_FILE)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            partial.replace(folder / COST_FILE)
+        except OSError as error:
+            raise BackendError(f"cannot keep costs in {folder}: {error}; choose another cache") from error
 
 
 def _read(file: Path) -> _Record | None:

@@ -6,6 +6,12 @@ import os
 import platform
 from pathlib import Path
 
+# As Linux spells them: one virtual machine of a processor may have units that another's hides.
+_AVX = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+_AMX = ("amx_int8", "amx_bf16", "amx_fp16")
+_ARM = ("asimd", "asimddp", "sve", "i8mm", "bf16")
+_KERNEL_FLAGS = (*_AVX, *_AMX, *_ARM)
+
 
 def cpu_name() -> str:
     """The processor's own name, or its architecture where the system does not tell."""
@@ -24,8 +30,7 @@ def machine_name() -> str:
 
 def _kernel_flags() -> str:
     flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd")
-    return " ".join(flag for flag in known if flag in flags) or "generic"
+    return " ".join(flag for flag in _KERNEL_FLAGS if flag in flags) or "generic"
 
 
 def _cpuinfo(field: str) -> str:

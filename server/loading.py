@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import structlog
 
 from engines.bundle import Bundle, verify_bundle
-from engines.errors import BundleError
+from engines.cache import open_cache
+from engines.errors import BackendError, BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.signing import check_signature
@@ -36,11 +36,8 @@ def usable_cache(folder: Path | None) -> Path | None:
     if folder is None:
         return None
     try:
-        folder = folder.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError) as error:  # the latter: this user has no home
+        return open_cache(folder)
+    except BackendError as error:
         _log.warning("cache_not_writable", folder=str(folder), error=str(error))
         return None
 

@@ -11,6 +11,7 @@ sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from engines.backends.openvino_head import head_input, split_head
 from engines.backends.sealed_folder import SealedFolder
 from engines.errors import BackendError
 from engines.manifest import GraphSpec
+
+_log = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -91,6 +94,8 @@ class OpenVinoBackend(OfGraph):
             if self._head is not None:
                 inputs = self._apply_head(inputs)
             return self._infer(self._body, inputs)
+        except BackendError:  # the cache's own words
+            raise
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {self._spec.file}: {error}") from error
 
@@ -116,7 +121,14 @@ class OpenVinoBackend(OfGraph):
     def _request(self, model: Any, precision: Precision) -> Any:
         config = {**self._config, "INFERENCE_PRECISION_HINT": _HINTS[precision]}
         with nullcontext() if self._kept is None else self._kept.in_use():
-            return _core().compile_model(model, "CPU", config).create_infer_request()
+            compiled = _core().compile_model(model, "CPU", config)
+        if self._kept is not None and not (self._kept.wrote or compiled.get_property("LOADED_FROM_CACHE")):
+            _log.warning(  # OpenVINO drops what it cannot write without a word
+                "%s is compiled, but not kept in %s: make room there, or choose another cache",
+                self._spec.file,
+                self._kept.path,
+            )
+        return compiled.create_infer_request()
 
     def _apply_head(self, inputs: Arrays) -> Arrays:
         wanted = {name for port in self._head.model_inputs for name in port.get_names()}

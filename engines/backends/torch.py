@@ -53,6 +53,7 @@ class OnnxModule(torch.nn.Module):
         self._device = device
         self._placed: dict[str, Tensor] = {}
         self._program = _program(model.graph, keep={*self._outputs, *self._constants})
+        self._fold()
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name. inputs: by name, all with one batch size."""
@@ -61,15 +62,23 @@ class OnnxModule(torch.nn.Module):
             arguments = [values[name] if name else None for name in step.inputs]
             if self._device != "cpu":
                 arguments = self._place(step, arguments)
-            try:
-                result = step.operator(*arguments, **step.attributes)
-            except NotImplementedError as error:
-                raise BackendError(f"the torch backend does not run {error}") from None
-            results = result if isinstance(result, tuple) else (result,)
-            values.update(zip(step.outputs, results, strict=True))
+            values.update(zip(step.outputs, _results(step, arguments), strict=True))
             for name in step.spent:
                 del values[name]
         return {name: values[name] for name in self._outputs}
+
+    def _fold(self) -> None:
+        """Compute once what depends on constants alone: casts of lowered weights move more than a step does."""
+        rest = []
+        for step in self._program:
+            if all(name in self._constants or not name for name in step.inputs):
+                arguments = [self._constants[name] if name else None for name in step.inputs]
+                self._constants.update(zip(step.outputs, _results(step, arguments), strict=True))
+            else:
+                rest.append(step)
+        needed = {*self._outputs, *(name for step in rest for name in step.inputs)}
+        self._constants = {name: tensor for name, tensor in self._constants.items() if name in needed}
+        self._program = tuple(rest)
 
     def _place(self, step: _Instruction, arguments: list[Tensor | None]) -> list[Tensor | None]:
         """The arguments, constants on the device where they meet what is computed there.
@@ -153,6 +162,14 @@ def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]
             _Instruction(node.op_type, operator, tuple(node.input), outputs, attributes, tuple(sorted(spent)))
         )
     return tuple(instructions)
+
+
+def _results(step: _Instruction, arguments: list[Tensor | None]) -> tuple[Tensor, ...]:
+    try:
+        result = step.operator(*arguments, **step.attributes)
+    except NotImplementedError as error:
+        raise BackendError(f"the torch backend does not run {error}") from None
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _floats(arguments: list[Tensor | None]) -> bool:

@@ -57,6 +57,7 @@ def _workload(document: Object) -> Iterator[str]:
             yield f"{flag} is set"
     if any("hostPath" in volume for volume in spec.get("volumes", [])):
         yield "a path of the host is mounted"
+    yield from _kept_engines(spec)
     for container in (*spec.get("initContainers", []), *spec["containers"]):
         yield from _container(container)
         yield from _grace(spec, container)
@@ -103,6 +104,15 @@ def _start(container: Object) -> Iterator[str]:
     allowed = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
     if allowed < START_S:
         yield f"killed after {allowed} s of its start, which may take {START_S:g} s"
+
+
+def _kept_engines(spec: Object) -> Iterator[str]:
+    """With fsGroup a mount makes all files of a claim writable by the group; such engines are built again."""
+    claims = {volume["name"] for volume in spec.get("volumes", []) if "persistentVolumeClaim" in volume}
+    mounts = [mount for container in spec["containers"] for mount in container.get("volumeMounts", [])]
+    kept = any(mount["mountPath"] == "/cache" and mount["name"] in claims for mount in mounts)
+    if kept and spec["securityContext"].get("fsGroupChangePolicy") != "OnRootMismatch":
+        yield "kept engines become writable by the group at every mount"
 
 
 def _room(container: Object) -> Iterator[str]:

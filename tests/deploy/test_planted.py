@@ -119,6 +119,10 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         ],
         "k8s/overlays/gpu/build-engines.yaml": [
             ("claimName: halfstep-engines", "claimName: engines", "no claim engines"),
+            ("fsGroupChangePolicy: OnRootMismatch", "fsGroupChangePolicy: Always", "writable by the group"),
+        ],
+        "k8s/overlays/gpu/worker.yaml": [
+            ("fsGroupChangePolicy: OnRootMismatch", "fsGroupChangePolicy: Always", "writable by the group"),
         ],
         "k8s/components/bundles-pvc/api.yaml": [
             ("memory: 4Gi", "memory: 1Gi", "reads bundles of any size with 1Gi"),

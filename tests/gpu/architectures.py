@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill_jobs.graphs import StepGraph
+from distill_jobs.latent_sections import DecoderSection
 from distill_jobs.pipelines.graphs import LatentDecodeGraph
 from distill_jobs.pipelines.packing import Packing
+from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.student import GUIDANCE_WIDTH
 
@@ -52,12 +55,16 @@ _TINY_VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """unet, vae: what differs from diffusers' defaults; side: of a square latent; packing: of its condition."""
+    """unet, vae: what differs from diffusers' defaults; side: of a square latent; packing: of its condition.
+
+    tiny_width: channels of the tiny decoder.
+    """
 
     unet: dict[str, Any]
     vae: dict[str, Any]
     side: int
     packing: Packing
+    tiny_width: int = 64
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -74,8 +81,28 @@ class Architecture:
     @cached_property
     def decode(self) -> LatentDecodeGraph:
         """Latents to images."""
+        return LatentDecodeGraph(self._autoencoder)
+
+    @cached_property
+    def decode_tiny(self) -> LatentDecodeGraph:
+        """Likewise, by the decoder that a ``decoder`` section trains."""
+        section = DecoderSection(updates=1, width=self.tiny_width)
+        shape = self._autoencoder.channels, self._autoencoder.pixels_per_latent
+        return LatentDecodeGraph(TinyDecoder(new_tiny(section, *shape, 0)).eval())
+
+    @cached_property
+    def _autoencoder(self) -> Autoencoder:
         torch.manual_seed(0)
-        return LatentDecodeGraph(Autoencoder(AutoencoderKL(**self.vae).eval(), 0.18215))
+        return Autoencoder(AutoencoderKL(**self.vae).eval(), 0.18215)
+
+    def network(self, graph: str) -> nn.Module:
+        """diffusers' own network in a graph: the UNet, or the decoder of an autoencoder."""
+        networks = {
+            "step": lambda: self.step.unet,
+            "decode": lambda: self._autoencoder.vae.decoder,
+            "decode_tiny": lambda: self.decode_tiny.decoder.decoder,
+        }
+        return networks[graph]()
 
     def step_flops(self) -> int:
         """Floating-point operations of one row's network, products alone, counted without computing any."""
@@ -94,5 +121,5 @@ class Architecture:
 ARCHITECTURES = {
     "sd15": Architecture({"cross_attention_dim": 768}, _VAE, 64, Packing(77, 768, None, 512)),
     "sdxl": Architecture(_SDXL, _VAE, 128, Packing(77, 2048, 1280, 1024)),
-    "tiny": Architecture(_TINY, _TINY_VAE, 8, Packing(7, 32, None, 16)),
+    "tiny": Architecture(_TINY, _TINY_VAE, 8, Packing(7, 32, None, 16), tiny_width=8),
 }

@@ -1,4 +1,4 @@
-"""Step and decode of a real architecture, random weights, on each engine and on diffusers, in one run.
+"""Step and both decoders of a real architecture, random weights, on each engine and on diffusers, in one run.
 
     python -m tests.gpu.bench --model sd15 --backend tensorrt --backend torch-cuda
 
@@ -33,8 +33,11 @@ from tests.gpu.architectures import ARCHITECTURES, Architecture
 from tests.gpu.loading import load_file
 
 STEPS = 4
+DECODES = ("decode", "decode_tiny")
 _err = Console(stderr=True)
 Call = Callable[[], None]
+Figures = dict[str, dict[str, dict[int, float]]]
+"""Milliseconds by contender, graph and batch size."""
 
 
 def main(
@@ -55,55 +58,55 @@ def main(
     device = "cuda" if any(name in ON_GPU for name in names) else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         files = export(architecture, model, work or Path(scratch))
-        ms: dict[str, dict[str, dict[int, float]]] = {}
+        ms: Figures = {}
         for graph, (file, spec) in files.items():
-            engines = {
-                name: load_file(name, file, spec, choose_precision(name, precision), sizes) for name in names
-            }
+            engines = [load_file(name, file, spec, choose_precision(name, precision), sizes) for name in names]
             for rung in sizes:
-                calls = {engine.name: engine_call(engine, spec, rung) for engine in engines.values()}
+                calls = {engine.name: engine_call(engine, spec, rung) for engine in engines}
                 calls |= diffusers_calls(architecture, graph, rung, device, precision, compiled)
                 for contender, figure in medians(calls, repeats).items():
                     ms.setdefault(contender, {}).setdefault(graph, {})[rung] = figure
-            for engine in engines.values():
+            for engine in engines:
                 engine.close()
-    ceilings, flops = measured_ceilings(device), architecture.step_flops()
-    result = {
-        "model": model,
-        "machines": machines,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "precision": precision,
-        "seed": 0,
-        "command": f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip(),
+    for name, graphs in ms.items():
+        _err.print(f"{name}: {graphs}", highlight=False, soft_wrap=True)
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    command = f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip()
+    told = {"model": model, "machines": machines, **versions, "precision": precision, "seed": 0, "command": command}
+    found = summary(ms, architecture.step_flops(), measured_ceilings(device))
+    typer.echo(json.dumps({**told, **found}))
+
+
+def summary(ms: Figures, flops: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """ms, and what follows. flops: of a row's step."""
+    return {
         "step_tflop": flops / 1e12,
         "ceilings": ceilings,
         "ms": ms,
         "step_fraction": {
-            name: {
-                r: r * flops / (figure * 1e9) / ceilings["matmul_tflop_s"] for r, figure in graphs["step"].items()
-            }
+            name: {r: r * flops / (taken * 1e9) / ceilings["matmul_tflop_s"] for r, taken in graphs["step"].items()}
             for name, graphs in ms.items()
         },
         "images_per_s": {
-            name: {r: 1e3 * r / (STEPS * graphs["step"][r] + graphs["decode"][r]) for r in sizes}
+            name: {
+                decode: {r: 1e3 * r / (STEPS * step + graphs[decode][r]) for r, step in graphs["step"].items()}
+                for decode in DECODES
+            }
             for name, graphs in ms.items()
         },
     }
-    for name, graphs in ms.items():
-        _err.print(f"{name}: {graphs}", highlight=False, soft_wrap=True)
-    typer.echo(json.dumps(result))
 
 
 def export(architecture: Architecture, model: str, folder: Path) -> dict[str, tuple[Path, GraphSpec]]:
     """The step and decode graphs as bundles hold them, written where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    side, rows = architecture.side, architecture.packing.rows
-    step, decode = architecture.step, architecture.decode
+    side, rows, step = architecture.side, architecture.packing.rows, architecture.step
     made: dict[str, tuple[nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
-        "step": (step, step.inputs(side, side, rows), step.outputs(side, side)),
-        "decode": (decode, decode.inputs(side, side), decode.outputs(side, side)),
+        "step": (step, step.inputs(side, side, rows), step.outputs(side, side))
     }
+    for name in DECODES:
+        decode = getattr(architecture, name)
+        made[name] = decode, decode.inputs(side, side), decode.outputs(side, side)
     files = {}
     for name, (module, inputs, outputs) in made.items():
         file = folder / f"{model}-{name}.onnx"
@@ -137,8 +140,7 @@ def diffusers_calls(
 ) -> dict[str, Call]:
     """The stock network alone, its inputs on the device already: eager, and compiled."""
     dtype: torch.dtype = getattr(torch, precision)
-    module = architecture.step.unet if graph == "step" else architecture.decode.decoder.vae.decoder
-    module = module.to(device, dtype, memory_format=torch.channels_last)
+    module = architecture.network(graph).to(device, dtype, memory_format=torch.channels_last)
     latent = torch.randn(rung, 4, architecture.side, architecture.side, device=device, dtype=dtype)
     arguments: dict[str, Any] = {}
     if graph == "step":

@@ -145,5 +145,9 @@ def test_the_bench_of_real_architectures_runs(backend: BackendName, capsys: pyte
     main("tiny", [backend], precision, "1,2", 1, compiled=False)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["step_tflop"] > 0
-    assert {graph for graphs in figures["ms"].values() for graph in graphs} == {"step", "decode"}
-    assert len(figures["images_per_s"]) == 2
+    assert len(figures["ms"]) == len(figures["images_per_s"]) == 2
+    for contender, ms in figures["ms"].items():
+        assert ms.keys() == {"step", "decode", "decode_tiny"}
+        for decode, rates in figures["images_per_s"][contender].items():
+            for rung, rate in rates.items():
+                assert rate * (4 * ms["step"][rung] + ms[decode][rung]) == pytest.approx(1e3 * int(rung))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,3 +25,10 @@ def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("unet") / "step.onnx"
     export_step(small_unet(), file)
     return file
+
+
+@pytest.fixture(scope="session")
+def trt() -> ModuleType:
+    """What compiles for GPUs without one."""
+    module: ModuleType = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    return module

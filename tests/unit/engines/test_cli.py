@@ -64,6 +64,19 @@ def test_build_fills_the_cache(toy: Bundle, tmp_path: Path) -> None:
     assert "step_4" in result.stdout
 
 
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_build_into_a_cache_that_cannot_be_written_is_refused_at_once(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr("engines.cli.load_pipeline", lambda *_, **__: pytest.fail("compiled first"))
+    (tmp_path / "file").touch()
+    result = run("build", toy.path, "--backend", backend, "--cache", tmp_path / "file" / "cache", *FAST)
+    assert result.exit_code == 1
+    [sentence] = result.stderr.splitlines()
+    assert sentence.startswith(f"error: nothing can be kept in {tmp_path}/file/cache: ")
+    assert sentence.endswith("; choose another cache")
+
+
 def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     result = run("bench", toy.path, "--backend", "onnxruntime", *FAST)
     assert result.exit_code == 0, result.output

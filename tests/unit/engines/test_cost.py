@@ -15,6 +15,7 @@ from engines.backends.load import engine_key
 from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, load_costs, save_costs
+from engines.errors import BackendError
 from engines.open import open_pipeline
 
 KEY = EngineKey(graph_sha256="a" * 64, engine="openvino 1.2 float32", machine="a CPU, 2 cores", threads=0)
@@ -56,6 +57,12 @@ def test_best_rung_needs_a_row() -> None:
 def test_a_kept_table_comes_back(tmp_path: Path) -> None:
     save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
     assert load_costs({"step": KEY}, RUNGS, tmp_path) == TABLE
+
+
+def test_a_table_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match=r"cannot keep costs in .*/file/.*; choose another cache"):
+        save_costs(TABLE, {"step": KEY}, tmp_path / "file", repeats=3)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
 from engines.backends.lowering import lower_products
@@ -119,6 +121,33 @@ def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
         outputs = run_on_meta(onnx.load(str(toy.graph_file(graph))), rows)
         assert {n: tuple(t.shape) for n, t in outputs.items()} == {t.name: (3, *t.shape[1:]) for t in spec.outputs}
         assert {tensor.device.type for tensor in outputs.values()} == {"meta"}
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast to 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype in (torch.bfloat16, torch.float16):
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle) -> None:
+    model = lower_products(onnx.load(str(toy.graph_file("step_4"))), "bfloat16")
+    weights = {tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    module, rows = OnnxModule(model, "meta"), example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
+    inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
+    module(inputs)  # places the weights
+    with Casts() as casts:
+        module(inputs)
+    assert casts.shapes
+    assert weights
+    assert not casts.shapes & weights
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])

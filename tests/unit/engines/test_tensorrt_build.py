@@ -1,8 +1,7 @@
-"""Every graph of every architecture, scaled down, becomes a TensorRT plan: on a machine without a GPU."""
+"""Every graph of our own architectures becomes a TensorRT plan, on a machine without a GPU; and what does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,33 +16,10 @@ from engines.backends.base import Precision
 from engines.backends.tensorrt_build import Network
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, Size, TensorSpec
-from tests.support.scaled_down import Exported, step_of, surroundings
+from engines.manifest import TensorSpec
+from tests.support.compiled import PRECISIONS, RUNGS, check_compiles
 from tests.support.step_rows import step_spec
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
-
-RUNGS = (1, 4)
-PRECISIONS: dict[Precision, str] = {"float32": "FLOAT", "bfloat16": "BF16", "float16": "HALF"}
-PRODUCTS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"}
-
-
-@pytest.fixture(scope="module")
-def trt() -> ModuleType:
-    module: ModuleType = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    return module
-
-
-def check(trt: ModuleType, file: Path, spec: GraphSpec, precision: Precision, sizes: Sequence[Size] = ()) -> None:
-    """The parsed network takes and gives what the manifest says, multiplies in the precision, and compiles."""
-    network = Network(trt, file, spec, precision)
-    for found, described in ((network.inputs(), spec.inputs), (network.outputs(), spec.outputs)):
-        assert {tensor.name: tensor.dtype for tensor in found} == {t.name: t.dtype for t in described}
-        assert {tensor.name: tensor.shape for tensor in found} == {t.name: t.shape for t in described}
-    layers = [network.definition.get_layer(i) for i in range(network.definition.num_layers)]
-    products = [layer.get_output(0).dtype.name for layer in layers if layer.type.name in PRODUCTS]
-    assert set(products) <= {PRECISIONS[precision]}
-    assert len(network.build(RUNGS, sizes, for_this_gpu=False).plan) > 1000
-
 
 # ---- our own architectures
 
@@ -57,10 +33,13 @@ TOYS = {
 
 
 @pytest.mark.parametrize("options", TOYS.values(), ids=TOYS.keys())
-def test_every_graph_of_a_bundle_compiles(trt: ModuleType, tmp_path: Path, options: ToyOptions) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_graph_of_a_bundle_compiles(
+    trt: ModuleType, tmp_path: Path, options: ToyOptions, precision: Precision
+) -> None:
     bundle = make_toy_bundle(tmp_path / "toy", options)
     for graph, spec in bundle.manifest.graphs.items():
-        check(trt, bundle.graph_file(graph), spec, "float32", bundle.manifest.sizes if spec.free else ())
+        check_compiles(trt, bundle.graph_file(graph), spec, precision, bundle.manifest.sizes if spec.free else ())
 
 
 def test_every_size_has_profiles_of_its_own(trt: ModuleType, tmp_path: Path) -> None:
@@ -75,36 +54,7 @@ def test_every_size_has_profiles_of_its_own(trt: ModuleType, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_exported_unet_compiles(trt: ModuleType, unet_file: Path, precision: Precision) -> None:
-    check(trt, unet_file, step_spec(unet_file), precision)
-
-
-# ---- Stable Diffusion's
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("scaled")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl", "inpaint"])
-def test_every_step_graph_compiles(trt: ModuleType, work: Path, kind: str) -> None:
-    exported = step_of(kind, work)
-    for precision in PRECISIONS:
-        check(trt, exported.file, exported.spec, precision)
-
-
-def all_surroundings(work: Path) -> Iterator[Exported]:
-    """The autoencoder is one for all; text encoders differ."""
-    yield from surroundings("sd15", work, ("condition", "decode", "encode"))
-    yield from surroundings("sdxl", work, ("condition",))
-
-
-@pytest.mark.long
-def test_text_encoders_and_autoencoder_compile(trt: ModuleType, work: Path) -> None:
-    for exported in all_surroundings(work):
-        for precision in PRECISIONS:
-            check(trt, exported.file, exported.spec, precision)
+    check_compiles(trt, unet_file, step_spec(unet_file), precision)
 
 
 class MaskedAttention(nn.Module):
@@ -127,7 +77,7 @@ def test_masked_attention_is_fused_in_16_bits(trt: ModuleType, tmp_path: Path) -
     spec = write_checked(module, [rows], *specs, file, 1e-5, (1, 2))
     assert "IsNaN" not in {node.op_type for node in onnx.load(str(file)).graph.node}
     for precision in ("bfloat16", "float16"):
-        check(trt, file, spec, precision)
+        check_compiles(trt, file, spec, precision)
 
 
 # ---- what is refused

@@ -1,0 +1,51 @@
+"""Every graph of Stable Diffusion's architectures, scaled down, becomes a TensorRT plan without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import pytest
+
+from engines.backends.base import Precision
+from tests.support.compiled import check_compiles
+from tests.support.scaled_down import Exported, step_of, surroundings
+
+PRECISIONS = [
+    pytest.param("float32", marks=pytest.mark.long),
+    "bfloat16",
+    pytest.param("float16", marks=pytest.mark.long),
+]
+"""Exporting takes most of the time, and is done once: CI compiles what a GPU is asked for first."""
+
+STEPS = ("sd15", "sd21", "sdxl", "inpaint")
+SURROUNDINGS = {"sd15": ("condition", "decode", "encode"), "sdxl": ("condition",)}
+"""The autoencoder is one for all; text encoders differ."""
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    return cache(lambda kind: step_of(kind, tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Exported]]:
+    return cache(lambda kind: list(surroundings(kind, tmp_path_factory.mktemp(kind), SURROUNDINGS[kind])))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_step_graph_compiles(
+    trt: ModuleType, step: Callable[[str], Exported], kind: str, precision: Precision
+) -> None:
+    check_compiles(trt, step(kind).file, step(kind).spec, precision)
+
+
+@pytest.mark.parametrize("kind", SURROUNDINGS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_text_encoders_and_autoencoder_compile(
+    trt: ModuleType, around: Callable[[str], list[Exported]], kind: str, precision: Precision
+) -> None:
+    for exported in around(kind):
+        check_compiles(trt, exported.file, exported.spec, precision)
