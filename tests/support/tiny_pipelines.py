@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -103,6 +104,17 @@ def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
         sample_size=IMAGE_PX,
         scaling_factor=scaling_factor,
     )
+
+
+def tiny_vae() -> AutoencoderTiny:
+    """As TAESD, which stands in for the autoencoder of SD models."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).eval()
 
 
 def sd(
