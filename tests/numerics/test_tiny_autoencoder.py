@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from rich.progress import Progress
 
 from distill_jobs import stage_one
@@ -51,6 +53,19 @@ def test_latents_and_images_equal_diffusers_unscaled(folder: PipelineFolder, tmp
     encoding, decoding = (graph.inputs(8, 8) for graph in (encode, decode))
     write_checked(encode, [images], encoding, encode.outputs(8, 8), tmp_path / "encode.onnx", 1e-4, (1, 4))
     write_checked(decode, [3 * expected], decoding, decode.outputs(8, 8), tmp_path / "decode.onnx", 1.0, (1, 4))
+
+
+def test_loading_one_warns_of_nothing(folder: PipelineFolder) -> None:
+    """Diffusers writes a field into its config that diffusers does not know, and would tell users of it."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    diffusers_logging.add_handler(handler)
+    try:
+        Autoencoder.load(folder)
+    finally:
+        diffusers_logging.remove_handler(handler)
+    assert heard == []
 
 
 def test_its_student_draws_the_same_in_stock_diffusers(
