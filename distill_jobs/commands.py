@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.progress import Progress
+from transformers.utils import logging as transformers_logging
 
 from distill_jobs.card import write_card
 from distill_jobs.compare import COMPARISON_MARKDOWN, EvaluatedRun, compare_runs
@@ -18,10 +20,11 @@ from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import evaluation_of, export_run
 from distill_jobs.int8 import quantize_run
 from distill_jobs.job import run_job
-from distill_jobs.latent_sections import LatentTeacher
+from distill_jobs.latent_sections import FolderTeacher, LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.published import GUIDANCE_INPUT
+from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.plan import measure, plan_of
 from distill_jobs.plan_page import print_plan
 from distill_jobs.processes import launched_rank
@@ -163,6 +166,8 @@ def _range(low: float | None, high: float | None, default: float | None) -> Guid
 
 
 def _print_plan(recipe: Recipe, out: Path, taken_from: Path | None) -> None:
+    if isinstance(recipe.teacher, FolderTeacher) and recipe.teacher.folder.exists():
+        open_teacher(recipe)  # refuses what the run would; a folder that is still to come is named below the plan
     plan = plan_of(recipe)
     if taken_from is not None:
         plan = replace(plan, taken=takeable(recipe, RunFolder(taken_from)).names)
@@ -176,5 +181,10 @@ def _say_written(progress: Progress, bundle: Bundle) -> None:
 
 
 def _display() -> Progress:
-    """Of the processes that work on one job only the first shows anything."""
+    """Of the processes that work on one job only the first shows anything.
+
+    The libraries' own bars, of weights that load in moments, would break into it.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     return job_progress(quiet=launched_rank() > 0)

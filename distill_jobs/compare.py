@@ -162,4 +162,5 @@ def _markdown(comparison: Comparison, classifier_accuracy: float) -> str:
     if comparison.command:
         head += ["", f"Command: `{comparison.command}`"]
     tables = (choice_table(comparison.choices), quality_table(comparison.rows))
-    return "\n".join([*head, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])
+    pictures = picture_links(comparison.rows)
+    return "\n".join([*head, *(line for table in tables for line in ("", *table)), "", *pictures, ""])

@@ -83,6 +83,13 @@ def autoencoder_cost(section: AutoencoderSection, side: int) -> NetworkCost:
     return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
 
 
+def encoding_flops(latent_side: int) -> float:
+    """Of one image to its latent, by the stock autoencoder."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        AutoencoderKL(**STOCK_AUTOENCODER).encode(torch.empty(1, 3, 8 * latent_side, 8 * latent_side))
+    return float(counter.get_total_flops())
+
+
 def decoder_costs(
     section: DecoderSection, made: AutoencoderSection | None, latent_side: int
 ) -> tuple[NetworkCost, NetworkCost]:

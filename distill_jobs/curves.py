@@ -14,17 +14,22 @@ FOLDER = "curves"
 OVER_GUIDANCE = {
     "frechet_distance": "Fréchet distance",
     "class_agreement": "class agreement",
+    "text_agreement": "text agreement",
     "recall": "recall",
     "coverage": "coverage",
     "paired_distance": "distance to the teacher",
 }
+AGREEMENTS = ("class_agreement", "text_agreement")
 TRADE_OFF = "trade_off"
 _Curves = dict[str, list[EvaluationRow]]
 _Panels = dict[str, _Curves]
 
 
 def write_curves(folder: Path, rows: Sequence[EvaluationRow], reference_steps: int) -> None:
-    """``curves/MEASURE.png`` over guidance and ``curves/trade_off.png``: the teacher, and a line a step count."""
+    """``curves/MEASURE.png`` over guidance and ``curves/trade_off.png``: the teacher, and a line a step count.
+
+    Of measures that every row has.
+    """
     students = _grouped(filter(is_student, rows), lambda row: f"{titled(row)}, {_steps(row.steps)}")
     _write(folder / FOLDER, {"": _teacher(rows, reference_steps) | students})
 
@@ -36,11 +41,21 @@ def write_comparison_curves(folder: Path, rows: Sequence[EvaluationRow], referen
     _write(folder / FOLDER, {steps: teacher | _grouped(own, titled) for steps, own in by_steps.items()})
 
 
-def picture_links() -> list[str]:
-    """Markdown of the pictures, for a page in the same folder."""
-    pictures = {name: f"{title} over guidance" for name, title in OVER_GUIDANCE.items()}
-    pictures[TRADE_OFF] = "Fréchet distance against class agreement"
+def picture_links(rows: Iterable[EvaluationRow]) -> list[str]:
+    """Markdown of the pictures of these rows, for a page in the same folder."""
+    measures, agreement = _measured(rows)
+    pictures = {name: f"{title} over guidance" for name, title in measures.items()}
+    if agreement is not None:
+        pictures[TRADE_OFF] = f"Fréchet distance against {measures[agreement]}"
     return [f"![{title}]({FOLDER}/{name}.png)" for name, title in pictures.items()]
+
+
+def _measured(rows: Iterable[EvaluationRow]) -> tuple[dict[str, str], str | None]:
+    """The measures that all rows have, with their titles, and the agreement that distance is traded for."""
+    known = [row.metrics.keys() for row in rows]
+    measures = {name: title for name, title in OVER_GUIDANCE.items() if all(name in each for each in known)}
+    agreements = [name for name in AGREEMENTS if name in measures and "frechet_distance" in measures]
+    return measures, agreements[0] if agreements else None
 
 
 def _teacher(rows: Iterable[EvaluationRow], steps: int) -> _Curves:
@@ -57,12 +72,14 @@ def _grouped(rows: Iterable[EvaluationRow], key: Callable[[EvaluationRow], str])
 
 def _write(folder: Path, panels: _Panels) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for measure, title in OVER_GUIDANCE.items():
+    measures, agreement = _measured(row for curves in panels.values() for rows in curves.values() for row in rows)
+    for measure, title in measures.items():
         drawn = _drawn(panels, lambda row: row.guidance_scale, _mean(measure))
         draw_panels(drawn, "guidance_scale", title).save(folder / f"{measure}.png", optimize=True)
-    drawn = _drawn(panels, _mean("class_agreement"), _mean("frechet_distance"))
-    picture = draw_panels(drawn, OVER_GUIDANCE["class_agreement"], OVER_GUIDANCE["frechet_distance"])
-    picture.save(folder / f"{TRADE_OFF}.png", optimize=True)
+    if agreement is not None:
+        drawn = _drawn(panels, _mean(agreement), _mean("frechet_distance"))
+        picture = draw_panels(drawn, measures[agreement], measures["frechet_distance"])
+        picture.save(folder / f"{TRADE_OFF}.png", optimize=True)
 
 
 def _drawn(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.errors import JobError
+from distill_jobs.pipelines.checks import VOCABULARIES
 from distill_jobs.sections import EvaluationSection
 
 IMAGES_AT_ONCE = 250
@@ -23,11 +25,15 @@ CLIP_FILES = ("model.safetensors", "preprocessor_config.json", "config.json")
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """name: in reports. identity: hash of the weights. extract: (B, C, H, W) images in -1 … 1 to (B, D) float32."""
+    """name: in reports. identity: hash of the weights. extract: (B, C, H, W) images in -1 … 1 to (B, D) float32.
+
+    told: captions to (n, D) embeddings that stand near those of their images; None for spaces without words.
+    """
 
     name: str
     identity: str
     extract: Callable[[Tensor], Tensor]
+    told: Callable[[Sequence[str]], Tensor] | None = None
 
     @property
     def metric(self) -> str:
@@ -45,8 +51,12 @@ def feature_space(settings: EvaluationSection, classifier: DigitClassifier) -> F
     if settings.features_path is None:
         parts = (tensor.numpy().tobytes() for tensor in classifier.state_dict().values())
         return FeatureSpace("digit-classifier", _digest(parts), lambda images: classifier(images)[0])
-    path = Path(settings.features_path)
-    return _clip(path) if settings.features == "clip" else _inception(path)
+    return local_space(settings.features, Path(settings.features_path))
+
+
+def local_space(features: str, path: Path) -> FeatureSpace:
+    """That of a file or folder the user has. Raises: JobError saying what is missing or not usable."""
+    return _clip(path) if features == "clip" else _inception(path)
 
 
 def _inception(path: Path) -> FeatureSpace:
@@ -122,7 +132,27 @@ def _clip(folder: Path) -> FeatureSpace:
         pooled = model.vision_model(pixel_values=(resized - mean) / std).pooler_output
         return torch.as_tensor(model.visual_projection(pooled))
 
-    return FeatureSpace("CLIP", _digest([weights.read_bytes()]), extract)
+    told = _caption_embedding(folder, model) if kind is CLIPModel else None
+    return FeatureSpace("CLIP", _digest([weights.read_bytes()]), extract, told)
+
+
+def _caption_embedding(folder: Path, model: Any) -> Callable[[Sequence[str]], Tensor] | None:
+    """Projected text embeddings of a CLIPModel; None where its folder has no words."""
+    from transformers import CLIPTokenizer  # noqa: PLC0415 - heavy, needed here alone
+
+    if not any(all((folder / name).is_file() for name in files) for files in VOCABULARIES):
+        return None
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    length = int(model.config.text_config.max_position_embeddings)
+
+    def told(captions: Sequence[str]) -> Tensor:
+        rows = tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            return torch.as_tensor(model.text_projection(model.text_model(**rows).pooler_output))
+
+    return told
 
 
 def _three_channels(images: Tensor) -> Tensor:

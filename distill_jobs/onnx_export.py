@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
 from distill_jobs.lowered import WatchedProducts
+from distill_jobs.onnx_rewrites import with_scales_added, without_einsums, without_guards, without_notes
 from engines.bundle import INLINE_LIMIT_BYTES
 from engines.manifest import FREE, Parity, TensorSpec
 
@@ -64,7 +65,7 @@ def write_graph(
     else:  # written from torch's own memory: the message would hold each weight a second time
         program.save(path, external_data=True)
         model = onnx.load(str(path), load_external_data=False)
-    onnx.save_model(_without_guards(_without_notes(model)), str(path))
+    onnx.save_model(with_scales_added(without_einsums(without_guards(without_notes(model)))), str(path))
 
 
 def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:
@@ -110,38 +111,3 @@ def check_parity(
         mean_abs_error=float(np.mean([d.mean() for d in differences])),
         rows=sum(batches),
     )
-
-
-def _without_notes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without the exporter's notes: stack traces with local paths, module names, inferred shapes."""
-    graph = model.graph
-    del graph.value_info[:]
-    holders = [model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer]
-    for holder in holders:
-        holder.ClearField("doc_string")
-        holder.ClearField("metadata_props")
-    model.ClearField("producer_version")
-    return model
-
-
-def _without_guards(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph without the zeros that the exporter puts for NaN after each softmax under a mask.
-
-    They are for rows that see nothing, which our text encoders have none of; they would hide any other NaN, and
-    TensorRT-RTX cannot fuse bfloat16 attention around them.
-    """
-    nodes = model.graph.node
-    made_by = {name: node for node in nodes for name in node.output}
-    guarded: dict[str, str] = {}
-    for node in [node for node in nodes if node.op_type == "Where"]:
-        test, softmax = made_by.get(node.input[0]), made_by.get(node.input[2])
-        if test is None or softmax is None or (test.op_type, softmax.op_type) != ("IsNaN", "Softmax"):
-            continue
-        if test.input[0] == node.input[2]:
-            guarded[node.output[0]] = node.input[2]
-            nodes.remove(test)
-            nodes.remove(node)
-    for node in nodes:
-        for i, name in enumerate(node.input):
-            node.input[i] = guarded.get(name, name)
-    return model

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from distill_jobs.costs import NetworkCost, autoencoder_cost, decoder_costs, network_cost
+from distill_jobs.costs import NetworkCost, autoencoder_cost, decoder_costs, encoding_flops, network_cost
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher, LatentTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
@@ -33,19 +33,23 @@ UTILISATION = 0.3
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase. trained: its network; frozen: the network that it learns from; frozen_passes: of it, a row."""
+    """One phase. trained: its network; frozen: the network that it learns from; frozen_passes: of it, a row.
+
+    encoding: FLOPs of a row that is encoded anew, as what a mask leaves of an image is.
+    """
 
     name: str
     training: Training
     trained: NetworkCost
     frozen: NetworkCost | None
     frozen_passes: float
+    encoding: float = 0.0
 
     def flops(self, recomputed: bool) -> float:
         """Of one update, over all processes. recomputed: with gradient checkpointing."""
         passes = TRAINED_PASSES + (RECOMPUTED_PASSES if recomputed else 0)
         frozen = self.frozen_passes * self.frozen.flops if self.frozen else 0.0
-        return self.training.batch_size * (passes * self.trained.flops + frozen)
+        return self.training.batch_size * (passes * self.trained.flops + frozen + self.encoding)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -111,6 +115,9 @@ def plan_of(recipe: Recipe) -> Plan:
             PhasePlan(f"e{halving.steps}", recipe.encoder.training(halving), student, student, 2)
             for halving in recipe.encoder.halvings
         ]
+    if recipe.inpainting is not None and isinstance(recipe.teacher, FolderTeacher):
+        encoding = encoding_flops(int(recipe.unet["sample_size"]))
+        phases = [replace(phase, encoding=encoding) for phase in phases]
     if recipe.decoder is not None:
         made = recipe.teacher.autoencoder if isinstance(recipe.teacher, MadeTeacher) else None
         tiny, frozen = decoder_costs(recipe.decoder, made, int(recipe.unet["sample_size"]))

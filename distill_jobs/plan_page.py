@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_jobs.costs import TEXT_TOKENS, cached_bytes
-from distill_jobs.latent_sections import CaptionedData, MadeTeacher
+from distill_jobs.latent_sections import CaptionedData, FolderTeacher, GlyphData, MadeTeacher
 from distill_jobs.plan import DEVICES, UTILISATION, Measured, Plan
+from distill_jobs.recipe import Recipe
 
 GIB, MEGA, TERA = 2**30, 1e6, 1e12
 
@@ -40,6 +41,8 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
         tokens = teacher.text.tokens if isinstance(teacher, MadeTeacher) else TEXT_TOKENS
         each = cached_bytes(plan.recipe.unet, tokens) / MEGA
         console.print(f"latents: {each:.2g} MB an image of the data, in {data.cache}", highlight=False)
+    if absent := _absent(plan.recipe):
+        console.print(f"not there yet, and needed by the run: {', '.join(absent)}", style="yellow", highlight=False)
     if plan.disk_bytes > free:
         console.print(f"the disk of {out} is too small for this run", style="red")
     if measured:
@@ -50,3 +53,15 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
     for device, teraflops in DEVICES.items():
         hours = plan.flops / (teraflops * TERA * UTILISATION) / 3600
         console.print(f"  {device}: {hours:,.1f} GPU hours", highlight=False)
+
+
+def _absent(recipe: Recipe) -> list[str]:
+    """What the recipe names and the disk has not, but for patterns of shards and pictures yet to be drawn."""
+    data, teacher, named = recipe.data, recipe.teacher, {}
+    if isinstance(teacher, FolderTeacher):
+        named["teacher.folder"] = teacher.folder
+    if isinstance(data, CaptionedData) and not isinstance(data, GlyphData) and "{" not in data.path:
+        named["data.path"] = Path(data.path)
+    if recipe.evaluation.features_path is not None:
+        named["evaluation.features_path"] = Path(recipe.evaluation.features_path)
+    return [f"{path} ({field})" for field, path in named.items() if not path.exists()]

@@ -146,8 +146,6 @@ class Recipe(Section):
             raise ValueError("decoder is for teachers that work on latents; digits are pixels")
         if latent and self.clip is not None:
             raise ValueError("clip is for images; latents have no bound")
-        if latent and self.evaluation.features != "classifier":
-            raise ValueError("evaluation.features is for digits; latents are compared as they are")
         if latent and self.export.upscale != ExportSection.model_fields["upscale"].default:
             raise ValueError("export.upscale is for digits; latents are decoded by an autoencoder")
         channels = self.unet.get("out_channels", 4)

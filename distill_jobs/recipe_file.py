@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from distill_jobs.errors import RecipeError
 from distill_jobs.latent_sections import FORMS, form_of_teacher
@@ -36,7 +39,7 @@ def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
 
     A recipe with ``base`` is that shipped recipe, changed where its own fields say otherwise: sections field by
     field, everything else (lists too, and a teacher of another form) as a whole. Values are YAML.
-    Raises: RecipeError naming the field.
+    Raises: RecipeError naming every wrong field.
     """
     data = _load(source)
     for override in overrides or []:
@@ -44,9 +47,8 @@ def read_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     try:
         return Recipe.model_validate(filled_from_teacher(data))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(part for part in map(str, first["loc"]) if not part.startswith("(")) or "recipe"
-        raise RecipeError(f"recipe {source}: {where}: {first['msg']}") from None
+        wrong = "; ".join(_told(each) for each in error.errors(include_url=False))
+        raise RecipeError(f"recipe {source}: {wrong}") from None
 
 
 def shipped_recipes() -> list[str]:
@@ -66,6 +68,24 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         names = [*old, *(k for k in new if k not in old)]
         return [d for k in names for d in differences(old.get(k), new.get(k), f"{prefix}{k}.")]
     return [] if old == new else [prefix.rstrip(".")]
+
+
+def _told(error: ErrorDetails) -> str:
+    """One wrong field, and what is wrong with it."""
+    names = [part for part in map(str, error["loc"]) if not part.startswith("(")]
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(names[-1], _field_names(), 1)
+        message = "there is no such field" + "".join(f", did you mean {name}?" for name in near)
+    return f"{'.'.join(names)}: {message}" if names else message
+
+
+@cache
+def _field_names() -> tuple[str, ...]:
+    """Of all sections."""
+    schema = Recipe.model_json_schema()
+    parts = (schema, *schema["$defs"].values())
+    return tuple(sorted({name for part in parts for name in part.get("properties", ())}))
 
 
 def _load(source: str | Path) -> dict[str, Any]:

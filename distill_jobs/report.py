@@ -133,7 +133,9 @@ class Report(RunReport):
             quality_table(evaluation.rows),
             task_lines(self.tasks),
         )
-        return "\n".join([*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(), ""])
+        return "\n".join(
+            [*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(evaluation.rows), ""]
+        )
 
     def quality(self) -> str:
         return "\n".join(quality_table(self.evaluation.rows)[2:])

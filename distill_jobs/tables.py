@@ -11,6 +11,7 @@ from engines.manifest import EvaluationRow, Measured
 COLUMNS = {
     "frechet_distance": "Fréchet distance",
     "class_agreement": "class agreement",
+    "text_agreement": "text agreement",
     "precision": "precision",
     "recall": "recall",
     "coverage": "coverage",
@@ -42,14 +43,16 @@ def gate_table(found: Sequence[Gate]) -> list[str]:
 
 
 def quality_table(rows: Sequence[EvaluationRow]) -> list[str]:
+    """With a column for each measure that was taken."""
+    columns = {name: title for name, title in COLUMNS.items() if any(name in row.metrics for row in rows)}
     lines = [
         "## Quality",
         "",
-        f"| guidance_scale | model | steps | evaluations | {' | '.join(COLUMNS.values())} |",
-        f"|---:|---|---:|---:|{'---:|' * len(COLUMNS)}",
+        f"| guidance_scale | model | steps | evaluations | {' | '.join(columns.values())} |",
+        f"|---:|---|---:|---:|{'---:|' * len(columns)}",
     ]
     for row in sorted(rows, key=lambda row: row.guidance_scale):
-        cells = (figure(row.metrics.get(name)) for name in COLUMNS)
+        cells = (figure(row.metrics.get(name)) for name in columns)
         head = f"| {row.guidance_scale:g} | {titled(row)} | {row.steps} | {row.evaluations} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return lines

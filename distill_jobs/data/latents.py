@@ -42,5 +42,10 @@ class LatentSource:
         picked = self.cache.images(draws.indices(update, size, len(self.cache)))
         return torch.stack([framed(self.entries[index], self.side_px).pixels for index in picked])
 
+    def captions(self, draws: Draws, update: int, size: int) -> list[str]:
+        """Those of an update's rows."""
+        picked = self.cache.images(draws.indices(update, size, len(self.cache)))
+        return [self.entries[index].caption for index in picked]
+
     def null(self, size: int) -> Condition:
         return self.cache.null.expand(size)

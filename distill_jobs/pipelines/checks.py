@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from distill_jobs.errors import TeacherError
-from distill_jobs.pipelines.folder import TIME_IDS, Layout, PipelineFolder, read_json, weights_variant
+from distill_jobs.pipelines.folder import (
+    AUTOENCODERS,
+    TIME_IDS,
+    Layout,
+    PipelineFolder,
+    read_json,
+    weights_variant,
+)
 
 LAYOUTS: dict[str, Layout] = {
     "StableDiffusionPipeline": "sd",
@@ -24,7 +31,7 @@ PARTS: dict[Layout, dict[str, tuple[str, ...]]] = {
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": TOKENIZERS,
         "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
+        "vae": tuple(AUTOENCODERS),
     },
     "sdxl": {
         "text_encoder": ("CLIPTextModel",),
@@ -32,7 +39,7 @@ PARTS: dict[Layout, dict[str, tuple[str, ...]]] = {
         "tokenizer": TOKENIZERS,
         "tokenizer_2": TOKENIZERS,
         "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
+        "vae": tuple(AUTOENCODERS),
     },
 }
 """The components a layout needs, and the classes each may have."""

@@ -13,15 +13,18 @@ from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs.contenders import Contender, contenders
+from distill_jobs.curves import write_curves
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import latents_of, open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
+from distill_jobs.features import local_space
 from distill_jobs.pipelines.checks import open_folder
-from distill_jobs.pipelines.decoders import DECODER, decoder_gates, measure_decoders
+from distill_jobs.pipelines.decoders import DECODER, decoded, decoder_gates, measure_decoders
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.encoders import Encoders
+from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.glyph_table import glyph_judge, glyph_table
 from distill_jobs.pipelines.glyphs import GLYPHS, glyph_gates
 from distill_jobs.pipelines.inpainting import (
@@ -33,8 +36,10 @@ from distill_jobs.pipelines.inpainting import (
 )
 from distill_jobs.pipelines.inversion import LATENT_INVERSION, measure_latent_inversion
 from distill_jobs.pipelines.packing import whole_image
+from distill_jobs.pipelines.pictures import PictureJudge
 from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
 from distill_jobs.pipelines.tiny_decoder import load_decoder
+from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
@@ -62,7 +67,8 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
         null=source.null(1),
         blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
     )
-    rows = _quality(sampler, everyone, progress)
+    judge = _judge(_unmasked(source), recipe, teacher, processes.device)
+    rows = _quality(sampler, everyone, judge, progress)
     tasks = _tasks(run_dir, sampler, source, everyone, progress)
     tasks |= _pictures(run_dir, sampler, _unmasked(source), everyone, processes, progress)
     settings = recipe.evaluation
@@ -72,7 +78,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
         command=command,
         weights=weights_of(run_dir, recipe, everyone),
         seconds=time.monotonic() - started,
-        evaluation=Evaluation(metric=METRIC, samples=settings.samples, seeds=settings.seeds, rows=rows),
+        evaluation=Evaluation(metric=_metric(judge), samples=settings.samples, seeds=settings.seeds, rows=rows),
         tasks=tasks,
         gates=(
             *distance_gates(rows),
@@ -82,12 +88,31 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
             *decoder_gates(tasks.get(DECODER, ()), "teacher" if recipe.decoder is None else recipe.decoder.target),
         ),
     )
+    write_curves(run_dir, rows, settings.teacher_steps)
     report.write(run_dir)
     return report
 
 
+def _judge(
+    source: LatentSource, recipe: Recipe, teacher: PipelineFolder, device: torch.device
+) -> PictureJudge | None:
+    """Who measures the pictures of the prompts, where the recipe names features."""
+    settings, draws = recipe.evaluation, _draws(recipe)
+    if settings.features_path is None:
+        return None
+    space = local_space(settings.features, Path(settings.features_path))
+    asked = [(draws, update, settings.batch_size) for update in range(-(-settings.samples // settings.batch_size))]
+    batches = ((source.pixels(*each), source.captions(*each)) for each in asked)
+    autoencoder = Autoencoder.load(teacher).to(device)
+    return PictureJudge.of(space, settings.samples, batches, lambda latents: decoded(autoencoder, latents, device))
+
+
+def _metric(judge: PictureJudge | None) -> str:
+    return METRIC if judge is None else f"{judge.space.metric}, to the data's images of the same captions"
+
+
 def _quality(
-    sampler: LatentSampler, everyone: Sequence[Contender], progress: Progress
+    sampler: LatentSampler, everyone: Sequence[Contender], judge: PictureJudge | None, progress: Progress
 ) -> tuple[EvaluationRow, ...]:
     """A row for each contender and guidance scale; the first contender is the reference."""
     settings = sampler.recipe.evaluation
@@ -97,13 +122,16 @@ def _quality(
     for contender in everyone:
         unet = contender.load().to(sampler.device)
         for scale in contender.scales_of(settings):
-            distances = []
+            found: dict[str, list[float]] = {}
             for seed in settings.seeds:
                 drawn = sampler.draw(contender, unet, scale, seed)
                 wanted = reference.setdefault((scale, seed), drawn)
-                distances.append(float((drawn - wanted).square().mean().sqrt()))
+                measured = {} if judge is None else judge.measure(drawn)
+                measured[DISTANCE] = float((drawn - wanted).square().mean().sqrt())
+                for name, value in measured.items():
+                    found.setdefault(name, []).append(value)
                 progress.advance(task)
-            rows.append(contender.row(scale, {DISTANCE: distances}))
+            rows.append(contender.row(scale, found))
     return tuple(rows)
 
 

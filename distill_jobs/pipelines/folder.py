@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from distill_jobs.errors import TeacherError
 from engines.sampler import Prediction
@@ -24,6 +24,11 @@ Layout = Literal["sd", "sdxl"]
 
 TIME_IDS = 6
 """SDXL's micro-conditioning: original height and width, crop top and left, target height and width."""
+
+AUTOENCODERS: dict[str, type[AutoencoderKL | AutoencoderTiny]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
 
 WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
 
@@ -62,6 +67,11 @@ class PipelineFolder:
         return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "missing"
 
     @property
+    def autoencoder(self) -> type[AutoencoderKL | AutoencoderTiny]:
+        """The class of the vae."""
+        return AUTOENCODERS[self.class_of("vae")]
+
+    @property
     def channels(self) -> int:
         """Channels of a latent."""
         return int(self.config("vae").get("latent_channels", 4))
@@ -87,7 +97,7 @@ class PipelineFolder:
 
         Configs of 2022, as SD 1.5's, leave it out and mean diffusers' default.
         """
-        own = inspect.signature(AutoencoderKL.__init__).parameters["scaling_factor"].default
+        own = inspect.signature(self.autoencoder.__init__).parameters["scaling_factor"].default
         return float(self.config("vae").get("scaling_factor", own))
 
     @property

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distill_jobs.contenders import STUDENT, TEACHER
+from distill_jobs.curves import picture_links
 from distill_jobs.gates import Gate
 from distill_jobs.inpainting import SEEING
 from distill_jobs.report import RunReport
-from distill_jobs.tables import gate_table
+from distill_jobs.tables import gate_table, quality_table
 from distill_jobs.task_tables import task_lines
 from engines.manifest import EvaluationRow
 
@@ -31,26 +32,31 @@ class LatentReport(RunReport):
             f"Machine: {self.machine.processor}, {self.machine.cores} cores. "
             f"Trained in {sum(self.training_seconds.values()):.0f} s, measured in {self.seconds:.0f} s.",
             "",
+            *self._legend(),
             *gate_table(self.gates),
             "",
-            "## Quality",
+            *quality_table(self.evaluation.rows),
             "",
-            self.quality(),
+            *picture_links(self.evaluation.rows),
             "",
             *task_lines(self.tasks),
         ]
         return "\n".join(lines)
 
     def quality(self) -> str:
-        lines = [
-            "| guidance_scale | model | steps | evaluations | distance to the teacher |",
-            "|---:|---|---:|---:|---:|",
+        return "\n".join(quality_table(self.evaluation.rows)[2:])
+
+    def _legend(self) -> list[str]:
+        """What the columns of pictures are, where a local Inception or CLIP measured them."""
+        if not any("frechet_distance" in row.metrics for row in self.evaluation.rows):
+            return []
+        return [
+            f"{self.evaluation.metric}; lower is better, and only equal numbers of images compare. Precision: "
+            "share of pictures inside the manifold of the data's images; recall: share of those inside that of the "
+            "pictures; coverage: share of those with a picture near them. Text agreement: mean cosine of CLIP's "
+            "embeddings of a picture and of its prompt. Higher is better.",
+            "",
         ]
-        for row in sorted(self.evaluation.rows, key=lambda row: row.guidance_scale):
-            found = row.metrics[DISTANCE]
-            head = f"| {row.guidance_scale:g} | {row.model} | {row.steps} | {row.evaluations} |"
-            lines.append(f"{head} {found.mean:.3f} ± {found.spread:.3f} |")
-        return "\n".join(lines)
 
 
 def distance_gates(rows: Sequence[EvaluationRow], metric: str = DISTANCE) -> Iterator[Gate]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusers import AutoencoderKL
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from distill_jobs.pipelines.folder import PipelineFolder
@@ -13,7 +14,10 @@ from distill_jobs.pipelines.text import load_part
 
 @dataclass(frozen=True)
 class Encoded:
-    """mean, std: (B, C, h, w) of the latent's Gaussian, scaled to about unit variance."""
+    """mean, std: (B, C, h, w) of the latent's Gaussian, scaled to about unit variance.
+
+    std: 0 of a tiny autoencoder, which gives one latent an image.
+    """
 
     mean: Tensor
     std: Tensor
@@ -24,9 +28,9 @@ class Encoded:
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKL between images in -1 … 1 and unit-variance latents."""
+    """AutoencoderKL or AutoencoderTiny between images in -1 … 1 and unit-variance latents."""
 
-    def __init__(self, vae: AutoencoderKL, scaling_factor: float) -> None:
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, scaling_factor: float) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = scaling_factor
@@ -34,9 +38,7 @@ class Autoencoder(nn.Module):
     @classmethod
     def load(cls, folder: PipelineFolder) -> Autoencoder:
         """Raises: TeacherError when weights are missing."""
-        vae = load_part(folder, "vae", AutoencoderKL)
-        assert isinstance(vae, AutoencoderKL)
-        return cls(vae, folder.scaling_factor)
+        return cls(load_part(folder, "vae", folder.autoencoder), folder.scaling_factor)
 
     @property
     def channels(self) -> int:
@@ -51,6 +53,8 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Encoded:
         """images: (B, 3, H, W) float32 in -1 … 1."""
         posterior = self.vae.encode(images, return_dict=False)[0]
+        if isinstance(posterior, Tensor):
+            return Encoded(posterior * self.scaling_factor, torch.zeros_like(posterior))
         return Encoded(posterior.mean * self.scaling_factor, posterior.std * self.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:

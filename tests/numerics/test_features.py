@@ -11,12 +11,13 @@ import torch
 from onnx import TensorProto, helper
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.errors import JobError
 from distill_jobs.features import FeatureSpace, feature_space
 from distill_jobs.recipe import EvaluationSection
+from tests.support import tiny_pipelines as tiny
 
 IMAGES = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -64,6 +65,18 @@ def test_clip_features_are_those_of_transformers_own_preparation(clip_folder: Pa
         pooled = model.vision_model(pixel_values=prepared["pixel_values"]).pooler_output
         expected = model.visual_projection(pooled)
     torch.testing.assert_close(features, expected, rtol=0, atol=0.05 * float(expected.std()))
+
+
+def test_clip_embeds_captions_as_transformers_does(clip_folder: Path, tmp_path: Path) -> None:
+    folder, captions = tiny.clip(tmp_path / "clip"), ["a cat", "a dog at night"]
+    told = space("clip", folder).told
+    assert told is not None
+    rows = CLIPTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = CLIPModel.from_pretrained(folder).get_text_features(**rows)
+    torch.testing.assert_close(told(captions), getattr(expected, "pooler_output", expected), rtol=0, atol=1e-6)
+    assert told(["dog " * 200]).shape == (1, 12)
+    assert space("clip", clip_folder).told is None  # it has no words
 
 
 def test_torchscript_is_called_as_the_fid_reference_is(tmp_path: Path) -> None:

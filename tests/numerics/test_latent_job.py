@@ -33,6 +33,7 @@ from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.inversion import LATENT_INVERSION
 from distill_jobs.pipelines.packing import whole_image
+from distill_jobs.pipelines.pictures import TEXT_AGREEMENT
 from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.writing import complete
@@ -131,6 +132,29 @@ def test_inversion_is_measured_beside_the_teachers(run: tuple[str, Path]) -> Non
     assert "## Inversion" in (work / "run" / "report.md").read_text()
 
 
+def test_pictures_are_measured_in_the_features_of_a_local_clip(run: tuple[str, Path], tmp_path: Path) -> None:
+    name, work = run
+    if name != "sd15":
+        pytest.skip("one layout shows it")
+    recipe = read_recipe(work / "run" / "recipe.yaml")
+    chosen = {"features": "clip", "features_path": str(tiny.clip(tmp_path / "clip"))}
+    settings = recipe.evaluation.model_copy(update={**chosen, "guidance_scales": (1.0, 5.0)})
+    changed = recipe.model_copy(update={"evaluation": settings})
+    report = evaluate_latent_run(work / "run", changed, progress=Progress(disable=True))
+    measures = {"frechet_distance", "precision", "recall", "coverage", TEXT_AGREEMENT, "paired_distance"}
+    assert all(row.metrics.keys() == measures for row in report.evaluation.rows)
+    assert (
+        report.evaluation.metric == "Fréchet distance in CLIP features, to the data's images of the same captions"
+    )
+    assert len({row.metrics[TEXT_AGREEMENT].mean for row in report.evaluation.rows}) > 2
+    page = (work / "run" / "report.md").read_text(encoding="utf-8")
+    heads = "Fréchet distance | text agreement | precision | recall | coverage | distance to the teacher |"
+    assert f"| guidance_scale | model | steps | evaluations | {heads}" in page
+    drawn = {file.name for file in (work / "run" / "curves").iterdir()}
+    assert drawn == {f"{measure}.png" for measure in measures - {"precision"}} | {"trade_off.png"}
+    assert all(f"](curves/{picture})" in page for picture in drawn)
+
+
 def reconstructed_by_ddim(run: Path, recipe: Recipe) -> float:
     """The teacher's error by DDIM's formula, from the images' latents as they are cached."""
     folder = open_folder(run / "teacher")
@@ -207,7 +231,6 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder, webdataset or glyphs"),
         ({"clip": 1.0}, "latents have no bound"),
         ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
-        ({"evaluation": {"features": "clip", "features_path": "x"}}, "evaluation.features is for digits"),
         ({"export": {"name": "latent", "students": [4], "upscale": 2}}, "export.upscale is for digits"),
     ],
     ids=[
@@ -219,7 +242,6 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         "kind",
         "clip",
         "shards",
-        "features",
         "upscale",
     ],
 )

@@ -147,6 +147,11 @@ BROKEN = [
     ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline is none of"),
     ("model_index.json", {"unet": ["diffusers", "UNet3D"]}, "unet is UNet3D"),
     ("model_index.json", {"text_encoder_2": [None, None]}, "text_encoder_2 is None"),
+    (
+        "model_index.json",
+        {"vae": ["diffusers", "VQModel"]},
+        "vae is VQModel, a sdxl pipeline needs AutoencoderKL or",
+    ),
     ("model_index.json", {"requires_aesthetics_score": True}, "refiners"),
     ("unet/config.json", {"in_channels": 8}, "takes 8 channels"),
     ("unet/config.json", {"cross_attention_dim": 64}, "conditions 64 wide"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -16,7 +17,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 LATENT_PX = 8
 IMAGE_PX = 16
@@ -103,6 +111,32 @@ def vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
         sample_size=IMAGE_PX,
         scaling_factor=scaling_factor,
     )
+
+
+def tiny_vae() -> AutoencoderTiny:
+    """As TAESD, which stands in for the autoencoder of SD models."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).eval()
+
+
+def clip(folder: Path) -> Path:
+    """A CLIP of images and words, as transformers saves it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    CLIPModel(
+        CLIPConfig(text_config=text_config(16).to_dict(), vision_config=vision, projection_dim=12)
+    ).save_pretrained(folder)
+    tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.3, 0.3, 0.3]}'
+    )
+    return folder
 
 
 def sd(

@@ -14,6 +14,8 @@ from distill_jobs.plan import Measured, NetworkCost, network_cost, plan_of
 from distill_jobs.plan_page import print_plan
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import new_teacher, student_of
+from tests.support import tiny_pipelines as tiny
+from tests.support.latent_run import latent_recipe
 from tests.support.tiny_recipe import OVERRIDES
 
 LARGE = [("sd15", 859_520_964, 0.80), ("sd21", 865_910_724, 2.15), ("sdxl", 2_567_463_684, 6.8)]
@@ -50,6 +52,22 @@ def test_a_plan_says_what_cached_latents_take(
     assert (f"latents: {told} an image of the data, in runs/latents" in page) if told else "latents" not in page
 
 
+def test_a_plan_says_what_it_names_and_the_disk_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("distill_jobs.plan.network_cost", lambda *_: NetworkCost(1, 1.0))
+    folder, shards = f"teacher.folder={tmp_path}", "data={kind: webdataset, path: 'nowhere/{000..015}.tar'}"
+
+    def page(*overrides: str) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        print_plan(plan_of(read_recipe("sd15", list(overrides))), None, tmp_path, console)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    told = "not there yet, and needed by the run: "
+    assert f"{told}models/stable-diffusion-v1-5 (teacher.folder), data/images (data.path)\n" in page()
+    assert f"{told}nowhere (data.path)\n" in page(folder, "data.path=nowhere")
+    assert told not in page(folder, f"data.path={tmp_path}")
+    assert told not in page(folder, shards)
+
+
 def test_the_plan_counts_what_the_job_builds() -> None:
     recipe = read_recipe("digits", [*OVERRIDES, "stage_two.ema=null"])
     plan = plan_of(recipe)
@@ -67,6 +85,15 @@ def test_gradient_checkpointing_and_frozen_networks_cost_passes() -> None:
     assert teacher.flops(recomputed=False) == pytest.approx(8 * 3 * one)
     assert teacher.flops(recomputed=True) == pytest.approx(8 * 4 * one)
     assert stage_one.flops(recomputed=False) == pytest.approx(8 * 5 * one, rel=0.05)
+
+
+def test_what_masks_leave_is_encoded_in_every_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 512 pixels by 1.1 TFLOP, more than a forward pass of the network."""
+    monkeypatch.setattr("distill_jobs.plan.network_cost", lambda *_: NetworkCost(1, 1.0))
+    plain, seeing = (plan_of(read_recipe(name)).phases for name in ("sd15", "sd15-inpaint"))
+    for without, with_masks in zip(plain, seeing, strict=True):
+        added = with_masks.flops(recomputed=True) - without.flops(recomputed=True)
+        assert added == pytest.approx(256 * 1.1e12, rel=0.05)
 
 
 def test_a_halving_that_was_not_measured_costs_what_the_measured_one_does() -> None:
@@ -94,3 +121,13 @@ def test_a_dry_run_prints_plan_and_time_and_leaves_no_run(tmp_path: Path) -> Non
     assert "time here:" in result.output
     assert "free" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_a_teacher_that_the_run_would_refuse(tmp_path: Path) -> None:
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    recipe = str(latent_recipe(tmp_path, tmp_path / "teacher"))
+    assert CliRunner().invoke(app, ["run", recipe, "--dry-run"]).exit_code == 0
+    refused = CliRunner().invoke(app, ["run", recipe, "--dry-run", "--set", "teacher.v_finetune=null"])
+    assert refused.exit_code == 2
+    assert "this teacher predicts epsilon" in refused.stderr
+    assert "give teacher.v_finetune" in refused.stderr

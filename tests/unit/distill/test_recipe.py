@@ -81,6 +81,20 @@ def test_a_wrong_override_is_refused_by_name(override: str, named: str) -> None:
         read_recipe("digits", [override])
 
 
+def test_every_wrong_field_is_told_and_a_misspelt_one_by_its_right_name() -> None:
+    wrong = ["stage_two.lr=fast", "teacher.updats=3", "seeed=1", "guidance.max=0.5", "xyzzy=1"]
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("digits", wrong)
+    told = str(caught.value).removeprefix("recipe digits: ").split("; ")
+    assert sorted(told) == [
+        "guidance: guidance needs min <= default <= max",
+        "seeed: there is no such field, did you mean seed?",
+        "stage_two.lr: Input should be a valid number, unable to parse string as a number",
+        "teacher.updats: there is no such field, did you mean updates?",
+        "xyzzy: there is no such field",
+    ]
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match="digits"):
         read_recipe("digit")
