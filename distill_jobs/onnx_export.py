@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
 from distill_jobs.lowered import WatchedProducts
-from distill_jobs.onnx_rewrites import with_scales_added, without_einsums, without_guards, without_notes
+from distill_jobs.onnx_rewrites import (
+    with_means_as_products,
+    with_scales_added,
+    without_einsums,
+    without_guards,
+    without_notes,
+)
 from engines.bundle import INLINE_LIMIT_BYTES
 from engines.manifest import FREE, Parity, TensorSpec
 
@@ -65,7 +71,8 @@ def write_graph(
     else:  # written from torch's own memory: the message would hold each weight a second time
         program.save(path, external_data=True)
         model = onnx.load(str(path), load_external_data=False)
-    onnx.save_model(with_scales_added(without_einsums(without_guards(without_notes(model)))), str(path))
+    model = without_notes(with_means_as_products(model))
+    onnx.save_model(with_scales_added(without_einsums(without_guards(model))), str(path))
 
 
 def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:

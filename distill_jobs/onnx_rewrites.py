@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence, Set
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -64,7 +65,7 @@ def _as_product(einsum: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
     if terms is None or len(summed) != 1:
         return (einsum,)
     operands = dict(zip(terms.groups()[:2], einsum.input, strict=True))
-    (batch, row, column), inner = terms[3], summed.pop()
+    batch, row, column, inner = *list(terms[3]), summed.pop()
     nodes, factors = [], []
     for wanted in (batch + row + inner, batch + inner + column):
         turned = wanted[0] + wanted[:0:-1]
@@ -76,6 +77,29 @@ def _as_product(einsum: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
         else:
             return (einsum,)
     return (*nodes, helper.make_node("MatMul", factors, list(einsum.output), name=einsum.name))
+
+
+def with_means_as_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with a matrix product for each mean over the tokens of (B, L, D), as where prompts are pooled.
+
+    ONNX Runtime sums such a mean of one row in another order than of several, and a row must not depend on its
+    company. Lengths are read from the exporter's notes.
+    """
+    graph = model.graph
+    lengths = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    axes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if list(t.dims) == [1]}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or axes.get(node.input[1]) != [1]:
+            continue
+        shape = lengths.get(node.input[0], [])
+        if len(shape) != 3 or not shape[1] or any(a.name == "keepdims" and not a.i for a in node.attribute):
+            continue
+        share = numpy_helper.from_array(
+            np.full((1, 1, shape[1]), 1 / shape[1], np.float32), f"{node.output[0]}_share"
+        )
+        graph.initializer.append(share)
+        node.CopyFrom(helper.make_node("MatMul", [share.name, node.input[0]], list(node.output), name=node.name))
+    return model
 
 
 def with_scales_added(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from distill_jobs.onnx_rewrites import with_scales_added, without_einsums
+from distill_jobs.onnx_rewrites import with_means_as_products, with_scales_added, without_einsums
 
 LENGTHS = {"b": 3, "r": 4, "k": 5, "c": 6}
 
@@ -93,3 +93,27 @@ def test_a_scale_after_a_normalisation_is_added(swapped: bool) -> None:
 def test_other_products_stay(kept: onnx.ModelProto) -> None:
     before = operators(kept)
     assert operators(with_scales_added(kept)) == before
+
+
+def of_mean(axis: int, keepdims: int = 1) -> onnx.ModelProto:
+    """The mean of what tokens say, with the exporter's notes of lengths."""
+    axes = numpy_helper.from_array(np.array([axis]), "axes")
+    nodes = [
+        helper.make_node("Neg", ["x"], ["y"]),
+        helper.make_node("ReduceMean", ["y", "axes"], ["z"], keepdims=keepdims),
+    ]
+    kept = [1 if i == axis else length for i, length in enumerate((2, 7, 5)) if keepdims or i != axis]
+    return onnx.shape_inference.infer_shapes(
+        model_of(helper.make_graph(nodes, "graph", [value("x", (2, 7, 5))], [value("z", kept)], [axes]))
+    )
+
+
+def test_a_mean_over_tokens_becomes_a_product() -> None:
+    model = with_means_as_products(of_mean(1))
+    assert operators(model) == ["Neg", "MatMul"]
+    np.testing.assert_allclose(run(model), run(of_mean(1)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("axis", "keepdims"), [(2, 1), (0, 1), (1, 0)])
+def test_other_means_stay(axis: int, keepdims: int) -> None:
+    assert operators(with_means_as_products(of_mean(axis, keepdims))) == ["Neg", "ReduceMean"]
