@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from rich.progress import Progress
 from typer.testing import CliRunner
 
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
+from distill_jobs.latent_sections import GlyphData
 from distill_jobs.loop import Trainer
 from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
@@ -19,6 +22,7 @@ from distill_jobs.state import Phase
 from distill_jobs.taken import pasts, take_phases, takeable
 from tests.support.tiny_recipe import OVERRIDES, weights_of
 
+ROOT = Path(__file__).parents[3]
 FIRST = ("teacher", "stage_one")
 
 
@@ -131,3 +135,19 @@ def test_variants_have_as_many_updates_as_the_chain_they_are_compared_with() -> 
 
     names = ["digits-consistency", "digits-lcm", "digits-lora", "digits-on-policy", "digits-two-networks"]
     assert {trained(name) for name in (*names, "digits-shared", "digits-separate", "digits-single")} == {6100}
+
+
+def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Path) -> None:
+    """It gives back discs of any colour on white, which it never saw."""
+    recipe, shipped = read_recipe("emoji"), RunFolder(ROOT / "distill_jobs" / "weights" / "emoji")
+    assert isinstance(recipe.data, GlyphData)
+    assert takeable(recipe, shipped).names == {"autoencoder"}
+    mine = RunFolder(tmp_path)
+    list(take_phases(recipe, shipped, mine))
+    vae = AutoencoderKL.from_pretrained(mine.autoencoder, use_safetensors=True).eval()
+    colours = 2 * torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)) - 1
+    across = torch.linspace(-1, 1, recipe.data.side_px)
+    discs = torch.where(across[:, None] ** 2 + across[None, :] ** 2 < 0.6, colours, torch.ones(()))
+    with torch.inference_mode():
+        back = vae.decode(vae.encode(discs).latent_dist.mean).sample
+    assert float((back - discs).abs().mean((1, 2, 3)).max()) < 0.05
