@@ -61,7 +61,7 @@ SMALL: dict[str, Any] = {
     "unet": UNET,
     "teacher": {
         **LEARNING,
-        "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4},
+        "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 4},
         "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
     },
     "stage_one": {**LEARNING, "max_relative_error": 10},
