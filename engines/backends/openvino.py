@@ -64,6 +64,8 @@ class OpenVinoBackend(OfGraph):
         self._spec = spec
         self._precision = precision
         self._kept = None if cache_dir is None else SealedFolder(cache_dir)
+        if precision == "bfloat16":
+            _tell_without_bfloat16()
         self._head: Any = None
         self._body: Any = None
         try:
@@ -156,6 +158,21 @@ def _config(threads: int, kept: SealedFolder | None) -> dict[str, Any]:
     if kept is not None:
         config["CACHE_DIR"] = str(kept.path)
     return config
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16; on others the plugin takes float32 instead and says nothing."""
+    return bool("BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+@cache
+def _tell_without_bfloat16() -> None:
+    """Once a process."""
+    if not has_bfloat16():
+        _log.warning(
+            "this CPU has no bfloat16: OpenVINO computes in float32 instead, slower than with --precision float32, "
+            "which compiles each batch size; leave the precision out"
+        )
 
 
 @cache

@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 
+from engines.backends import openvino
 from engines.backends.onnxruntime import OnnxRuntimeBackend
-from engines.backends.openvino import OpenVinoBackend
+from engines.backends.openvino import OpenVinoBackend, has_bfloat16
 from engines.manifest import CLEAN_ESTIMATE, COEFFICIENTS, GUIDANCE, TIMESTEP
 from tests.support.step_rows import random_rows, step_spec
 
-lowers = pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="OpenVINO computes in float32 on this CPU, which has no bfloat16",
-)
+lowers = pytest.mark.skipif(not has_bfloat16(), reason="OpenVINO computes in float32 on a CPU without bfloat16")
 ONLY_NETWORK = np.array([0, 1, 3e38, 0, 1, 0, 0, 0, 0], np.float32)
 NO_NETWORK = np.array([0.3, 0, 3e38, -1.7, 0.4, 0, 0.9, 0.6, 0.8], np.float32)
 
@@ -61,6 +58,20 @@ def test_w_as_a_bfloat16_number_would_be_seen(
     unsplit = OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", static=True)
     wrong = np.abs(unsplit.run(rows)[CLEAN_ESTIMATE] - exact.run(rows)[CLEAN_ESTIMATE]).mean()
     assert wrong > 4 * error(lowered, exact, 14.0, 999)
+
+
+@pytest.mark.parametrize(("has", "told"), [(False, 1), (True, 0)])
+def test_a_cpu_without_bfloat16_is_told_once(
+    has: bool, told: int, unet_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(openvino, "has_bfloat16", lambda: has)
+    openvino._tell_without_bfloat16.cache_clear()
+    for _ in range(2):
+        OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", static=True)
+    OpenVinoBackend(unet_file, step_spec(unet_file), static=True)
+    assert [record.getMessage().startswith("this CPU has no bfloat16") for record in caplog.records] == [
+        True
+    ] * told
 
 
 def test_latent_update_and_blend_stay_float32(lowered: OpenVinoBackend, exact: OnnxRuntimeBackend) -> None:
