@@ -17,7 +17,7 @@ from typing import IO, Any
 from numpy.typing import NDArray
 
 from engines.backends.base import EngineBackend, Rows
-from engines.manifest import TensorSpec
+from server.engine_around import EngineAround
 
 _NOTE = struct.Struct("=d")
 LIMIT_OF_MEDIAN = 6.0
@@ -55,33 +55,18 @@ def shared_page() -> IO[bytes]:
     return file
 
 
-class WatchedEngine:
+class WatchedEngine(EngineAround):
     """An engine whose every call is noted. ms: median by rows; floor_s: least time a call is given."""
 
     def __init__(self, engine: EngineBackend, ms: Mapping[int, float], watch: CallWatch, floor_s: float) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._ms = ms
         self._watch = watch
         self._floor_s = floor_s
 
-    @property
-    def name(self) -> str:
-        return self._engine.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.outputs
-
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         with self._watch.calling(self._limit_s(len(next(iter(rows.values()))))):
             return self._engine.run(rows)
-
-    def close(self) -> None:
-        self._engine.close()
 
     def _limit_s(self, rows: int) -> float:
         return max(self._floor_s, LIMIT_OF_MEDIAN * self._ms.get(rows, 0.0) / 1000)

@@ -8,31 +8,19 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engines.backends.base import EngineBackend, Rows
-from engines.manifest import TensorSpec
+from server.engine_around import EngineAround
 
 
-class CheckedEngine:
+class CheckedEngine(EngineAround):
     """An engine that is tried on an example whenever a call fails.
 
     example: inputs it could run when it was loaded; broken: called with the reason when it no longer can.
     """
 
     def __init__(self, engine: EngineBackend, example: Rows, broken: Callable[[Exception], None]) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._example = example
         self._broken = broken
-
-    @property
-    def name(self) -> str:
-        return self._engine.name
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.outputs
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         try:
@@ -40,9 +28,6 @@ class CheckedEngine:
         except Exception:  # whatever an engine raises; whose fault it was is the question
             self._check()
             raise
-
-    def close(self) -> None:
-        self._engine.close()
 
     def _check(self) -> None:
         try:

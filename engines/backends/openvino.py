@@ -170,8 +170,8 @@ def _tell_without_bfloat16() -> None:
     """Once a process."""
     if not has_bfloat16():
         _log.warning(
-            "this CPU has no bfloat16: OpenVINO computes in float32 instead, slower than with --precision float32, "
-            "which compiles each batch size; leave the precision out"
+            "this CPU has no bfloat16: OpenVINO computes in float32 instead, without a model for each batch size, "
+            "which float32 itself gets; ask for float32"
         )
 
 
