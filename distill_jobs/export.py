@@ -30,6 +30,7 @@ from distill_jobs.pipelines.surroundings import latent_surroundings
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report, RunReport
 from distill_jobs.run_folder import RunFolder
+from distill_jobs.sections import StoredWeights
 from distill_jobs.sizes import BundleSizes, Shape, halvings, sizes_of
 from distill_jobs.student import load_stock
 from distill_jobs.surroundings import TOKENIZER_FILE, Surroundings, digits_surroundings
@@ -146,13 +147,15 @@ def _write_graphs(
     sizes: BundleSizes,
     advance: Callable[[], None],
 ) -> dict[str, GraphSpec]:
-    graphs = write_surroundings(staging, sizes, around, advance)
+    weights = recipe.export.weights
+    graphs = write_surroundings(staging, sizes, around, advance, weights)
 
     def add(
         name: str, network: UNet2DConditionModel, plans: Sequence[SamplerPlan], guidance: GuidanceRange
     ) -> None:
         step = StepGraph(network, around.unpack)
-        graphs[name] = write_step(staging / f"{name}.onnx", step, plans, guidance, around, sizes, STEP_LIMIT)
+        file = staging / f"{name}.onnx"
+        graphs[name] = write_step(file, step, plans, guidance, around, sizes, STEP_LIMIT, weights)
         advance()
 
     for encoder in encoders(run.path, recipe):
@@ -175,20 +178,25 @@ def write_step(
     around: Surroundings,
     sizes: BundleSizes,
     limit: float,
+    weights: StoredWeights = "float32",
 ) -> GraphSpec:
-    """A step graph that serves these plans. limit: of absolute error."""
+    """A step graph that serves these plans. limit: of absolute error; weights: what its file keeps them in."""
 
     def rows_of(shape: Shape) -> list[Tensor]:
         return step_rows(step, plans, guidance, around.conditions, shape, around.scale)
 
     specs = step.inputs(*sizes.axes, tokens=around.conditions.shape[1]), step.outputs(*sizes.axes)
-    return write_at_sizes(step, rows_of, sizes, specs, file, limit)
+    return write_at_sizes(step, rows_of, sizes, specs, file, limit, weights)
 
 
 def write_surroundings(
-    staging: Path, sizes: BundleSizes, around: Surroundings, advance: Callable[[], None]
+    staging: Path,
+    sizes: BundleSizes,
+    around: Surroundings,
+    advance: Callable[[], None],
+    weights: StoredWeights = "float32",
 ) -> dict[str, GraphSpec]:
-    """The graphs around the steps, and the tokenizer's file."""
+    """The graphs around the steps, and the tokenizer's file. weights: what the files keep them in."""
     condition, decode, encode = around.condition, around.decode, around.encode
 
     def latents_of(shape: Shape) -> list[Tensor]:
@@ -199,14 +207,14 @@ def write_surroundings(
 
     closeness = CONDITION_LIMIT * float(around.conditions.abs().max())
     file, specs = staging / f"{CONDITION_GRAPH}.onnx", (condition.inputs(), condition.outputs())
-    graphs = {CONDITION_GRAPH: write_checked(condition, [around.tokens], *specs, file, closeness)}
+    graphs = {CONDITION_GRAPH: write_checked(condition, [around.tokens], *specs, file, closeness, weights=weights)}
     advance()
     for name, module, rows_of, limit in (
         (DECODE_GRAPH, decode, latents_of, DECODE_LIMIT),
         (ENCODE_GRAPH, encode, photos_of, around.encode_limit),
     ):
         specs = module.inputs(*sizes.axes), module.outputs(*sizes.axes)
-        graphs[name] = write_at_sizes(module, rows_of, sizes, specs, staging / f"{name}.onnx", limit)
+        graphs[name] = write_at_sizes(module, rows_of, sizes, specs, staging / f"{name}.onnx", limit, weights)
         advance()
     (staging / TOKENIZER_FILE).write_text(around.tokenizer, encoding="utf-8")
     return graphs

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.errors import JobError
+from distill_jobs.half_weights import keep_in_float16
 from distill_jobs.lowered import WatchedProducts
 from distill_jobs.onnx_rewrites import (
     with_means_as_products,
@@ -24,6 +25,7 @@ from distill_jobs.onnx_rewrites import (
     without_guards,
     without_notes,
 )
+from distill_jobs.sections import StoredWeights
 from engines.bundle import INLINE_LIMIT_BYTES
 from engines.manifest import FREE, Parity, TensorSpec
 
@@ -40,10 +42,12 @@ def write_graph(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     path: Path,
+    weights: StoredWeights = "float32",
 ) -> None:
     """Trace ``module`` with all that ``inputs`` leave free, the batch first of all, and write it to ``path``.
 
-    example: one tensor an input, batch at least 2 (a batch of 1 would be taken for a constant).
+    example: one tensor an input, batch at least 2 (a batch of 1 would be taken for a constant). weights: what the
+    file keeps them in; the arithmetic is float32. Raises: ExportError when a weight is too large for float16.
     """
     if any(len(tensor) < 2 for tensor in example):
         raise ValueError("trace with a batch of at least 2")
@@ -64,9 +68,14 @@ def write_graph(
             verbose=False,
         )
     assert program is not None
+    if weights == "float16":
+        try:
+            keep_in_float16(program.model.graph)
+        except OverflowError as error:
+            raise ExportError(f"{path.stem}: {error}; keep its weights in float32") from None
     tensors = [value.const_value for value in program.model.graph.initializers.values()]
-    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    if weights <= INLINE_LIMIT_BYTES:
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if size <= INLINE_LIMIT_BYTES:
         model = program.model_proto
     else:  # written from torch's own memory: the message would hold each weight a second time
         program.save(path, external_data=True)

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.graphs import StepGraph
+from distill_jobs.half_weights import ROUNDED_LIMIT
 from distill_jobs.lowered import lowered_parity
 from distill_jobs.onnx_export import check_parity, reference_outputs, write_graph
+from distill_jobs.sections import StoredWeights
 from distill_jobs.sizes import BundleSizes, Shape
 from engines.guidance import weight_from_scale
 from engines.manifest import (
@@ -127,18 +129,25 @@ def write_checked(
     limit: float,
     batches: tuple[int, ...] = PARITY_BATCHES,
     traced: list[Tensor] | None = None,
+    weights: StoredWeights = "float32",
 ) -> GraphSpec:
     """One graph on disk and its description.
 
     rows: at least sum(batches); limit: of absolute error; traced: what to trace it with, at least two rows, the
-    first of ``rows`` unless given.
+    first of ``rows`` unless given. weights: what the file keeps them in; the error found is then that of rounding
+    them, too, and its limit ROUNDED_LIMIT of the largest output where that is more.
     """
     rows = [tensor[: sum(batches)] for tensor in rows]
     expected = reference_outputs(module, rows, path.stem)
-    write_graph(module, [tensor[:2] for tensor in traced or rows], inputs, outputs, path)
-    parity = check_parity(expected, path, rows, batches, limit)
+    write_graph(module, [tensor[:2] for tensor in traced or rows], inputs, outputs, path, weights)
+    parity = check_parity(expected, path, rows, batches, _limit(limit, expected, weights))
     lowered = _in_fewer_bits(module, rows, expected)
     return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
+
+
+def _limit(limit: float, expected: Sequence[NDArray[np.float64]], weights: StoredWeights) -> float:
+    largest = max(float(np.abs(output).max()) for output in expected)
+    return max(limit, ROUNDED_LIMIT * largest) if weights == "float16" else limit
 
 
 def _in_fewer_bits(
@@ -155,15 +164,17 @@ def write_at_sizes(
     specs: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
     path: Path,
     limit: float,
+    weights: StoredWeights = "float32",
 ) -> GraphSpec:
     """One graph of all sizes on disk, proved at each.
 
-    rows_of: its rows for latents (C, h, w), as many as ``write_checked`` wants. specs: inputs and outputs.
+    rows_of: its rows for latents (C, h, w), as many as ``write_checked`` wants. specs: inputs and outputs; weights:
+    as there.
     """
     traced = None if sizes.traced is None else rows_of(sizes.traced)
     first, *others = sizes.sizes
     batches = parity_batches(first.latent_height, first.latent_width)
-    spec = write_checked(module, rows_of(sizes.shape(first)), *specs, path, limit, batches, traced)
+    spec = write_checked(module, rows_of(sizes.shape(first)), *specs, path, limit, batches, traced, weights)
     if not others:
         return spec
     found, lowered = {str(first): spec.parity}, [spec.lowered]
@@ -171,7 +182,7 @@ def write_at_sizes(
         batches = parity_batches(size.latent_height, size.latent_width)
         rows = [tensor[: sum(batches)] for tensor in rows_of(sizes.shape(size))]
         expected = reference_outputs(module, rows, path.stem)
-        found[str(size)] = check_parity(expected, path, rows, batches, limit)
+        found[str(size)] = check_parity(expected, path, rows, batches, _limit(limit, expected, weights))
         lowered.append(_in_fewer_bits(module, rows, expected))
     return spec.model_copy(
         update={

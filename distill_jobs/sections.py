@@ -7,6 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+StoredWeights = Literal["float32", "float16"]
+"""What a bundle's files keep weights in."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -254,7 +257,8 @@ class EvaluationSection(Section):
 class ExportSection(Section):
     """students: the step counts that go into the bundle; upscale: integer nearest-neighbour factor of decode.
 
-    prompts: of a latent model, examples to show people; empty for those of any text model.
+    prompts: of a latent model, examples to show people; empty for those of any text model. weights: what the
+    bundle keeps them in; float16 is half its size, and every engine computes in what it would anyway.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -263,3 +267,4 @@ class ExportSection(Section):
     default_steps: int = 4
     upscale: int = Field(8, ge=1)
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    weights: StoredWeights = "float32"

@@ -17,8 +17,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from engines.errors import BackendError
 from engines.manifest import GRID, GUIDANCE, TIME_IDS, TIMESTEP
@@ -46,7 +48,7 @@ def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays], folder: Pa
     import nncf  # noqa: PLC0415 - heavy, and optional
     from nncf.onnx.quantization.backend_parameters import BackendParameters  # noqa: PLC0415
 
-    named = _named(model)
+    named = _named(_in_float32(model, folder))
     lowered = body_products(named)
     if not lowered:
         raise BackendError("this graph has no product between its first and its last: nothing to lower to int8")
@@ -96,6 +98,21 @@ def _before_a_product(model: onnx.ModelProto, products: set[str]) -> set[str]:
         if node.name in products or ahead & set(node.output):
             ahead |= set(node.input)
     return ahead
+
+
+def _in_float32(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """A copy whose weights are float32, not kept in 16 bits and cast: NNCF finds none behind a cast."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    stored = {tensor.name: tensor for tensor in copy.graph.initializer}
+    for node in [node for node in copy.graph.node if node.op_type == "Cast" and node.input[0] in stored]:
+        tensor = stored[node.input[0]]
+        if tensor.data_type == onnx.TensorProto.FLOAT16:
+            values = numpy_helper.to_array(tensor, str(folder)).astype(np.float32)
+            copy.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+            copy.graph.initializer.remove(tensor)
+            copy.graph.node.remove(node)
+    return copy
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:
