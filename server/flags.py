@@ -9,7 +9,7 @@ import typer
 from pydantic import ValidationError
 
 from server.errors import StartError
-from server.settings import Settings
+from server.settings import DEFAULT_NAME, Settings
 
 
 def _first_sentence(description: str) -> str:
@@ -22,7 +22,7 @@ def _option(field: str, *flags: str) -> Any:
     info = Settings.model_fields[field]
     default = info.default
     if field == "bundles":
-        default = "server/bundles/default"
+        default = DEFAULT_NAME
     # In brackets the name would be markup.
     text = f"{_first_sentence(info.description or '')} (env HALFSTEP_{field.upper()})"
     return typer.Option(*flags, help=text, show_default=str(default))

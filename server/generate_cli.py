@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from engines.errors import HalfstepError
-from server.settings import DEFAULT_BUNDLE
+from server.settings import DEFAULT_BUNDLE, DEFAULT_NAME
 from server.wish import FORMATS, GenerateError, Wish
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -21,7 +21,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="File to write: .pn
 Url = Annotated[str | None, typer.Option("--url", help="A running server; else the model runs in this process.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", help="Key of that server.")]
 Bundle = Annotated[
-    Path, typer.Option("--bundle", help="Folder of the model to run here.", show_default="server/bundles/default")
+    Path, typer.Option("--bundle", help="Folder of the model to run here.", show_default=DEFAULT_NAME)
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Model of that server.")]
 Images = Annotated[int, typer.Option("-n", help="Images, each with its own seed.", min=1, max=10)]

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from pydantic import SecretStr
 
-from server.settings import DEFAULT_BUNDLE, Settings
+from server.settings import DEFAULT_BUNDLE, DEFAULT_NAME, Settings
 
 SECTIONS = {
     "bundles": "Models and engines",
@@ -89,7 +89,7 @@ def _limits(kind: dict[str, Any]) -> Iterator[str]:
 def _default(name: str) -> str:
     default = Settings.model_fields[name].default
     if default == (DEFAULT_BUNDLE,):
-        return "`server/bundles/default`"
+        return f"`{DEFAULT_NAME}`"
     if isinstance(default, SecretStr):
         default = default.get_secret_value()
     if default is None:

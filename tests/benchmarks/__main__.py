@@ -21,7 +21,7 @@ from tests.benchmarks.page_parts import RANDOM, SHARED
 from tests.benchmarks.results import Results
 
 ROOT = Path(__file__).parents[2]
-DIGITS = Path("server/bundles/default")
+DIGITS = Path("server/bundles/digits")
 ROUNDS = 5
 
 _err = Console(stderr=True)

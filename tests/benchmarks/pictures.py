@@ -19,6 +19,7 @@ import numpy as np
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
+from server.settings import DEFAULT_NAME
 from tests.support.serving import serving
 
 COLUMNS = 10
@@ -116,7 +117,7 @@ def _lower_half(size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def main(bundle: Path = Path("server/bundles/default"), out: Path = Path("docs/images")) -> None:
+def main(bundle: Path = Path(DEFAULT_NAME), out: Path = Path("docs/images")) -> None:
     """Write MODEL-steps.png, MODEL-guidance.png and MODEL-edits.png."""
     out.mkdir(parents=True, exist_ok=True)
     with (

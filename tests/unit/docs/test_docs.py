@@ -30,7 +30,7 @@ from engines.schedule import NoiseSchedule
 from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
-from server.settings import Settings
+from server.settings import DEFAULT_NAME, Settings
 from server.settings_page import settings_page
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
 from tests.unit.docs.pages import APPS, ROOT, click_commands, options, page, table_rows
@@ -63,7 +63,7 @@ def test_the_reference_says_what_a_value_may_be_and_is() -> None:
         "port": ("`--port` of serve, api", "integer, ≥ 0, ≤ 65535", "8000"),
         "lease_s": ("", "seconds, > 3", "30.0"),
         "allow_anonymous": ("", "`true`, `false`", "false"),
-        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", "server/bundles/default"),
+        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", DEFAULT_NAME),
         "secret": ("", "text", "empty"),
         "metrics_port": ("`--metrics-port` of api, worker", "integer, ≥ 0, ≤ 65535", "none"),
     }
@@ -188,7 +188,7 @@ def test_the_diffusers_snippet_draws_what_our_sampler_draws(tmp_path: Path) -> N
 
 
 def test_the_model_card_holds_the_embedded_bundles_quality_table() -> None:
-    manifest = verify_bundle(ROOT / "server" / "bundles" / "default").manifest
+    manifest = verify_bundle(ROOT / "server" / "bundles" / "digits").manifest
     card = page("model-card-digits.md")
     for row in manifest.evaluation.rows:
         distance = row.metrics["frechet_distance"]

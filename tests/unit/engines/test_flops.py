@@ -16,12 +16,13 @@ from engines.bundle import verify_bundle
 from engines.ceiling import matmul_ceiling
 from engines.errors import BackendError
 from engines.flops import product_flops
-from server.settings import DEFAULT_BUNDLE
+
+DIGITS = Path(__file__).parents[3] / "server" / "bundles" / "digits"
 
 
 def test_a_networks_products_are_those_torch_counts() -> None:
-    """Of the embedded model, whose recipe has its network's arguments."""
-    bundle = verify_bundle(DEFAULT_BUNDLE)
+    """Of the digits, whose recipe has its network's arguments."""
+    bundle = verify_bundle(DIGITS)
     config = yaml.safe_load(bundle.manifest.recipe.text)["unet"]
     size, told = bundle.manifest.sizes[0], bundle.manifest.condition
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -41,8 +41,8 @@ def lowered(toy: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def digits() -> Bundle:
-    """The embedded bundle: step graphs of a small stock UNet."""
-    return verify_bundle(ROOT / "server" / "bundles" / "default")
+    """The bundle of digits: step graphs of a small stock UNet."""
+    return verify_bundle(ROOT / "server" / "bundles" / "digits")
 
 
 def test_first_last_and_embedding_products_stay_float(digits: Bundle) -> None:
