@@ -115,7 +115,10 @@ class _Making:
             return PromptedNetwork(new_teacher(recipe.unet, recipe.seed), encoder)
 
         def go_on() -> PromptedNetwork:
-            encoder, unet = CLIPTextModel.from_pretrained(first / "text_encoder"), load_stock(first)
+            encoder, unet = (
+                CLIPTextModel.from_pretrained(first / "text_encoder", dtype=torch.float32),
+                load_stock(first),
+            )
             unet.register_to_config(_name_or_path="")
             return PromptedNetwork(unet, encoder)
 
