@@ -10,19 +10,22 @@ from distill_jobs.contenders import STAGE_ONE, TEACHER
 from distill_jobs.gates import AGREEMENT_SLACK
 from engines.manifest import EvaluationRow
 
+AGREEMENTS = ("class_agreement", "text_agreement")
+
 
 class Candidate(BaseModel):
     """One student at one step count.
 
-    paired_distance: to the teacher, mean over its guidance scales. agreement_lead: smallest lead of its class
-    agreement over the teacher's. refused: why it cannot be chosen, empty if it can.
+    paired_distance: to the teacher, mean over its guidance scales. agreement_lead: smallest lead of its agreement,
+    with the class or the text, over the teacher's; None where neither was measured. refused: why it cannot be
+    chosen, empty if it can.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     paired_distance: float
-    agreement_lead: float
+    agreement_lead: float | None
     refused: str = ""
 
 
@@ -83,13 +86,12 @@ def _candidate(
     model: str, own: list[EvaluationRow], scales: set[float], teacher: dict[float, EvaluationRow]
 ) -> Candidate:
     distances = [row.metrics["paired_distance"].mean for row in own]
-    lead = min(_agreement(row) - _agreement(teacher[row.guidance_scale]) for row in own)
-    refused = "obeys less than the teacher" if lead < -AGREEMENT_SLACK else ""
+    pairs = [(row.metrics, teacher[row.guidance_scale].metrics) for row in own]
+    measured = [name for name in AGREEMENTS if all(name in mine and name in its for mine, its in pairs)]
+    leads = [mine[name].mean - its[name].mean for name in measured[:1] for mine, its in pairs]
+    lead = min(leads, default=None)
+    refused = "obeys less than the teacher" if lead is not None and lead < -AGREEMENT_SLACK else ""
     if missing := scales - {row.guidance_scale for row in own}:
         refused = f"does not run at guidance {', '.join(f'{scale:g}' for scale in sorted(missing))}"
     mean = sum(distances) / len(distances)
     return Candidate(model=model, paired_distance=mean, agreement_lead=lead, refused=refused)
-
-
-def _agreement(row: EvaluationRow) -> float:
-    return row.metrics["class_agreement"].mean

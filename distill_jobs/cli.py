@@ -71,13 +71,13 @@ def evaluate(
     ] = None,
     lenders: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="RUN", help="Take equal cells of this run, e.g. its teacher's rows."),
+        typer.Option("--from", metavar="RUN", help="Take what equal networks drew in this run, e.g. its teacher."),
     ] = None,
 ) -> None:
     """Measure a trained run: distances, class agreement and diversity, teacher's rows included.
 
     Writes report.json, report.md, and the curves/*.png and sheets/*.png that its data have, into the run folder.
-    Interrupted, an evaluation of digits goes on where it stopped.
+    Interrupted, it goes on where it stopped.
     """
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once

@@ -69,13 +69,13 @@ def evaluate(run_dir: Path, compiled: bool | None, lenders: Sequence[Path]) -> N
         told = "".join(f" --from {lender}" for lender in lenders)
         command = f"python -m distill_jobs evaluate {run_dir}{told}"
         latent = isinstance(recipe.teacher, LatentTeacher)
-        if latent and (lenders or compiled):
-            raise RecipeError("--from and --compile are for digits; a latent run measures all of its rows")
+        if latent and compiled:
+            raise RecipeError("--compile is for digits; networks of a latent run are evaluated as they are")
         use = shutil.which("c++") is not None if compiled is None else compiled
         report: RunReport
         with RunFolder(run_dir).locked():
             if latent:
-                report = evaluate_latent_run(run_dir, recipe, progress=progress, command=command)
+                report = evaluate_latent_run(run_dir, recipe, progress=progress, command=command, lenders=lenders)
             else:
                 report = evaluate_run(
                     run_dir, recipe, progress=progress, command=command, compiled=use, lenders=lenders

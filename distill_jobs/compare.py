@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from distill_jobs.classifier import CLASSIFIER
 from distill_jobs.contenders import STAGE_ONE, STUDENT, TEACHER
 from distill_jobs.curves import picture_links, write_comparison_curves
 from distill_jobs.errors import JobError
+from distill_jobs.glyph_encoder import WEIGHTS
 from distill_jobs.latent_sections import LatentTeacher
+from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import JSON_NAME, Report
+from distill_jobs.report import JSON_NAME, Report, RunReport
 from distill_jobs.run_folder import RunFolder, stored_recipe
-from distill_jobs.tables import choice_table, legend, quality_table
+from distill_jobs.tables import choice_table, quality_table
+from distill_jobs.task_tables import task_lines
 from engines.manifest import EvaluationRow
 
 COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
@@ -31,24 +34,21 @@ class EvaluatedRun:
     name: str
     path: Path
     recipe: Recipe
-    report: Report
+    report: RunReport
 
     @classmethod
     def read(cls, argument: str) -> EvaluatedRun:
         """From ``DIR`` or ``NAME=DIR``; the name is the folder's where none is given.
 
-        Raises: JobError when the folder holds no run on digits, or it is not evaluated as its recipe says.
+        Raises: JobError when the folder holds no run, or it is not evaluated as its recipe says.
         """
         name, named, folder = argument.rpartition("=")
         path = Path(folder)
         recipe = stored_recipe(RunFolder(path))
         if not (path / JSON_NAME).is_file():
             raise JobError(f"{path} is not evaluated yet; run: python -m distill_jobs evaluate {path}")
-        if isinstance(recipe.teacher, LatentTeacher):
-            raise JobError(
-                f"{path} is of latents; compare is for runs on digits. Its own tables: {path / 'report.md'}"
-            )
-        report = Report.read(path)
+        kind: type[RunReport] = LatentReport if isinstance(recipe.teacher, LatentTeacher) else Report
+        report = kind.read(path)
         if f"{TEACHER}-{recipe.evaluation.teacher_steps}" not in report.weights:
             again = f"python -m distill_jobs evaluate {path}"
             raise JobError(f"{path} was evaluated before its evaluation.teacher_steps changed; run again: {again}")
@@ -57,7 +57,7 @@ class EvaluatedRun:
     def conditions(self) -> dict[str, object]:
         """What must be equal for the rows of two runs to stand in one table."""
         settings, evaluation = self.recipe.evaluation, self.report.evaluation
-        classifier = self.path / CLASSIFIER
+        judges = (self.path / CLASSIFIER, RunFolder(self.path).glyph_encoder / WEIGHTS)
         return {
             "data": self.recipe.data,
             "teacher's weights": self.report.weights[f"{TEACHER}-{settings.teacher_steps}"],
@@ -67,13 +67,13 @@ class EvaluatedRun:
             "evaluation.samples": evaluation.samples,
             "evaluation.seeds": evaluation.seeds,
             "measure": evaluation.metric,
-            "classifier": classifier.read_bytes() if classifier.is_file() else None,
+            "classifier": [judge.read_bytes() for judge in judges if judge.is_file()],
             "measures": sorted(evaluation.rows[0].metrics),
         }
 
 
 class Comparison(BaseModel):
-    """What ``compare`` writes for programs. rows: the teacher's once, then each run's."""
+    """What ``compare`` writes for programs. rows, and those of tasks: the teacher's once, then each run's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,6 +84,7 @@ class Comparison(BaseModel):
     seeds: tuple[int, ...]
     rows: tuple[EvaluationRow, ...]
     choices: tuple[Choice, ...]
+    tasks: dict[str, tuple[EvaluationRow, ...]] = {}
 
 
 def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") -> Comparison:
@@ -93,8 +94,8 @@ def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") 
     """
     _check(runs)
     first, steps = runs[0], runs[0].recipe.evaluation.teacher_steps
-    rows = (*_teacher_rows(runs), *(row for run in runs for row in _own_rows(run)))
-    evaluation = first.report.evaluation
+    evaluation, rows = first.report.evaluation, _joined({run.name: run.report.evaluation.rows for run in runs})
+    tasks = list(dict.fromkeys(name for run in runs for name in run.report.tasks))
     comparison = Comparison(
         command=command,
         runs={run.name: run.report.recipe_sha256 for run in runs},
@@ -103,11 +104,12 @@ def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") 
         seeds=evaluation.seeds,
         rows=rows,
         choices=choices(rows, steps),
+        tasks={task: _joined({run.name: run.report.tasks.get(task, ()) for run in runs}) for task in tasks},
     )
     out.mkdir(parents=True, exist_ok=True)
     write_comparison_curves(out, rows, steps)
     write_text(out / COMPARISON_JSON, comparison.model_dump_json(indent=1) + "\n")
-    write_text(out / COMPARISON_MARKDOWN, _markdown(comparison, first.report.classifier_accuracy))
+    write_text(out / COMPARISON_MARKDOWN, _markdown(comparison, first.report.legend()))
     return comparison
 
 
@@ -127,40 +129,39 @@ def _check(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def _difference(what: str, here: object, there: object) -> str:
-    shown = not isinstance(here, bytes) and what != "teacher's weights"
+    shown = what not in ("classifier", "teacher's weights")
     return f"{what} differ: {here} and {there}" if shown else f"they differ in the {what}"
 
 
-def _teacher_rows(runs: Sequence[EvaluatedRun]) -> list[EvaluationRow]:
-    """Every row of the teacher that any run has, once."""
-    found: dict[tuple[str, int, float], EvaluationRow] = {}
-    for run in runs:
-        for row in run.report.evaluation.rows:
+def _joined(tables: Mapping[str, Sequence[EvaluationRow]]) -> tuple[EvaluationRow, ...]:
+    """The table of several runs: every row of the teacher that any has, once, then the runs' own under their names.
+
+    Plain students bear their run's name alone, others keep theirs behind it.
+    """
+    of_teacher: dict[tuple[str, int, float], EvaluationRow] = {}
+    own = []
+    for name, rows in tables.items():
+        for row in rows:
             if row.model.partition(",")[0] == TEACHER:
-                found.setdefault((row.model, row.steps, row.guidance_scale), row)
-    return list(found.values())
+                of_teacher.setdefault((row.model, row.steps, row.guidance_scale), row)
+            elif is_student(row):
+                model = name if row.model == STUDENT else f"{name}, {row.model}"
+                own.append(row.model_copy(update={"model": model}))
+    return (*of_teacher.values(), *own)
 
 
-def _own_rows(run: EvaluatedRun) -> Iterator[EvaluationRow]:
-    """The run's rows under its name: plain students bear it alone, others keep theirs behind it."""
-    for row in run.report.evaluation.rows:
-        if is_student(row):
-            model = run.name if row.model == STUDENT else f"{run.name}, {row.model}"
-            yield row.model_copy(update={"model": model})
-
-
-def _markdown(comparison: Comparison, classifier_accuracy: float) -> str:
+def _markdown(comparison: Comparison, legend: Sequence[str]) -> str:
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
     head = [
         f"# {', '.join(comparison.runs)}",
         "",
-        f"{comparison.samples} samples a row and seed (seeds {seeds}); teacher, initial noise and classes are "
-        "the same in all runs. Figures are means over seeds ± spread (largest - smallest).",
+        f"{comparison.samples} samples a row and seed (seeds {seeds}); teacher, initial noise and prompts "
+        "are the same in all runs. Figures are means over seeds ± spread (largest - smallest).",
         "",
-        *legend(comparison.metric, classifier_accuracy),
+        *legend,
     ]
     if comparison.command:
         head += ["", f"Command: `{comparison.command}`"]
-    tables = (choice_table(comparison.choices), quality_table(comparison.rows))
+    tables = (choice_table(comparison.choices), quality_table(comparison.rows), task_lines(comparison.tasks))
     pictures = picture_links(comparison.rows)
     return "\n".join([*head, *(line for table in tables for line in ("", *table)), "", *pictures, ""])

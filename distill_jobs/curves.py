@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from distill_jobs.charts import Line, Panel, draw_panels
-from distill_jobs.choices import is_student, titled
+from distill_jobs.choices import AGREEMENTS, is_student, titled
 from distill_jobs.contenders import TEACHER
 from engines.manifest import EvaluationRow
 
@@ -19,7 +19,6 @@ OVER_GUIDANCE = {
     "coverage": "coverage",
     "paired_distance": "distance to the teacher",
 }
-AGREEMENTS = ("class_agreement", "text_agreement")
 TRADE_OFF = "trade_off"
 _Curves = dict[str, list[EvaluationRow]]
 _Panels = dict[str, _Curves]

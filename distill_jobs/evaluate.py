@@ -18,11 +18,10 @@ from distill_jobs.features import feature_space
 from distill_jobs.gates import gates
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import Report, Timing
+from distill_jobs.run_folder import RunFolder
 from distill_jobs.sheets import write_sheets
 from distill_jobs.tasks import measure_tasks, task_gates, weights_of
 from engines.manifest import Evaluation, EvaluationRow
-
-CELLS = "evaluation"
 
 
 def evaluate_run(
@@ -72,13 +71,13 @@ def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits
     classifier = classifier_of(run_dir, digits, lenders)
     space = feature_space(recipe.evaluation, classifier)
     return Judge(
-        folder=run_dir / CELLS,
+        folder=RunFolder(run_dir).evaluation,
         recipe=recipe,
         classifier=classifier,
         space=space,
         real=space.of(digits.images),
         reference=reference,
-        lenders=tuple(lender / CELLS for lender in lenders),
+        lenders=tuple(RunFolder(lender).evaluation for lender in lenders),
     )
 
 

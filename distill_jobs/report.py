@@ -95,6 +95,10 @@ class RunReport(_Frozen):
     def quality(self) -> str:
         """The table of quality alone, in Markdown."""
 
+    @abstractmethod
+    def legend(self) -> list[str]:
+        """What the columns of that table are, in Markdown."""
+
 
 class Report(RunReport):
     """Of a run on digits.
@@ -118,7 +122,7 @@ class Report(RunReport):
             "classes are the same for all models of a seed. Figures are means over seeds ± spread (largest - "
             "smallest).",
             "",
-            *legend(evaluation.metric, self.classifier_accuracy),
+            *self.legend(),
             "",
             f"Machine: {told.processor}, {told.cores} cores, {told.memory_gib:g} GiB; "
             f"{told.system}. {', '.join(f'{n} {v}' for n, v in self.versions.items())}. "
@@ -136,6 +140,9 @@ class Report(RunReport):
         return "\n".join(
             [*lines, *(line for table in tables for line in ("", *table)), "", *picture_links(evaluation.rows), ""]
         )
+
+    def legend(self) -> list[str]:
+        return legend(self.evaluation.metric, self.classifier_accuracy)
 
     def quality(self) -> str:
         return "\n".join(quality_table(self.evaluation.rows)[2:])

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "first_round"
 
     @property
+    def evaluation(self) -> Path:
+        """What an evaluation drew and measured, cell by cell."""
+        return self.path / "evaluation"
+
+    @property
     def glyph_encoder(self) -> Path:
         """The image encoder of the glyph table."""
         return self.path / "glyph_encoder"

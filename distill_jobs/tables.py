@@ -62,16 +62,17 @@ def choice_table(choices: Sequence[Choice]) -> list[str]:
     lines = [
         "## Which student for which step count",
         "",
-        "The smallest distance to the teacher, mean over guidance, among students that run at every guidance and "
-        f"obey the prompt as the teacher does, to {AGREEMENT_SLACK:g}.",
+        "The smallest distance to the teacher, mean over guidance, among students that run at every guidance and, "
+        f"where agreement was measured, obey the prompt as the teacher does, to {AGREEMENT_SLACK:g}.",
         "",
-        "| steps | student | distance to the teacher | worst class agreement - teacher's | |",
+        "| steps | student | distance to the teacher | worst agreement - teacher's | |",
         "|---:|---|---:|---:|---|",
     ]
     for choice in choices:
         for candidate in choice.candidates:
             verdict = "**best**" if candidate.model == choice.best else candidate.refused
-            figures = f"{candidate.paired_distance:.4f} | {candidate.agreement_lead:+.3f}"
+            lead = "–" if candidate.agreement_lead is None else f"{candidate.agreement_lead:+.3f}"
+            figures = f"{candidate.paired_distance:.4f} | {lead}"
             lines.append(f"| {choice.steps} | {candidate.model} | {figures} | {verdict} |")
     return lines
 

@@ -73,7 +73,7 @@ def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> It
     for theirs, mine in found.phases:
         if not mine.stands(destination):
             for there, here in zip(theirs.results, mine.results, strict=True):
-                _copy(source.path / there, destination.path / here)
+                copy_phase(source.path / there, destination.path / here)
             yield f"{mine.name}: taken from {source.path}"
     for name, reason in found.refused:
         yield f"{name}: not taken from {source.path}: {reason}"
@@ -144,7 +144,8 @@ def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], 
         yield Past(f"{prefix}{steps}", (f"{at}{steps}",), f"{at}{steps}/phase.json", {**fields, key: own})
 
 
-def _copy(source: Path, destination: Path) -> None:
+def copy_phase(source: Path, destination: Path) -> None:
+    """A file or folder that a phase left, in one move; nothing where there is none. Raises: StorageError."""
     if source.is_dir():
 
         def fill(staging: Path) -> None:

@@ -52,10 +52,9 @@ def measure_decoders(
     given_back = {d: compared(decoded(d, known[1], sampler.device), known[0])[PSNR] for d in (full, tiny)}
     students = [c for c in everyone if c.exported and c.steps == recipe.export.default_steps]
     for contender in (everyone[0], *students[:1]):
-        unet = contender.load().to(sampler.device)
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
-            latents = sampler.draw(contender, unet, default, seed)
+            latents = sampler.draw(contender, default, seed)
             wanted = decoded(full, latents, sampler.device)
             for title, decoder in ((contender.title, full), (WITH_TINY.format(contender.title), tiny)):
                 pictures = wanted if decoder is full else decoded(decoder, latents, sampler.device)

@@ -14,52 +14,67 @@ from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError
 from distill_jobs.inpainting import blend
 from distill_jobs.inversion import SCALE_OFF, walk
+from distill_jobs.pipelines.kept import KeptDraws, Networks, fingerprint_of
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import SEED_STRIDE, Network
 from engines.sampler import encoder_plan
 from engines.schedule import NoiseSchedule
+
+ASKED_CHARS = 12
+"""Of the hash of what is asked: the folder of its latents."""
 
 
 @dataclass(frozen=True)
 class LatentSampler:
     """What all networks of a run are asked with.
 
-    prompts: n conditions, one a row of what is drawn; null: the empty one, one row; blank: (1, K, h, w) what
-    networks for inpainting see of an image that is hidden as a whole, None for others.
+    networks: on the device; kept: what was drawn before. prompts: n conditions, one a row of what is drawn; null:
+    the empty one, one row; blank: (1, K, h, w) what networks for inpainting see of an image that is hidden as a
+    whole, None for others.
     """
 
     recipe: Recipe
-    device: torch.device
+    networks: Networks
+    kept: KeptDraws
     prompts: Condition
     null: Condition
     blank: Tensor | None
 
-    def draw(
-        self, contender: Contender, unet: UNet2DConditionModel, scale: float, seed: int, seen: Tensor | None = None
-    ) -> Tensor:
-        """(n, C, h, w) latents. unet: on the device; seen: (n, K, h, w) in place of ``blank``.
+    @property
+    def device(self) -> torch.device:
+        return self.networks.device
 
-        Raises: JobError when they are not finite.
-        """
-        unseeing = self._network(contender, unet, scale, self.blank) if seen is None else None
+    def draw(self, contender: Contender, scale: float, seed: int) -> Tensor:
+        """(n, C, h, w) latents, drawn once. Raises: JobError when they are not finite; StorageError."""
+        recipe, told = self.recipe, (self.prompts, self.null)
+        tensors = [part for each in told for part in (each.tokens, each.pooled, each.time_ids)]
+        asked = fingerprint_of([], [*tensors, self.blank])
+        key = f"{asked[:ASKED_CHARS]}/{contender.key}-g{scale:g}-s{seed}"
+        weights, schedule = self.networks.sha256(contender), recipe.schedule.model_dump(mode="json")
+        fingerprint = fingerprint_of([asked, contender.key, weights, scale, seed, schedule, recipe.clip], [])
+
+        def drawn() -> Tensor:
+            network = self._network(contender, self.networks.of(contender), scale, self.blank)
+            return self._batched(
+                contender, seed, lambda rows, seeds: contender.draw(network, recipe, self.prompts[rows], seeds)
+            )
+
+        return self.kept.latents(key, fingerprint, drawn)
+
+    def paint(self, contender: Contender, scale: float, seed: int, seen: Tensor) -> Tensor:
+        """(n, C, h, w) latents of a network that sees (n, K, h, w) of an image behind a mask. Raises: JobError."""
+        unet = self.networks.of(contender)
 
         def drawn(rows: slice, seeds: Sequence[int]) -> Tensor:
-            network = unseeing or self._network(contender, unet, scale, None if seen is None else seen[rows])
+            network = self._network(contender, unet, scale, seen[rows])
             return contender.draw(network, self.recipe, self.prompts[rows], seeds)
 
         return self._batched(contender, seed, drawn)
 
-    def blend(
-        self,
-        contender: Contender,
-        unet: UNet2DConditionModel,
-        scale: float,
-        seed: int,
-        known: Tensor,
-        masks: Tensor,
-    ) -> Tensor:
+    def blend(self, contender: Contender, scale: float, seed: int, known: Tensor, masks: Tensor) -> Tensor:
         """(n, C, h, w) latents; known: (n, C, h, w) is blended in at every step where masks: (n, 1, h, w) are 0."""
-        network, plan = self._network(contender, unet, scale, self.blank), contender.plan(self.recipe)
+        network = self._network(contender, self.networks.of(contender), scale, self.blank)
+        plan = contender.plan(self.recipe)
 
         def drawn(rows: slice, seeds: Sequence[int]) -> Tensor:
             return blend(network, plan, self.recipe, self.prompts[rows], seeds, known[rows], masks[rows])

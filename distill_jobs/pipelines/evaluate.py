@@ -26,7 +26,7 @@ from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.encoders import Encoders
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.glyph_table import glyph_judge, glyph_table
-from distill_jobs.pipelines.glyphs import GLYPHS, glyph_gates
+from distill_jobs.pipelines.glyphs import GLYPHS, GlyphJudge, glyph_gates
 from distill_jobs.pipelines.inpainting import (
     INSIDE,
     LATENT_INPAINTING,
@@ -35,6 +35,7 @@ from distill_jobs.pipelines.inpainting import (
     measure_latent_inpainting,
 )
 from distill_jobs.pipelines.inversion import LATENT_INVERSION, measure_latent_inversion
+from distill_jobs.pipelines.kept import KeptDraws, Networks
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.pictures import PictureJudge
 from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
@@ -50,27 +51,37 @@ from engines.manifest import Evaluation, EvaluationRow
 METRIC = "none: latents are compared with the teacher's, at equal noise"
 
 
-def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, command: str = "") -> LatentReport:
+def evaluate_latent_run(
+    run_dir: Path, recipe: Recipe, *, progress: Progress, command: str = "", lenders: Sequence[Path] = ()
+) -> LatentReport:
     """Measure a finished run, write report.json and report.md into it.
 
-    Prompts are captions of the data; a device other than the CPU is used where there is one. Networks that see
-    masks draw whole images for the table of quality, and have a table of inpainting.
+    Prompts are captions of the data, or those of the glyph table where there is one; a device other than the CPU is
+    used where there is one. Networks that see masks draw whole images for the table of quality, and have a table of
+    inpainting. What is drawn is kept: an interrupted evaluation goes on. lenders: other run folders, from which
+    latents of equal networks, prompts and seeds are taken.
     Raises: JobError when a network is missing or gives no numbers; DataError.
     """
-    started, everyone = time.monotonic(), contenders(run_dir, recipe)
-    processes, teacher = Processes(ComputeSection(), run_dir), open_folder(RunFolder(run_dir).teacher)
-    source = open_source(recipe, teacher, processes, progress)
-    sampler = LatentSampler(
+    started, everyone, folder = time.monotonic(), contenders(run_dir, recipe), RunFolder(run_dir)
+    processes, teacher = Processes(ComputeSection(), run_dir), open_folder(folder.teacher)
+    source, encoders = open_source(recipe, teacher, processes, progress), Encoders.load(teacher, processes.device)
+    captioned = LatentSampler(
         recipe,
-        processes.device,
+        Networks(processes.device),
+        KeptDraws(folder.evaluation, tuple(RunFolder(lender).evaluation for lender in lenders)),
         prompts=_prompts(_unmasked(source), recipe, teacher.size_px),
         null=source.null(1),
         blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
     )
+    glyphs = glyph_judge(run_dir, recipe, processes, progress, lenders)
+    named = captioned
+    if glyphs is not None:
+        named = replace(captioned, prompts=encoders.prompts.encode(glyphs.asking.prompts).to("cpu"))
     judge = _judge(_unmasked(source), recipe, teacher, processes.device)
-    rows = _quality(sampler, everyone, judge, progress)
-    tasks = _tasks(run_dir, sampler, source, everyone, progress)
-    tasks |= _pictures(run_dir, sampler, _unmasked(source), everyone, processes, progress)
+    asked = named if judge is None else captioned
+    rows = _quality(asked, everyone, judge, progress)
+    tasks = _tasks(run_dir, captioned, source, everyone, progress)
+    tasks |= _pictures(run_dir, named, _unmasked(source), everyone, glyphs, encoders, progress)
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -78,7 +89,7 @@ def evaluate_latent_run(run_dir: Path, recipe: Recipe, *, progress: Progress, co
         command=command,
         weights=weights_of(run_dir, recipe, everyone),
         seconds=time.monotonic() - started,
-        evaluation=Evaluation(metric=_metric(judge), samples=settings.samples, seeds=settings.seeds, rows=rows),
+        evaluation=Evaluation(metric=_metric(judge), samples=len(asked.prompts), seeds=settings.seeds, rows=rows),
         tasks=tasks,
         gates=(
             *distance_gates(rows),
@@ -120,11 +131,10 @@ def _quality(
     rows, each = [], len(settings.guidance_scales) * len(settings.seeds)
     task = progress.add_task("evaluate", total=len(everyone) * each, loss="")
     for contender in everyone:
-        unet = contender.load().to(sampler.device)
         for scale in contender.scales_of(settings):
             found: dict[str, list[float]] = {}
             for seed in settings.seeds:
-                drawn = sampler.draw(contender, unet, scale, seed)
+                drawn = sampler.draw(contender, scale, seed)
                 wanted = reference.setdefault((scale, seed), drawn)
                 measured = {} if judge is None else judge.measure(drawn)
                 measured[DISTANCE] = float((drawn - wanted).square().mean().sqrt())
@@ -162,20 +172,16 @@ def _pictures(
     sampler: LatentSampler,
     source: LatentSource,
     everyone: Sequence[Contender],
-    processes: Processes,
+    judge: GlyphJudge | None,
+    encoders: Encoders,
     progress: Progress,
 ) -> dict[str, tuple[EvaluationRow, ...]]:
-    """The tables of what decoded latents look like: of glyphs, and of the tiny decoder."""
+    """The tables of what decoded latents look like: of glyphs, asked for by ``sampler``, and of a tiny decoder."""
     recipe, folder, tables = sampler.recipe, RunFolder(run_dir), dict[str, tuple[EvaluationRow, ...]]()
-    judge = glyph_judge(run_dir, recipe, processes, progress)
-    if judge is None and recipe.decoder is None:
-        return tables
-    encoders = Encoders.load(open_folder(folder.teacher), processes.device)
     if judge is not None:
-        sampler = replace(sampler, prompts=encoders.prompts.encode(judge.asking.prompts).to("cpu"))
         tables[GLYPHS] = glyph_table(run_dir, judge, sampler, everyone, encoders.autoencoder, progress)
     if recipe.decoder is not None:
-        tiny = load_decoder(folder.decoder).to(processes.device)
+        tiny = load_decoder(folder.decoder).to(sampler.device)
         judged = None if judge is None else judge.measure
         known = _originals(source, recipe), _latents(source, recipe)
         tables[DECODER] = measure_decoders(sampler, everyone, encoders.autoencoder, tiny, known, judged)

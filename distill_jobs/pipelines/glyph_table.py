@@ -14,6 +14,7 @@ from distill_jobs.data.drawing import scenes_of
 from distill_jobs.glyph_encoder import glyph_encoder
 from distill_jobs.latent_sections import GlyphData
 from distill_jobs.loop import Trainer
+from distill_jobs.phases import stands
 from distill_jobs.pipelines.decoders import decoded
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.glyphs import GLYPHS, Asking, GlyphJudge, measure_glyphs
@@ -21,28 +22,42 @@ from distill_jobs.pipelines.sheet import contact_sheet, prompt_sheet
 from distill_jobs.pipelines.tiny_decoder import Decoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
-from distill_jobs.run_folder import RunFolder
+from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.signals import StopSignal
+from distill_jobs.taken import copy_phase
 from engines.manifest import EvaluationRow
 
 SHOWN_STEPS = (4, 1)
 COLUMNS = 8
 
 
-def glyph_judge(run_dir: Path, recipe: Recipe, processes: Processes, progress: Progress) -> GlyphJudge | None:
-    """Who measures pictures of glyphs, its encoder trained where it does not stand; None for runs on others.
+def glyph_judge(
+    run_dir: Path, recipe: Recipe, processes: Processes, progress: Progress, lenders: Sequence[Path] = ()
+) -> GlyphJudge | None:
+    """Who measures pictures of glyphs; None for runs on others.
 
+    Its encoder is trained where it does not stand, unless one of the lending runs has it of the same glyphs.
     Raises: DataError; Interrupted after a signal while the encoder trains.
     """
     data = recipe.data
     if not isinstance(data, GlyphData):
         return None
-    scenes = scenes_of(data, recipe.seed)
+    scenes, folder = scenes_of(data, recipe.seed), RunFolder(run_dir).glyph_encoder
+    if not stands(folder, processes):
+        processes.first(lambda: _lend(folder, recipe, lenders))
     with StopSignal().listening() as stop:
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, run_dir / "checkpoints", every, log_every, stop, progress)
-        encoder = glyph_encoder(RunFolder(run_dir).glyph_encoder, scenes, trainer)
+        encoder = glyph_encoder(folder, scenes, trainer)
     return GlyphJudge(Asking.of(scenes, recipe.evaluation.samples), scenes, encoder)
+
+
+def _lend(folder: Path, recipe: Recipe, lenders: Sequence[Path]) -> None:
+    for lender in map(RunFolder, lenders):
+        theirs = stored_recipe(lender)
+        if (theirs.data, theirs.seed) == (recipe.data, recipe.seed) and lender.glyph_encoder.is_dir():
+            copy_phase(lender.glyph_encoder, folder)
+            return
 
 
 def glyph_table(

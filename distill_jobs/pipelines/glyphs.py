@@ -153,11 +153,10 @@ def measure_glyphs(
     """
     rows, settings = [], sampler.recipe.evaluation
     for contender in everyone:
-        unet = contender.load().to(sampler.device)
         for scale in contender.scales_of(settings):
             found: list[Mapping[str, float]] = []
             for seed in settings.seeds:
-                pictures = decode(sampler.draw(contender, unet, scale, seed))
+                pictures = decode(sampler.draw(contender, scale, seed))
                 if seed == settings.seeds[0] and scale == sampler.recipe.served.default:
                     show(contender, pictures)
                 found.append(judge.measure(pictures))

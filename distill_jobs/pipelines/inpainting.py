@@ -67,12 +67,11 @@ class LatentPainter:
 
     def paint(self, sampler: LatentSampler, scene: Scene, scale: float) -> Iterator[Tensor]:
         """(n, C, h, w) latents for each of the recipe's seeds."""
-        unet = self.contender.load().to(sampler.device)
         for seed in sampler.recipe.evaluation.seeds:
             if self.name == BLENDED:
-                yield sampler.blend(self.contender, unet, scale, seed, scene.known, scene.masks)
+                yield sampler.blend(self.contender, scale, seed, scene.known, scene.masks)
             else:
-                yield sampler.draw(self.contender, unet, scale, seed, scene.seen)
+                yield sampler.paint(self.contender, scale, seed, scene.seen)
 
 
 def latent_painters(everyone: Sequence[Contender]) -> tuple[LatentPainter, ...]:

@@ -25,14 +25,14 @@ class LatentReport(RunReport):
         lines = [
             f"# Evaluation of {self.recipe}",
             "",
-            f"{told.samples} prompts of the data a row and seed (seeds {', '.join(map(str, told.seeds))}), with "
-            "the same initial noise for all models. Distance: root mean square difference of the final latents to "
-            "the teacher's finest. Figures are means over seeds ± spread (largest - smallest).",
+            f"{told.samples} prompts a row and seed (seeds {', '.join(map(str, told.seeds))}), with "
+            "the same initial noise for all models. Figures are means over seeds ± spread (largest - smallest).",
             "",
             f"Machine: {self.machine.processor}, {self.machine.cores} cores. "
             f"Trained in {sum(self.training_seconds.values()):.0f} s, measured in {self.seconds:.0f} s.",
             "",
-            *self._legend(),
+            *self.legend(),
+            "",
             *gate_table(self.gates),
             "",
             *quality_table(self.evaluation.rows),
@@ -46,16 +46,20 @@ class LatentReport(RunReport):
     def quality(self) -> str:
         return "\n".join(quality_table(self.evaluation.rows)[2:])
 
-    def _legend(self) -> list[str]:
-        """What the columns of pictures are, where a local Inception or CLIP measured them."""
+    def legend(self) -> list[str]:
+        distance = (
+            "Distance to the teacher: root mean square difference of the final latents to those of the teacher's "
+            "finest, at equal noise. Evaluations: of the network, an image; a guided teacher step counts two."
+        )
         if not any("frechet_distance" in row.metrics for row in self.evaluation.rows):
-            return []
+            return [distance]
         return [
+            distance,
+            "",
             f"{self.evaluation.metric}; lower is better, and only equal numbers of images compare. Precision: "
             "share of pictures inside the manifold of the data's images; recall: share of those inside that of the "
             "pictures; coverage: share of those with a picture near them. Text agreement: mean cosine of CLIP's "
             "embeddings of a picture and of its prompt. Higher is better.",
-            "",
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from distill_jobs import glyph_encoder, stage_one
 from distill_jobs.card import filled
 from distill_jobs.cli import app
+from distill_jobs.contenders import Contender
 from distill_jobs.data import drawing
 from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.export import export_run
@@ -119,6 +121,32 @@ def test_the_report_has_a_table_of_glyphs(work: Path) -> None:
     with Image.open(work / "bundle" / "samples.png") as sheet:
         assert sheet.width > 4 * 3 * SIDE
         assert sheet.height > len(prompts) / 4 * SIDE
+
+
+def test_what_was_drawn_is_not_drawn_again(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, again, drawn = read_recipe(work / "run" / "recipe.yaml"), tmp_path / "run", list[str]()
+    draw = Contender.draw
+
+    def watched(self: Contender, *rest: Any) -> torch.Tensor:
+        drawn.append(self.key)
+        return draw(self, *rest)
+
+    monkeypatch.setattr(drawing, "read_names", lambda file: ())
+    monkeypatch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(8))
+    monkeypatch.setattr(Contender, "draw", watched)
+    shutil.copytree(work / "run", again)
+    [spoilt, *_] = sorted((again / "evaluation").glob("*/student-4-g*/latents.safetensors"))
+    spoilt.write_bytes(b"half a file")
+    first, second = LatentReport.read(again), evaluate_latent_run(again, recipe, progress=QUIET)
+    assert set(drawn) == {"student-4"}
+    drawn.clear()
+    for gone in ("evaluation", "glyph_encoder"):
+        shutil.rmtree(again / gone)
+    third = evaluate_latent_run(again, recipe, progress=QUIET, lenders=[work / "run"])
+    assert drawn == []
+    for report in (second, third):
+        assert report.evaluation == first.evaluation
+        assert report.tasks == first.tasks
 
 
 def test_the_report_has_rows_of_both_decoders(work: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill_jobs.cells import METRICS
+from distill_jobs.latent_sections import LatentTeacher
+from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.recipe import Recipe
-from distill_jobs.report import Machine, Report
+from distill_jobs.report import Machine, Report, RunReport
 from engines.manifest import Evaluation, EvaluationRow, Measured
 from engines.sampler import Sampler
 
@@ -32,24 +34,33 @@ def quality(
     )
 
 
-def write_evaluated(folder: Path, recipe: Recipe, rows: tuple[EvaluationRow, ...], teacher: str = "t") -> Path:
+def write_evaluated(
+    folder: Path,
+    recipe: Recipe,
+    rows: tuple[EvaluationRow, ...],
+    teacher: str = "t",
+    tasks: dict[str, tuple[EvaluationRow, ...]] | None = None,
+) -> Path:
     """A run folder with a recipe and a report alone. teacher: stands for its weights."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     settings = recipe.evaluation
-    report = Report(
+    latent = isinstance(recipe.teacher, LatentTeacher)
+    kind: type[RunReport] = LatentReport if latent else Report
+    own = {} if latent else {"classifier_accuracy": 0.99, "timings": ()}
+    report = kind(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256(),
         command="",
         machine=Machine(system="", processor="", cores=1, memory_gib=1),
         versions={},
         weights={f"teacher-{settings.teacher_steps}": teacher},
-        classifier_accuracy=0.99,
         seconds=0,
-        timings=(),
         training_seconds={},
         evaluation=Evaluation(metric="distance", samples=settings.samples, seeds=settings.seeds, rows=rows),
+        tasks=tasks or {},
         gates=(),
+        **own,
     )
     report.write(folder)
     return folder
