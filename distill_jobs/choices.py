@@ -10,15 +10,15 @@ from distill_jobs.contenders import STAGE_ONE, TEACHER
 from distill_jobs.gates import AGREEMENT_SLACK
 from engines.manifest import EvaluationRow
 
-AGREEMENTS = ("class_agreement", "text_agreement")
+AGREEMENTS = ("class_agreement", "glyph_top_1", "text_agreement")
 
 
 class Candidate(BaseModel):
     """One student at one step count.
 
     paired_distance: to the teacher, mean over its guidance scales. agreement_lead: smallest lead of its agreement,
-    with the class or the text, over the teacher's; None where neither was measured. refused: why it cannot be
-    chosen, empty if it can.
+    with the class, the glyph or the text, over the teacher's; None where none was measured. refused: why it cannot
+    be chosen, empty if it can.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

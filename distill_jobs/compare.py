@@ -9,22 +9,25 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from distill_jobs.checkpoint import write_text
-from distill_jobs.choices import Choice, choices, is_student
+from distill_jobs.choices import Choice, choices
 from distill_jobs.classifier import CLASSIFIER
 from distill_jobs.contenders import STAGE_ONE, STUDENT, TEACHER
 from distill_jobs.curves import picture_links, write_comparison_curves
 from distill_jobs.errors import JobError
 from distill_jobs.glyph_encoder import WEIGHTS
 from distill_jobs.latent_sections import LatentTeacher
+from distill_jobs.pipelines.glyphs import GLYPHS, TOP_1
 from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report, RunReport
 from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.solvers import TITLES
 from distill_jobs.tables import choice_table, quality_table
 from distill_jobs.task_tables import task_lines
 from engines.manifest import EvaluationRow
 
 COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
+_OF_TEACHER = {TEACHER, *(f"{TEACHER}, {title}" for title in TITLES.values())}
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,13 @@ class EvaluatedRun:
     def conditions(self) -> dict[str, object]:
         """What must be equal for the rows of two runs to stand in one table."""
         settings, evaluation = self.recipe.evaluation, self.report.evaluation
-        judges = (self.path / CLASSIFIER, RunFolder(self.path).glyph_encoder / WEIGHTS)
+        judge = (
+            self.path / CLASSIFIER
+            if isinstance(self.report, Report)
+            else RunFolder(self.path).glyph_encoder / WEIGHTS
+        )
         return {
-            "data": self.recipe.data,
+            "data": self._data(),
             "teacher's weights": self.report.weights[f"{TEACHER}-{settings.teacher_steps}"],
             "evaluation.teacher_steps": settings.teacher_steps,
             "schedule": self.recipe.schedule,
@@ -67,9 +74,21 @@ class EvaluatedRun:
             "evaluation.samples": evaluation.samples,
             "evaluation.seeds": evaluation.seeds,
             "measure": evaluation.metric,
-            "classifier": [judge.read_bytes() for judge in judges if judge.is_file()],
+            self.judge: judge.read_bytes() if judge.is_file() else None,
             "measures": sorted(evaluation.rows[0].metrics),
         }
+
+    @property
+    def judge(self) -> str:
+        """What says whether images show what was asked for."""
+        return "classifier" if isinstance(self.report, Report) else "glyph encoder"
+
+    def _data(self) -> object:
+        """What the prompts and images of an evaluation are chosen from, and by which seed."""
+        if isinstance(self.report, Report):
+            return self.recipe.data
+        read = RunFolder(self.path).data
+        return read.read_text(encoding="utf-8") if read.is_file() else "", self.recipe.seed
 
 
 class Comparison(BaseModel):
@@ -95,7 +114,8 @@ def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") 
     _check(runs)
     first, steps = runs[0], runs[0].recipe.evaluation.teacher_steps
     evaluation, rows = first.report.evaluation, _joined({run.name: run.report.evaluation.rows for run in runs})
-    tasks = list(dict.fromkeys(name for run in runs for name in run.report.tasks))
+    tasks = dict.fromkeys(name for run in runs for name in run.report.tasks)
+    joined = {task: _joined({run.name: run.report.tasks.get(task, ()) for run in runs}) for task in tasks}
     comparison = Comparison(
         command=command,
         runs={run.name: run.report.recipe_sha256 for run in runs},
@@ -103,8 +123,8 @@ def compare_runs(runs: Sequence[EvaluatedRun], out: Path, *, command: str = "") 
         samples=evaluation.samples,
         seeds=evaluation.seeds,
         rows=rows,
-        choices=choices(rows, steps),
-        tasks={task: _joined({run.name: run.report.tasks.get(task, ()) for run in runs}) for task in tasks},
+        choices=choices(_with_agreement(rows, joined.get(GLYPHS, ())), steps),
+        tasks=joined,
     )
     out.mkdir(parents=True, exist_ok=True)
     write_comparison_curves(out, rows, steps)
@@ -129,8 +149,12 @@ def _check(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def _difference(what: str, here: object, there: object) -> str:
-    shown = what not in ("classifier", "teacher's weights")
-    return f"{what} differ: {here} and {there}" if shown else f"they differ in the {what}"
+    if what in ("classifier", "glyph encoder"):
+        return (
+            f"they differ in the {what}; make them share one with python -m distill_jobs evaluate RUN --from OTHER"
+        )
+    told = what not in ("data", "teacher's weights")
+    return f"{what} differ: {here} and {there}" if told else f"they differ in the {what}"
 
 
 def _joined(tables: Mapping[str, Sequence[EvaluationRow]]) -> tuple[EvaluationRow, ...]:
@@ -142,12 +166,22 @@ def _joined(tables: Mapping[str, Sequence[EvaluationRow]]) -> tuple[EvaluationRo
     own = []
     for name, rows in tables.items():
         for row in rows:
-            if row.model.partition(",")[0] == TEACHER:
+            if row.model in _OF_TEACHER:
                 of_teacher.setdefault((row.model, row.steps, row.guidance_scale), row)
-            elif is_student(row):
+            elif row.model != STAGE_ONE:
                 model = name if row.model == STUDENT else f"{name}, {row.model}"
                 own.append(row.model_copy(update={"model": model}))
     return (*of_teacher.values(), *own)
+
+
+def _with_agreement(rows: Sequence[EvaluationRow], glyphs: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    """The rows with the agreement that the table of glyphs found for the same students, where it has them."""
+    found = {(row.model, row.steps, row.sampler, row.guidance_scale): row.metrics[TOP_1] for row in glyphs}
+    keys = [(row.model, row.steps, row.sampler, row.guidance_scale) for row in rows]
+    return [
+        row.model_copy(update={"metrics": {**row.metrics, TOP_1: found[key]}}) if key in found else row
+        for row, key in zip(rows, keys, strict=True)
+    ]
 
 
 def _markdown(comparison: Comparison, legend: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ FOLDER = "curves"
 OVER_GUIDANCE = {
     "frechet_distance": "Fréchet distance",
     "class_agreement": "class agreement",
+    "glyph_top_1": "nearest glyph is the prompted one",
     "text_agreement": "text agreement",
     "recall": "recall",
     "coverage": "coverage",

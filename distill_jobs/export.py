@@ -128,13 +128,11 @@ def evaluation_of(run_dir: Path, recipe: Recipe) -> RunReport:
         raise ExportError(f"{run_dir} is not evaluated yet; run: python -m distill_jobs evaluate {run_dir}")
     kind = LatentReport if isinstance(recipe.teacher, LatentTeacher) else Report
     report: RunReport = kind.read(run_dir)
-    if (
-        report.weights != weights_of(run_dir, recipe, contenders(run_dir, recipe))
-        or report.recipe_sha256 != recipe.sha256()
-    ):
-        raise ExportError(
-            f"the evaluation in {run_dir} is of other weights; run again: python -m distill_jobs evaluate {run_dir}"
-        )
+    again = f"run again: python -m distill_jobs evaluate {run_dir}"
+    if report.weights != weights_of(run_dir, recipe, contenders(run_dir, recipe)):
+        raise ExportError(f"the evaluation in {run_dir} is of other weights; {again}")
+    if report.evaluated_sha256 != recipe.evaluated_sha256():
+        raise ExportError(f"the evaluation in {run_dir} is of the recipe as it was before; {again}")
     return report
 
 

@@ -47,7 +47,7 @@ def write_graph(
     """Trace ``module`` with all that ``inputs`` leave free, the batch first of all, and write it to ``path``.
 
     example: one tensor an input, batch at least 2 (a batch of 1 would be taken for a constant). weights: what the
-    file keeps them in; the arithmetic is float32. Raises: ExportError when a weight is too large for float16.
+    file keeps those in that float16 has exactly; the arithmetic is float32.
     """
     if any(len(tensor) < 2 for tensor in example):
         raise ValueError("trace with a batch of at least 2")
@@ -69,10 +69,7 @@ def write_graph(
         )
     assert program is not None
     if weights == "float16":
-        try:
-            keep_in_float16(program.model.graph)
-        except OverflowError as error:
-            raise ExportError(f"{path.stem}: {error}; keep its weights in float32") from None
+        keep_in_float16(program.model.graph)
     tensors = [value.const_value for value in program.model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if size <= INLINE_LIMIT_BYTES:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.graphs import StepGraph
-from distill_jobs.half_weights import ROUNDED_LIMIT
+from distill_jobs.half_weights import round_weights, rounding
 from distill_jobs.lowered import lowered_parity
-from distill_jobs.onnx_export import check_parity, reference_outputs, write_graph
+from distill_jobs.onnx_export import ExportError, check_parity, reference_outputs, write_graph
 from distill_jobs.sections import StoredWeights
 from distill_jobs.sizes import BundleSizes, Shape
 from engines.guidance import weight_from_scale
@@ -38,6 +38,7 @@ from engines.manifest import (
 from engines.sampler import SamplerPlan
 
 STEP_LIMIT = 1e-4
+IN_FLOAT32 = "keep weights in float32: export.weights of the recipe, --weights of an import"
 PARITY_BATCHES = (1, 3, 8, 20)
 PARITY_ROWS = sum(PARITY_BATCHES)
 FEW_BATCHES = (1, 2)
@@ -134,20 +135,37 @@ def write_checked(
     """One graph on disk and its description.
 
     rows: at least sum(batches); limit: of absolute error; traced: what to trace it with, at least two rows, the
-    first of ``rows`` unless given. weights: what the file keeps them in; the error found is then that of rounding
-    them, too, and its limit ROUNDED_LIMIT of the largest output where that is more.
+    first of ``rows`` unless given. weights: what the file keeps them in; float16 rounds those of ``module`` first.
+    Raises: ExportError when the file disagrees with the module, or rounding changes what it computes.
     """
     rows = [tensor[: sum(batches)] for tensor in rows]
     expected = reference_outputs(module, rows, path.stem)
+    rounded = None
+    if weights == "float16":
+        exact, expected = expected, _rounded(module, rows, path.stem)
+        rounded = _moved(exact, expected, path.stem)
     write_graph(module, [tensor[:2] for tensor in traced or rows], inputs, outputs, path, weights)
-    parity = check_parity(expected, path, rows, batches, _limit(limit, expected, weights))
+    parity = check_parity(expected, path, rows, batches, limit)
     lowered = _in_fewer_bits(module, rows, expected)
-    return GraphSpec(file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
+    return GraphSpec(
+        file=path.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered, rounded=rounded
+    )
 
 
-def _limit(limit: float, expected: Sequence[NDArray[np.float64]], weights: StoredWeights) -> float:
-    largest = max(float(np.abs(output).max()) for output in expected)
-    return max(limit, ROUNDED_LIMIT * largest) if weights == "float16" else limit
+def _rounded(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:
+    """What the module computes after its weights were rounded to float16."""
+    try:
+        round_weights(module)
+    except OverflowError as error:
+        raise ExportError(f"{name}: {error}; {IN_FLOAT32}") from None
+    return reference_outputs(module, rows, name)
+
+
+def _moved(exact: Sequence[NDArray[np.float64]], rounded: Sequence[NDArray[np.float64]], name: str) -> Parity:
+    try:
+        return rounding(exact, rounded, "the same module, its weights in float32")
+    except ArithmeticError as error:
+        raise ExportError(f"{name}: {error}; {IN_FLOAT32}") from None
 
 
 def _in_fewer_bits(
@@ -182,7 +200,7 @@ def write_at_sizes(
         batches = parity_batches(size.latent_height, size.latent_width)
         rows = [tensor[: sum(batches)] for tensor in rows_of(sizes.shape(size))]
         expected = reference_outputs(module, rows, path.stem)
-        found[str(size)] = check_parity(expected, path, rows, batches, _limit(limit, expected, weights))
+        found[str(size)] = check_parity(expected, path, rows, batches, limit)
         lowered.append(_in_fewer_bits(module, rows, expected))
     return spec.model_copy(
         update={

@@ -215,3 +215,8 @@ class Recipe(Section):
 
     def sha256(self) -> str:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+    def evaluated_sha256(self) -> str:
+        """Of all that an evaluation depends on: how a bundle is called and packed is none of it."""
+        drawn = self.export.model_dump(include={"students", "default_steps", "upscale"})
+        return self.model_copy(update={"export": ExportSection(name="any", **drawn)}).sha256()

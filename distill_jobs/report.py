@@ -46,11 +46,13 @@ class RunReport(_Frozen):
     """What an evaluation found, and how it was made: what the reports of all kinds of runs share.
 
     seconds: of this call, with results kept from earlier ones costing nothing; training_seconds: by phase, wall
-    clock. weights: sha256 of every network's weights. tasks: a table for each task besides drawing from text.
+    clock. evaluated_sha256: of the recipe but for how its bundle is called and packed. weights: sha256 of every
+    network's weights. tasks: a table for each task besides drawing from text.
     """
 
     recipe: str
     recipe_sha256: str
+    evaluated_sha256: str = ""
     command: str
     machine: Machine
     versions: dict[str, str]
@@ -69,6 +71,7 @@ class RunReport(_Frozen):
         return cls(
             recipe=recipe.name,
             recipe_sha256=recipe.sha256(),
+            evaluated_sha256=recipe.evaluated_sha256(),
             command=command,
             machine=machine(),
             versions=versions(),

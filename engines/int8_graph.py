@@ -10,6 +10,7 @@ sampler's update.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from engines.bundle import INLINE_LIMIT_BYTES
 from engines.errors import BackendError
 from engines.manifest import GRID, GUIDANCE, TIME_IDS, TIMESTEP
 
@@ -101,10 +103,16 @@ def _before_a_product(model: onnx.ModelProto, products: set[str]) -> set[str]:
 
 
 def _in_float32(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """A copy whose weights are float32, not kept in 16 bits and cast: NNCF finds none behind a cast."""
+    """A copy whose weights are float32, not kept in 16 bits and cast: NNCF finds none behind a cast.
+
+    Raises: BackendError when they are too large for one message.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     stored = {tensor.name: tensor for tensor in copy.graph.initializer}
+    kept = (tensor for tensor in stored.values() if tensor.data_type == onnx.TensorProto.FLOAT16)
+    if 4 * sum(math.prod(tensor.dims) for tensor in kept) > INLINE_LIMIT_BYTES:
+        raise BackendError("int8 of so large a model is made from weights in float32: export it with them")
     for node in [node for node in copy.graph.node if node.op_type == "Cast" and node.input[0] in stored]:
         tensor = stored[node.input[0]]
         if tensor.data_type == onnx.TensorProto.FLOAT16:

@@ -94,7 +94,8 @@ class GraphSpec(Frozen):
 
     parity, lowered: over all sizes; parity_by_size: of each, where the graph takes several. lowered: by type, how
     far the network is from its float32 self with its products in that type, emulated when it was exported; null
-    where it overflows, or comes near. Engines asked for float16 then run it in bfloat16.
+    where it overflows, or comes near. Engines asked for float16 then run it in bfloat16. rounded: how far the
+    outputs moved when weights were rounded to be kept in float16; null where they are kept in float32.
     """
 
     file: str
@@ -104,6 +105,7 @@ class GraphSpec(Frozen):
     parity: Parity
     parity_by_size: dict[str, Parity] = {}
     lowered: dict[Lowered, Parity | None] = {}
+    rounded: Parity | None = None
 
     @property
     def free(self) -> bool:

@@ -51,7 +51,8 @@ class LatentSampler:
         asked = fingerprint_of([], [*tensors, self.blank])
         key = f"{asked[:ASKED_CHARS]}/{contender.key}-g{scale:g}-s{seed}"
         weights, schedule = self.networks.sha256(contender), recipe.schedule.model_dump(mode="json")
-        fingerprint = fingerprint_of([asked, contender.key, weights, scale, seed, schedule, recipe.clip], [])
+        parts = (asked, contender.key, contender.shape, weights, recipe.unet, scale, seed, schedule, recipe.clip)
+        fingerprint = fingerprint_of(parts, [])
 
         def drawn() -> Tensor:
             network = self._network(contender, self.networks.of(contender), scale, self.blank)

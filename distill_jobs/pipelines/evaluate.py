@@ -64,7 +64,7 @@ def evaluate_latent_run(
     """
     started, everyone, folder = time.monotonic(), contenders(run_dir, recipe), RunFolder(run_dir)
     processes, teacher = Processes(ComputeSection(), run_dir), open_folder(folder.teacher)
-    source, encoders = open_source(recipe, teacher, processes, progress), Encoders.load(teacher, processes.device)
+    source = open_source(recipe, teacher, processes, progress)
     captioned = LatentSampler(
         recipe,
         Networks(processes.device),
@@ -74,14 +74,18 @@ def evaluate_latent_run(
         blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
     )
     glyphs = glyph_judge(run_dir, recipe, processes, progress, lenders)
+    encoders = None if glyphs is None and recipe.decoder is None else Encoders.load(teacher, processes.device)
     named = captioned
-    if glyphs is not None:
+    if glyphs is not None and encoders is not None:
         named = replace(captioned, prompts=encoders.prompts.encode(glyphs.asking.prompts).to("cpu"))
     judge = _judge(_unmasked(source), recipe, teacher, processes.device)
     asked = named if judge is None else captioned
     rows = _quality(asked, everyone, judge, progress)
     tasks = _tasks(run_dir, captioned, source, everyone, progress)
     tasks |= _pictures(run_dir, named, _unmasked(source), everyone, glyphs, encoders, progress)
+    if lenders:
+        taken = len(captioned.kept.lent)
+        progress.console.print(f"Taken from other runs: {taken} of the latents that networks drew")
     settings = recipe.evaluation
     report = LatentReport.made(
         run_dir,
@@ -173,11 +177,13 @@ def _pictures(
     source: LatentSource,
     everyone: Sequence[Contender],
     judge: GlyphJudge | None,
-    encoders: Encoders,
+    encoders: Encoders | None,
     progress: Progress,
 ) -> dict[str, tuple[EvaluationRow, ...]]:
     """The tables of what decoded latents look like: of glyphs, asked for by ``sampler``, and of a tiny decoder."""
     recipe, folder, tables = sampler.recipe, RunFolder(run_dir), dict[str, tuple[EvaluationRow, ...]]()
+    if encoders is None:
+        return tables
     if judge is not None:
         tables[GLYPHS] = glyph_table(run_dir, judge, sampler, everyone, encoders.autoencoder, progress)
     if recipe.decoder is not None:

@@ -26,6 +26,7 @@ def measure_latent_inversion(
 ) -> tuple[EvaluationRow, ...]:
     """A row of the teacher and one of the students for each encoder. known: (n, C, h, w) latents of the images."""
     rows, folder, shape = [], RunFolder(run_dir), latent_shape(sampler.recipe)
+    sampler.networks.drop()  # two others are read here
     for encoder in encoders(run_dir, sampler.recipe):
         teacher = Contender(TEACHER, encoder.steps, folder.teacher, shape)
         student = Contender(STUDENT, encoder.steps, folder.student(encoder.steps), shape)

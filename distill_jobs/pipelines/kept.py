@@ -27,23 +27,32 @@ NAME, FINGERPRINT = "latents", "fingerprint"
 
 @dataclass(frozen=True)
 class KeptDraws:
-    """folder: where this run keeps its own; lenders: those of other runs, which are read alone."""
+    """folder: where this run keeps its own; lenders: those of other runs, which are read alone.
+
+    lent: the keys of what was taken from them.
+    """
 
     folder: Path
     lenders: tuple[Path, ...] = ()
+    lent: list[str] = field(default_factory=list)
 
     def latents(self, key: str, fingerprint: str, draw: Callable[[], Tensor]) -> Tensor:
         """(n, C, h, w), drawn where none are kept under ``key`` with an equal fingerprint. Raises: StorageError."""
-        for folder in (self.folder, *self.lenders):
-            if (kept := _read(folder / key / LATENTS, fingerprint)) is not None:
-                return kept
-        drawn = draw().contiguous()
+        if (kept := _read(self.folder / key / LATENTS, fingerprint)) is not None:
+            return kept
+        found = (_read(lender / key / LATENTS, fingerprint) for lender in self.lenders)
+        latents = next((each for each in found if each is not None), None)
+        if latents is None:
+            latents = draw().contiguous()
+        else:
+            self.lent.append(key)
+        whole = latents
 
         def fill(staging: Path) -> None:
-            save_file({NAME: drawn}, staging / LATENTS, metadata={FINGERPRINT: fingerprint})
+            save_file({NAME: whole}, staging / LATENTS, metadata={FINGERPRINT: fingerprint})
 
         write_folder(self.folder / key, fill)
-        return drawn
+        return latents
 
 
 @dataclass
@@ -61,6 +70,10 @@ class Networks:
             self._last = contender, contender.load().to(self.device)
         return self._last[1]
 
+    def drop(self) -> None:
+        """Keep none in memory."""
+        self._last = None
+
     def sha256(self, contender: Contender) -> str:
         """Raises: JobError when it is missing."""
         if contender not in self._hashes:
@@ -72,7 +85,11 @@ def fingerprint_of(parts: Sequence[object], tensors: Sequence[Tensor | None]) ->
     """Of all that latents depend on. parts: what JSON can write."""
     digest = hashlib.sha256(json.dumps(parts).encode())
     for tensor in tensors:
-        digest.update(b"none" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
+        if tensor is None:
+            digest.update(b"none")
+        else:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -150,7 +150,9 @@ def engine_name(precision: Precision | Literal["int8"]) -> str:
 
 
 def _weight_bytes(model: Any) -> int:
-    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+    """In float32: weights kept in float16 are cast when the model is compiled."""
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    return sum(op.get_byte_size() * (2 if op.get_element_type() == ov.Type.f16 else 1) for op in constants)
 
 
 def _config(threads: int, kept: SealedFolder | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -25,8 +27,10 @@ from distill_jobs.cli import app
 from distill_jobs.contenders import Contender
 from distill_jobs.data import drawing
 from distill_jobs.errors import JobError, RecipeError
-from distill_jobs.export import export_run
+from distill_jobs.export import evaluation_of, export_run
+from distill_jobs.half_weights import LEAST_NUMBERS
 from distill_jobs.job import run_job
+from distill_jobs.onnx_export import ExportError
 from distill_jobs.pipelines.decoders import DECODER
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.glyphs import GLYPHS
@@ -140,13 +144,38 @@ def test_what_was_drawn_is_not_drawn_again(work: Path, tmp_path: Path, monkeypat
     first, second = LatentReport.read(again), evaluate_latent_run(again, recipe, progress=QUIET)
     assert set(drawn) == {"student-4"}
     drawn.clear()
+    kept = {file: file.read_bytes() for file in (work / "run" / "evaluation").rglob("*.safetensors")}
     for gone in ("evaluation", "glyph_encoder"):
         shutil.rmtree(again / gone)
     third = evaluate_latent_run(again, recipe, progress=QUIET, lenders=[work / "run"])
     assert drawn == []
+    assert {file: file.read_bytes() for file in (work / "run" / "evaluation").rglob("*.safetensors")} == kept
     for report in (second, third):
         assert report.evaluation == first.evaluation
         assert report.tasks == first.tasks
+    evaluate_latent_run(again, recipe.model_copy(update={"clip": 1.0}), progress=QUIET)
+    assert {"teacher-8", "stage_one-8", "student-4"} <= set(drawn)
+
+
+def test_every_graph_of_the_bundle_keeps_its_weights_in_half(work: Path) -> None:
+    manifest = verify_bundle(work / "bundle").manifest
+    assert manifest.graphs.keys() >= {"condition", "decode", "encode", "step"}
+    halved = set()
+    for name, graph in manifest.graphs.items():
+        assert graph.rounded is not None, name
+        tensors = onnx.load(str(work / "bundle" / graph.file)).graph.initializer
+        halved |= {name for t in tensors if t.data_type == onnx.TensorProto.FLOAT16}
+        assert all(math.prod(t.dims) >= LEAST_NUMBERS for t in tensors if t.data_type == onnx.TensorProto.FLOAT16)
+    assert "step" in halved
+
+
+def test_a_bundle_is_packed_otherwise_without_a_new_evaluation(work: Path) -> None:
+    recipe = read_recipe(work / "run" / "recipe.yaml")
+    packed = recipe.model_copy(update={"export": recipe.export.model_copy(update={"weights": "float32"})})
+    assert evaluation_of(work / "run", packed).weights
+    other = recipe.model_copy(update={"export": recipe.export.model_copy(update={"default_steps": 1})})
+    with pytest.raises(ExportError, match="of the recipe as it was before"):
+        evaluation_of(work / "run", other)
 
 
 def test_the_report_has_rows_of_both_decoders(work: Path) -> None:

@@ -51,6 +51,7 @@ def write_evaluated(
     report = kind(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256(),
+        evaluated_sha256=recipe.evaluated_sha256(),
         command="",
         machine=Machine(system="", processor="", cores=1, memory_gib=1),
         versions={},

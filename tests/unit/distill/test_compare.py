@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from distill_jobs.cli import app
 from distill_jobs.compare import Comparison, EvaluatedRun, compare_runs
 from distill_jobs.errors import JobError, RecipeError, StorageError
+from distill_jobs.pipelines.glyphs import TOP_1
 from distill_jobs.pipelines.report import DISTANCE
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
@@ -100,28 +101,35 @@ def test_a_report_of_other_teacher_steps_is_not_compared(plain: Path) -> None:
 
 def test_runs_on_latents_are_compared_in_latents_and_in_the_tables_of_their_tasks(tmp_path: Path) -> None:
     recipe = read_recipe("sd15")
+    steps = recipe.evaluation.teacher_steps
 
     def latent(*of: EvaluationRow) -> tuple[EvaluationRow, ...]:
         return tuple(row.model_copy(update={"metrics": {DISTANCE: row.metrics[DISTANCE]}}) for row in of)
 
-    finest = latent(quality("teacher", recipe.evaluation.teacher_steps, 2.0, paired=0))
+    finest = latent(quality("teacher", steps, 2.0, paired=0))
     for name, paired in (("one", 0.2), ("two", 0.1)):
         rows = (*finest, *latent(quality("stage one", 4, 2.0), quality("student", 4, 2.0, paired=paired)))
-        glyphs = (quality("teacher", 50, 2.0), quality("student", 4, 2.0))
-        write_evaluated(tmp_path / name, recipe, rows, tasks={"glyphs": glyphs})
+        decoders = (quality("teacher", 50, 2.0), quality("teacher, tiny decoder", 50, 2.0))
+        glyphs = (quality("teacher", steps, 2.0), quality("student", 4, 2.0))
+        judged = tuple(
+            row.model_copy(update={"metrics": {TOP_1: row.metrics["class_agreement"]}}) for row in glyphs
+        )
+        write_evaluated(tmp_path / name, recipe, rows, tasks={"glyphs": judged, "decoder": decoders})
     runs = [EvaluatedRun.read(str(tmp_path / name)) for name in ("one", "two")]
     compared = compare_runs(runs, tmp_path / "out")
     assert [row.model for row in compared.rows] == ["teacher", "one", "two"]
-    assert [(choice.best, choice.candidates[0].agreement_lead) for choice in compared.choices] == [("two", None)]
+    assert [(choice.best, choice.candidates[0].agreement_lead) for choice in compared.choices] == [("two", 0.0)]
     assert [row.model for row in compared.tasks["glyphs"]] == ["teacher", "one", "two"]
+    of_decoders = [row.model for row in compared.tasks["decoder"]]
+    assert of_decoders == ["teacher", "one, teacher, tiny decoder", "two, teacher, tiny decoder"]
     page = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
-    assert "| 4 | two | 0.1000 | – | **best** |" in page
+    assert "| 4 | two | 0.1000 | +0.000 | **best** |" in page
     assert "final latents" in page
     assert "digit" not in page
     assert "## Glyphs" in page
     (tmp_path / "two" / "glyph_encoder").mkdir()
     (tmp_path / "two" / "glyph_encoder" / "model.safetensors").write_bytes(b"another judge")
-    with pytest.raises(JobError, match="they differ in the classifier"):
+    with pytest.raises(JobError, match="they differ in the glyph encoder"):
         compare_runs([EvaluatedRun.read(str(tmp_path / name)) for name in ("one", "two")], tmp_path / "out")
 
 

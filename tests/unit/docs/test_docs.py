@@ -30,7 +30,7 @@ from engines.schedule import NoiseSchedule
 from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
-from server.settings import DEFAULT_NAME, Settings
+from server.settings import Settings
 from server.settings_page import settings_page
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
 from tests.unit.docs.pages import APPS, ROOT, click_commands, options, page, table_rows
@@ -63,7 +63,7 @@ def test_the_reference_says_what_a_value_may_be_and_is() -> None:
         "port": ("`--port` of serve, api", "integer, ≥ 0, ≤ 65535", "8000"),
         "lease_s": ("", "seconds, > 3", "30.0"),
         "allow_anonymous": ("", "`true`, `false`", "false"),
-        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", DEFAULT_NAME),
+        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", "server/bundles/digits"),
         "secret": ("", "text", "empty"),
         "metrics_port": ("`--metrics-port` of api, worker", "integer, ≥ 0, ≤ 65535", "none"),
     }
