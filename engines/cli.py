@@ -86,6 +86,10 @@ def verify(
     guidance = f"guidance_scale {manifest.guidance.min:g} to {manifest.guidance.max:g}"
     _out.print(f"steps: {students}; {guidance}", soft_wrap=True)
     _out.print(f"decoder: {manifest.decoder}")
+    rounded = {name: spec.rounded for name, spec in manifest.graphs.items() if spec.rounded is not None}
+    moved = ", ".join(f"{name} {parity.max_abs_error:.2g}" for name, parity in rounded.items())
+    told = f"rounded to float16, which moved outputs by at most: {moved}" if rounded else "as they were exported"
+    _out.print(f"weights: {told}", soft_wrap=True)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.glyphs import GLYPHS
 from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.recipe_file import read_recipe
+from engines import cli as engines_cli
 from engines.bundle import verify_bundle
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
@@ -167,6 +169,8 @@ def test_every_graph_of_the_bundle_keeps_its_weights_in_half(work: Path) -> None
         halved |= {name for t in tensors if t.data_type == onnx.TensorProto.FLOAT16}
         assert all(math.prod(t.dims) >= LEAST_NUMBERS for t in tensors if t.data_type == onnx.TensorProto.FLOAT16)
     assert "step" in halved
+    told = CliRunner().invoke(engines_cli.app, ["verify", str(work / "bundle")]).stdout
+    assert re.search(r"weights: rounded to float16, which moved outputs by at most: condition \d", told)
 
 
 def test_a_bundle_is_packed_otherwise_without_a_new_evaluation(work: Path) -> None:
