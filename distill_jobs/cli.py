@@ -167,7 +167,7 @@ def import_(
         typer.Option(
             help="A step count that it was trained for; the first is the default. "
             "Needed, but for latent consistency.",
-            show_default="5, 10, 2, 1",
+            show_default="4, and 1 to 8",
         ),
     ] = None,
     guidance_min: Annotated[

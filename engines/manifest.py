@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from engines.sampler import Prediction, Sampler, SamplerPlan, encoder_plan, sampler_plan
+from engines.sampler import Prediction, Sampler, SamplerPlan, encoder_plan, plan_through
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FORMAT_VERSION: Final = 1
@@ -114,7 +114,11 @@ class GraphSpec(Frozen):
 
 
 class StudentSpec(Frozen):
-    """What was trained: N steps of one sampler on one step graph. grid: value of the grid input, if it has one."""
+    """What was trained: N steps of one sampler on one step graph.
+
+    timesteps: the table indices at which the network is asked, noisiest first; an encoder's, cleanest first. They
+    need not be the schedule's N-step grid: LCM's 4 steps are not. grid: value of the grid input, if it has one.
+    """
 
     steps: int = Field(ge=1)
     sampler: Sampler = "deterministic"
@@ -268,8 +272,7 @@ class BundleManifest(Frozen):
                 raise ValueError(f"file {name!r} is used but not listed")
         self._check_sizes()
         for student in self.students:
-            if self.plan(student).timesteps != student.timesteps:
-                raise ValueError(f"the timesteps of the {student.steps}-step student are not its schedule's grid")
+            self._check_timesteps(student)
         for encoder in self.encoders:
             if self.inversion(encoder).timesteps != encoder.timesteps:
                 raise ValueError(f"the timesteps of the {encoder.steps}-step encoder are not its schedule's grid")
@@ -277,6 +280,15 @@ class BundleManifest(Frozen):
         if len(set(keys)) != len(keys) or self.default_steps not in {s.steps for s in self.students}:
             raise ValueError("students must be distinct in (steps, sampler) and include default_steps")
         return self
+
+    def _check_timesteps(self, student: StudentSpec) -> None:
+        which = f"the {student.steps}-step student"
+        if len(student.timesteps) != student.steps:
+            raise ValueError(f"{which} has {len(student.timesteps)} timesteps")
+        try:
+            self.plan(student)
+        except ValueError as error:
+            raise ValueError(f"{which}: {error}") from None
 
     def _check_sizes(self) -> None:
         scales = {
@@ -308,8 +320,8 @@ class BundleManifest(Frozen):
         return bool({"edit", "inpaint"} & set(self.tasks))
 
     def plan(self, student: StudentSpec, start: int | None = None) -> SamplerPlan:
-        """The coefficient rows of a student, optionally entered at grid point ``start``."""
-        return _plan(self.schedule, student.steps, student.sampler, self.prediction_type, self.clip, start)
+        """The coefficient rows of a student, optionally entered at the point ``start`` of its own, 1 … steps."""
+        return _plan(self.schedule, student.timesteps, student.sampler, self.prediction_type, self.clip, start)
 
     def noise_level(self, timestep: int) -> tuple[float, float]:
         """(alpha, sigma) at a table index."""
@@ -327,10 +339,15 @@ def _noise_schedule(spec: ScheduleSpec) -> NoiseSchedule:
 
 @lru_cache(maxsize=1024)
 def _plan(
-    spec: ScheduleSpec, n: int, sampler: Sampler, prediction: Prediction, clip: float | None, start: int | None
+    spec: ScheduleSpec,
+    timesteps: tuple[int, ...],
+    sampler: Sampler,
+    prediction: Prediction,
+    clip: float | None,
+    start: int | None,
 ) -> SamplerPlan:
     """One plan for all the rows that follow it: tabulating a schedule costs more than a small network's step."""
-    return sampler_plan(_noise_schedule(spec), n, sampler, prediction, clip, start)
+    return plan_through(_noise_schedule(spec), timesteps, sampler, prediction, clip, start)
 
 
 @lru_cache(maxsize=64)

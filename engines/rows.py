@@ -115,7 +115,7 @@ class Drawing:
     def from_image(self, seed: int, known: Floats, strength: float, mask: Floats | None = None) -> Row:
         """Editing by noising (SDEdit), and inpainting where there is a mask.
 
-        known: (C, h, w) clean latent of the image; strength: (0, 1], entered at grid point
+        known: (C, h, w) clean latent of the image; strength: (0, 1], entered at the student's point
         max(1, floor(strength·N)); mask: (1, h, w), 1 where the image is generated.
         """
         point = entry_point(self.student.steps, strength)

@@ -15,7 +15,7 @@ section 3.2 and Alg. 3; Song et al. 2023, Alg. 1 (consistency).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -137,26 +137,41 @@ def sampler_plan(
     clip: float | None = None,
     start: int | None = None,
 ) -> SamplerPlan:
-    """The plan of n network evaluations on the n-step grid.
+    """The plan of n network evaluations on the n-step grid; see ``plan_through``."""
+    return plan_through(schedule, schedule.grid(n)[:0:-1], sampler, prediction, clip, start)
 
-    The stochastic sampler walks twice its grid's step and back with fresh noise; the consistency sampler walks to
-    the clean end every time, and back from there; the ancestral sampler as far beyond each point as makes its noise
-    that of the forward process. start: grid point to enter at, 1 … n (default n, pure noise); a plan entered at i
-    has i steps.
+
+def plan_through(
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    sampler: Sampler = "deterministic",
+    prediction: Prediction = "v_prediction",
+    clip: float | None = None,
+    start: int | None = None,
+) -> SamplerPlan:
+    """The plan that asks the network at these n table indices, noisiest first, and ends clean.
+
+    The stochastic sampler walks on to the point after the next and back with fresh noise; the consistency sampler
+    walks to the clean end every time, and back from there; the ancestral sampler as far beyond each point as makes
+    its noise that of the forward process. start: point to enter at, 1 … n (default n, pure noise); a plan entered
+    at i has i steps.
+    Raises: ValueError for timesteps that do not fall, or leave the table, and for no such start.
     """
-    grid = schedule.grid(n)
+    points, n = (CLEAN, *reversed(timesteps)), len(timesteps)
+    if not all(s < t < schedule.timesteps for s, t in pairwise(points)):
+        raise ValueError(f"timesteps must fall from at most {schedule.timesteps - 1} to at least 0")
     first = n if start is None else start
     if not 1 <= first <= n:
-        raise ValueError(f"start must be a grid point 1 … {n}, not {first}")
+        raise ValueError(f"start must be a point 1 … {n}, not {first}")
     steps = []
     for i in range(first, 0, -1):
-        t, s = grid[i], grid[i - 1]
+        t, s = points[i], points[i - 1]
         if sampler == "deterministic" or i == 1:
             steps.append(deterministic_step(schedule, t, s, prediction, clip))
         elif sampler == "ancestral":
             steps.append(ancestral_step(schedule, t, s, prediction, clip))
         else:
-            end = grid[i - 2] if sampler == "stochastic" else CLEAN
+            end = points[i - 2] if sampler == "stochastic" else CLEAN
             steps.append(stochastic_step(schedule, t, end, s, prediction, clip))
     return SamplerPlan(sampler, tuple(steps))
 
@@ -176,7 +191,7 @@ def encoder_plan(schedule: NoiseSchedule, n: int, prediction: Prediction = "v_pr
 
 
 def entry_point(n: int, strength: float) -> int:
-    """Grid point at which editing with ``strength`` in (0, 1] enters an n-step plan."""
+    """Point of an n-step plan, from the clean end, at which editing with ``strength`` in (0, 1] enters it."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength}")
     return max(1, math.floor(strength * n))

@@ -7,9 +7,9 @@
 | EulerAncestralDiscreteScheduler | SDXL Turbo | ancestral |
 | DDIMScheduler | Hyper-SD and others | deterministic |
 
-LCMScheduler's boundary terms, at most 6e-8 of the latent, are left out. Euler's steps of x_t/alpha are DDIM's of
-x_t, and trailing timesteps are our own points. Whether a UNet takes the guidance weight (``time_cond_proj_dim``) is
-a question of its own.
+LCMScheduler's boundary terms, at most 6e-8 of the latent, are left out; its timesteps are picked from the points of
+its training, and need not be our grid. Euler's steps of x_t/alpha are DDIM's of x_t, and trailing timesteps are our
+grid. Whether a UNet takes the guidance weight (``time_cond_proj_dim``) is a question of its own.
 Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedulers of these names.
 """
 
@@ -22,19 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.student import GUIDANCE_WIDTH
 from engines.manifest import GuidanceRange
-from engines.sampler import Prediction, Sampler, SamplerPlan, sampler_plan
+from engines.sampler import Prediction, Sampler, SamplerPlan, plan_through
 from engines.schedule import NoiseSchedule
 
 GUIDANCE_INPUT = GuidanceRange(min=1, max=15, default=8.5)
 """Of a model that takes guidance as an input, unless told otherwise."""
 
 NO_GUIDANCE = GuidanceRange(min=1, max=1, default=1)
-LCM_STEPS = (5, 10, 2, 1)
+LCM_STEPS = (4, 1, 2, 3, 5, 6, 7, 8)
+"""What the cards of such models recommend, the default first."""
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,19 @@ class Published:
     def _plan(self, n: int) -> SamplerPlan:
         folder, schedule = self.folder, NoiseSchedule(self.folder.schedule)
         try:
-            plan = sampler_plan(schedule, n, self.scheduler.sampler, folder.prediction)
+            plan = plan_through(schedule, self._timesteps(n), self.scheduler.sampler, folder.prediction)
         except ValueError as error:
             raise folder.wrong(f"{n} steps: {error}") from None
-        if folder.class_of("scheduler") == "LCMScheduler":
-            self._check_trained(plan)
         if folder.class_of("scheduler") == "DDIMScheduler":
             self._check_strides(plan)
         return plan
 
-    def _check_trained(self, plan: SamplerPlan) -> None:
-        """Consistency models were trained at some points only."""
-        points = int(self.folder.config("scheduler").get("original_inference_steps", 50))
-        timesteps = self.folder.schedule.timesteps
-        off = [k for k in plan.timesteps if (k + 1) % (timesteps // points)]
-        if off:
-            raise self.folder.wrong(
-                f"{len(plan)} steps would use timestep {off[-1]}, which the model was not trained at; "
-                f"choose step counts that divide {points}"
-            )
+    def _timesteps(self, n: int) -> tuple[int, ...]:
+        """The n table indices at which the scheduler asks the network, noisiest first. Raises: ValueError."""
+        if self.folder.class_of("scheduler") == "LCMScheduler":
+            trained = int(self.folder.config("scheduler").get("original_inference_steps", 50))
+            return lcm_timesteps(n, trained, self.folder.schedule.timesteps)
+        return NoiseSchedule(self.folder.schedule).grid(n)[:0:-1]
 
     def _check_strides(self, plan: SamplerPlan) -> None:
         """This scheduler's steps are all equally long, where ours end at the next point."""
@@ -146,6 +142,18 @@ class Published:
                 f"DDIMScheduler would not end {len(plan)} steps at the points where it asks the network; "
                 f"choose step counts that divide {self.folder.schedule.timesteps}"
             )
+
+
+def lcm_timesteps(n: int, trained: int, total: int) -> tuple[int, ...]:
+    """LCMScheduler's n steps, noisiest first: every (trained/n)th of its points, or the noisier one beside.
+
+    trained: how many points; total: table indices that they are evenly spread over. Raises: ValueError for more
+    steps than points.
+    """
+    if not 1 <= n <= trained:
+        raise ValueError(f"LCMScheduler takes 1 to {trained}, its original_inference_steps")
+    picked = np.floor(np.linspace(0, trained, num=n, endpoint=False)).astype(int)
+    return tuple((trained - int(i)) * (total // trained) - 1 for i in picked)
 
 
 def open_published(path: Path) -> Published:

@@ -6,7 +6,8 @@ normalisation fuses only when shapes are known). A graph too large to hold once 
 where it takes several image sizes, those too.
 
 bfloat16: likewise, because models compiled per size are not bit-equal in bfloat16, and two models: the
-sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``).
+sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``). On a CPU without it, an
+engine asked for bfloat16 is a float32 engine in all: compiled, named and kept in the cache as one.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 class OpenVinoBackend(OfGraph):
     """One graph, compiled.
 
-    precision: of the network body. threads: worker threads of one run; 0 takes one per core, or one alone for
-    a tiny graph. cache_dir: folder where compiled models are kept, or None. static: compile once per batch and
-    image size; None decides by the weights. sizes: how many image sizes it will be given.
+    precision: of the network body, as far as this CPU has it (``computed_in``). threads: worker threads of one run;
+    0 takes one per core, or one alone for a tiny graph. cache_dir: folder where compiled models are kept, or None.
+    static: compile once per batch and image size; None decides by the weights. sizes: how many image sizes it will
+    be given.
     Raises: BackendError when the graph cannot be compiled.
     """
 
@@ -62,16 +64,14 @@ class OpenVinoBackend(OfGraph):
         sizes: int = 1,
     ) -> None:
         self._spec = spec
-        self._precision = precision
+        self._precision = computed_in(precision)
         self._kept = None if cache_dir is None else SealedFolder(cache_dir)
-        if precision == "bfloat16":
-            _tell_without_bfloat16()
         self._head: Any = None
         self._body: Any = None
         try:
             self._model: Any = _core().read_model(file)
             weights = _weight_bytes(self._model)
-            fits = precision == "float32" and weights * sizes <= MAX_STATIC_BYTES
+            fits = self._precision == "float32" and weights * sizes <= MAX_STATIC_BYTES
             self._static = fits if static is None else static
             self._config = _config(threads or int(weights < LONE_THREAD_BYTES), self._kept)
             if not self._static:
@@ -145,8 +145,9 @@ class OpenVinoBackend(OfGraph):
 
 
 def engine_name(precision: Precision | Literal["int8"]) -> str:
-    """Backend, version and precision."""
-    return f"openvino {str(ov.get_version()).partition('-')[0]} {precision}"
+    """Backend, version and the precision that this CPU computes in where ``precision`` is asked for."""
+    found = precision if precision == "int8" else computed_in(precision)
+    return f"openvino {str(ov.get_version()).partition('-')[0]} {found}"
 
 
 def _weight_bytes(model: Any) -> int:
@@ -162,6 +163,17 @@ def _config(threads: int, kept: SealedFolder | None) -> dict[str, Any]:
     return config
 
 
+def computed_in(precision: Precision) -> Precision:
+    """What this CPU computes in where ``precision`` is asked for: float32 in place of a bfloat16 that it lacks.
+
+    That is logged once.
+    """
+    if precision != "bfloat16" or has_bfloat16():
+        return precision
+    _tell_without_bfloat16()
+    return "float32"
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU computes in bfloat16; on others the plugin takes float32 instead and says nothing."""
     return bool("BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
@@ -170,11 +182,7 @@ def has_bfloat16() -> bool:
 @cache
 def _tell_without_bfloat16() -> None:
     """Once a process."""
-    if not has_bfloat16():
-        _log.warning(
-            "this CPU has no bfloat16: OpenVINO computes in float32 instead, without a model for each batch size, "
-            "which float32 itself gets; ask for float32"
-        )
+    _log.warning("this CPU has no bfloat16: OpenVINO computes in float32 instead, and its engines are named so")
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs.errors import RecipeError, TeacherError
-from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.importing import import_student
+from distill_jobs.pipelines.published import lcm_timesteps, open_published
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.sampling import sample, student_network
 from distill_jobs.student import load_stock
 from engines.manifest import GuidanceRange
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
-from engines.sampler import sampler_plan
-from engines.schedule import NoiseSchedule
 from tests.support import tiny_pipelines as tiny
 
 RANGE = GuidanceRange(min=1, max=15, default=8.5)
@@ -52,45 +51,70 @@ def noise(purpose: Purpose, step: int = 0) -> Tensor:
     return torch.from_numpy(row_noise(SEED, (4, 8, 8), purpose, step))[None]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+def draw_equal_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the scheduler's next trajectory the row's own noise."""
+    drawn = count()
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: noise(Purpose.STEP, next(drawn))
+    )
+
+
+@pytest.mark.parametrize("trained", [50, 30, 100])
+def test_the_timesteps_are_the_schedulers(trained: int) -> None:
+    """Not the grid's where the steps do not divide the training points: 999, 759, 499, 259."""
+    stock = LCMScheduler(original_inference_steps=trained)
+    for n in range(1, trained + 1):
+        stock.set_timesteps(n)
+        assert lcm_timesteps(n, trained, 1000) == tuple(stock.timesteps.tolist()), n
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
 def test_the_consistency_sampler_is_the_schedulers(
     steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = LatentConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = iter(range(steps))
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: noise(Purpose.STEP, next(drawn))
-    )
+    draw_equal_noise(monkeypatch)
     told = {"guidance_scale": 4.0, "latents": noise(Purpose.INITIAL), "output_type": "latent"}
     expected = pipeline("a cat", num_inference_steps=steps, **told).images
-    opened = open_folder(folder)
-    plan = sampler_plan(NoiseSchedule(opened.schedule), steps, "consistency", opened.prediction)
-    condition = PromptEncoder.load(opened).encode(["a cat"])
+    published = open_published(folder)
+    plan = published.plans([steps])[steps]
+    condition = PromptEncoder.load(published.folder).encode(["a cat"])
     found = sample(student_network(load_stock(folder), 3.0), plan, condition, [SEED], (4, 8, 8))
+    assert plan.timesteps == tuple(pipeline.scheduler.timesteps.tolist())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_four_steps_are_the_default_and_one_to_eight_are_served(folder: Path) -> None:
+    plans = open_published(folder).plans(None)
+    assert next(iter(plans)) == 4
+    assert sorted(plans) == list(range(1, 9))
+    assert plans[4].timesteps == (999, 759, 499, 259)
+
+
 @pytest.mark.long
-def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None:
+def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = import_student(
         folder,
         tmp_path / "bundle",
         name="lcm",
-        steps=(1, 2),
+        steps=(4, 1),
         guidance=RANGE,
         licence="theirs",
         progress=Progress(disable=True),
     )
     manifest = written.manifest
-    assert (manifest.prediction_type, manifest.default_steps, manifest.licences.teacher) == ("epsilon", 1, "theirs")
+    assert (manifest.prediction_type, manifest.default_steps, manifest.licences.teacher) == ("epsilon", 4, "theirs")
+    assert manifest.students[0].timesteps == (999, 759, 499, 259)
     assert {student.sampler for student in manifest.students} == {"consistency"}
     stock = LatentConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
     stock.set_progress_bar_config(disable=True)
     told = {"guidance_scale": 4.0, "latents": noise(Purpose.INITIAL), "output_type": "np"}
-    expected = stock("a cat", num_inference_steps=1, **told).images[0] * 255
     engine = open_pipeline(tmp_path / "bundle", "onnxruntime", rungs=(1,), warm=False)
-    assert np.abs(engine.generate(["a cat"], 4.0, [SEED])[0] - expected).max() <= 1.0
+    for steps in (4, 1):
+        draw_equal_noise(monkeypatch)
+        expected = stock("a cat", num_inference_steps=steps, **told).images[0] * 255
+        assert np.abs(engine.generate(["a cat"], 4.0, [SEED], steps)[0] - expected).max() <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +130,7 @@ def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path) -> None
         ("model_index.json", {"scheduler": ["diffusers", "PNDMScheduler"]}, (1,), "its scheduler is PNDMScheduler"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, (1,), "prediction_type is sample"),
         ("scheduler/scheduler_config.json", {"clip_sample": True}, (1,), "clip_sample is True"),
-        ("model_index.json", {}, (4,), "4 steps would use timestep 249, which the model was not trained at"),
+        ("model_index.json", {}, (51,), "51 steps: LCMScheduler takes 1 to 50, its original_inference_steps"),
     ],
     ids=["no weight", "weight", "scheduler", "prediction", "clip", "steps"],
 )

@@ -14,6 +14,7 @@ from engines.sampler import (
     ancestral_step,
     deterministic_step,
     entry_point,
+    plan_through,
     sampler_plan,
     stochastic_step,
 )
@@ -173,6 +174,23 @@ def test_a_plan_walks_its_grid_and_ends_clean(n: int, sampler: Sampler) -> None:
 def test_a_plan_entered_midway_is_the_tail_of_the_whole(n: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(1, n))
     assert sampler_plan(COSINE, n, start=start).steps == sampler_plan(COSINE, n).steps[n - start :]
+
+
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic", "consistency", "ancestral"])
+def test_a_plan_goes_through_points_of_its_own(sampler: Sampler) -> None:
+    """Those of LCM's four steps, which are no grid of the schedule."""
+    plan = plan_through(COSINE, (999, 759, 499, 259), sampler)
+    assert plan.timesteps == (999, 759, 499, 259)
+    assert [step.target for step in plan] == [759, 499, 259, CLEAN]
+    levels = [(step.coefficients.e, step.coefficients.f) for step in plan]
+    assert levels == [COSINE.at(759), COSINE.at(499), COSINE.at(259), (1, 0)]
+    assert plan_through(COSINE, plan.timesteps, sampler, start=3).steps == plan.steps[1:]
+
+
+@pytest.mark.parametrize("timesteps", [(499, 749), (499, 499), (1000, 499), (499, -1)])
+def test_points_that_do_not_fall_within_the_table_are_refused(timesteps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="from at most 999 to at least 0"):
+        plan_through(COSINE, timesteps)
 
 
 @given(st.integers(1, 64), st.floats(1e-6, 1.0))

@@ -165,8 +165,12 @@ def unknown_field(path: Path) -> None:
     edit_manifest(path, lambda data: data.update(entry_point="run.py"))
 
 
-def off_grid_student(path: Path) -> None:
-    edit_manifest(path, lambda data: data["students"][0].update(timesteps=[500]))
+def student_with_other_timesteps(timesteps: list[int]) -> Change:
+    def change(path: Path) -> None:
+        edit_manifest(path, lambda data: data["students"][0].update(steps=2, timesteps=timesteps))
+
+    change.__name__ = f"student_at_{timesteps}"
+    return change
 
 
 CASES: tuple[tuple[Change, str], ...] = (
@@ -193,7 +197,10 @@ CASES: tuple[tuple[Change, str], ...] = (
     (symlinked_seal, r"has no manifest\.sha256"),
     (no_manifest, r"has no manifest\.json; write one with: python -m distill_jobs export"),
     (unknown_field, r"entry_point: Extra inputs are not permitted"),
-    (off_grid_student, r"timesteps of the 1-step student are not its schedule's grid"),
+    (student_with_other_timesteps([500]), r"the 2-step student has 1 timesteps"),
+    (student_with_other_timesteps([499, 499]), r"the 2-step student: timesteps must fall from at most 999"),
+    (student_with_other_timesteps([1000, 499]), r"the 2-step student: timesteps must fall from at most 999"),
+    (student_with_other_timesteps([499, -1]), r"the 2-step student: timesteps must fall .* to at least 0"),
 )
 
 

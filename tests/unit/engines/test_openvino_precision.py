@@ -9,7 +9,7 @@ import pytest
 
 from engines.backends import openvino
 from engines.backends.onnxruntime import OnnxRuntimeBackend
-from engines.backends.openvino import OpenVinoBackend, has_bfloat16
+from engines.backends.openvino import OpenVinoBackend, computed_in, engine_name, has_bfloat16
 from engines.manifest import CLEAN_ESTIMATE, COEFFICIENTS, GUIDANCE, TIMESTEP
 from tests.support.step_rows import random_rows, step_spec
 
@@ -25,7 +25,10 @@ def exact(unet_file: Path) -> OnnxRuntimeBackend:
 
 @pytest.fixture(scope="module")
 def lowered(unet_file: Path) -> OpenVinoBackend:
-    return OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")
+    """In two models; on a CPU without bfloat16 the plugin computes both in float32."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(openvino, "has_bfloat16", lambda: True)
+        return OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")
 
 
 def error(engine: OpenVinoBackend, exact: OnnxRuntimeBackend, w: float, timestep: float) -> float:
@@ -60,18 +63,45 @@ def test_w_as_a_bfloat16_number_would_be_seen(
     assert wrong > 4 * error(lowered, exact, 14.0, 999)
 
 
-@pytest.mark.parametrize(("has", "told"), [(False, 1), (True, 0)])
-def test_a_cpu_without_bfloat16_is_told_once(
-    has: bool, told: int, unet_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(openvino, "has_bfloat16", lambda: has)
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "has_bfloat16", lambda: False)
     openvino._tell_without_bfloat16.cache_clear()
-    for _ in range(2):
-        OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", static=True)
-    OpenVinoBackend(unet_file, step_spec(unet_file), static=True)
-    assert [record.getMessage().startswith("this CPU has no bfloat16") for record in caplog.records] == [
-        True
-    ] * told
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_without_bfloat16_an_engine_is_a_float32_one_and_says_so(unet_file: Path) -> None:
+    asked, exact = (OpenVinoBackend(unet_file, step_spec(unet_file), precision=p) for p in ("bfloat16", "float32"))
+    assert asked.name == exact.name == engine_name("bfloat16")
+    assert asked.name.endswith(" float32")
+    rows = random_rows(2, seed=7)
+    expected = exact.run(rows)
+    assert all(array.tobytes() == expected[name].tobytes() for name, array in asked.run(rows).items())
+
+
+def test_an_engine_is_named_after_what_the_plugin_computes_in(unet_file: Path) -> None:
+    """On this CPU, whether it has bfloat16 or not."""
+    engine = OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")
+    rows = random_rows(1, seed=8)
+    engine.run(rows)
+    request = engine._body or next(iter(engine._requests.values()))
+    hint = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    assert engine.name.split()[-1] == {"f32": "float32", "bf16": "bfloat16"}[hint]
+
+
+@pytest.mark.usefixtures("without_bfloat16")
+def test_a_cpu_without_bfloat16_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert [computed_in(p) for p in ("float32", "bfloat16", "bfloat16")] == ["float32"] * 3
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["this CPU has no bfloat16"]
+
+
+def test_a_cpu_with_bfloat16_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(openvino, "has_bfloat16", lambda: True)
+    assert [computed_in(p) for p in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert engine_name("bfloat16").endswith(" bfloat16")
+    assert not caplog.records
 
 
 def test_latent_update_and_blend_stay_float32(lowered: OpenVinoBackend, exact: OnnxRuntimeBackend) -> None:

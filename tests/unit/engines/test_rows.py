@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,25 @@ def test_rows_of_every_task_share_batches_and_keep_their_bytes(pipeline: Pipelin
     together = run(pipeline, rows)
     alone = [run(pipeline, [row])[0] for row in everyone()]
     assert together == alone
+
+
+def test_rows_at_timesteps_of_their_own_share_batches_with_those_on_the_grid(
+    pipeline: Pipeline, known: np.ndarray
+) -> None:
+    """As LCM's four steps, which the schedule's grid has not."""
+    on_grid = drawing(pipeline)
+    points = {"timesteps": (999, 759, 499, 259), "sampler": "consistency"}
+    own = replace(on_grid, student=on_grid.student.model_copy(update=points))
+
+    def everyone() -> list[Row]:
+        return [own.from_noise(1), own.from_image(2, known, 0.75), on_grid.from_noise(1)]
+
+    rows = everyone()
+    assert [row.step.timestep for row in rows] == [999, 759, 999]
+    assert len({row.batch_key for row in rows}) == 1
+    together = run(pipeline, rows)
+    assert together == [run(pipeline, [row])[0] for row in everyone()]
+    assert together[0] != together[2]
 
 
 def test_inpainting_ends_on_the_known_latent_outside_the_mask(pipeline: Pipeline, known: np.ndarray) -> None:
