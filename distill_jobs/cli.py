@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from distill_jobs.errors import JobError, StorageError
+from distill_jobs.sections import StoredWeights
 from engines.errors import HalfstepError
 from engines.manifest import DecoderKind
 
@@ -179,6 +180,9 @@ def import_(
     ] = None,
     licence: Annotated[str, typer.Option(help="Of the model's weights, for the bundle.")] = "not stated",
     sizes: Sizes = "",
+    weights: Annotated[
+        StoredWeights, typer.Option(help="What the bundle's files keep them in; float16 is half the size.")
+    ] = "float32",
 ) -> None:
     """Turn a published few-step student into a bundle, without training."""
     with _one_sentence_errors():
@@ -186,7 +190,14 @@ def import_(
 
         scales = (guidance_min, guidance_max, guidance_default)
         commands.import_(
-            folder, bundle, name=name, steps=steps, scales=scales, licence=licence, sizes=_listed(sizes)
+            folder,
+            bundle,
+            name=name,
+            steps=steps,
+            scales=scales,
+            licence=licence,
+            sizes=_listed(sizes),
+            weights=weights,
         )
 
 

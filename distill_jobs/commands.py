@@ -33,6 +33,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.report import RunReport
 from distill_jobs.run_folder import RunFolder, stored_recipe
+from distill_jobs.sections import StoredWeights
 from distill_jobs.tables import gate_table
 from distill_jobs.taken import takeable
 from engines.bundle import Bundle, verify_bundle
@@ -136,6 +137,7 @@ def import_(
     scales: tuple[float | None, float | None, float | None],
     licence: str,
     sizes: Sequence[str],
+    weights: StoredWeights,
 ) -> None:
     """Turn a published student into a bundle. scales: least, largest and default, or None. Raises: JobError."""
     with _display() as progress:
@@ -149,6 +151,7 @@ def import_(
             licence=licence,
             progress=progress,
             sizes=sizes,
+            weights=weights,
         )
         _say_written(progress, written)
 

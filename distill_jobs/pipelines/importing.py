@@ -19,6 +19,7 @@ from distill_jobs.parity import STEP_LIMIT
 from distill_jobs.pipelines.published import Published, open_published
 from distill_jobs.pipelines.surroundings import surroundings_of
 from distill_jobs.pipelines.teacher import load_network
+from distill_jobs.sections import StoredWeights
 from distill_jobs.sizes import BundleSizes, halvings, sizes_of
 from distill_jobs.surroundings import Surroundings
 from engines.bundle import Bundle, check_replaceable, file_records, write_bundle
@@ -48,12 +49,13 @@ def import_student(
     licence: str,
     progress: Progress,
     sizes: Sequence[str] = (),
+    weights: StoredWeights = "float32",
 ) -> Bundle:
     """Write a bundle of a pipeline folder, replacing one at ``bundle_dir``.
 
     steps: step counts to serve, the first by default; guidance: the range to serve; None for what is usual, where
-    there is such; sizes: as of ``export_run``. Raises: TeacherError saying why a folder cannot be served exactly;
-    RecipeError where its networks take no such size; ExportError.
+    there is such; sizes: as of ``export_run``; weights: what the files keep them in. Raises: TeacherError saying
+    why a folder cannot be served exactly; RecipeError where its networks take no such size; ExportError.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise RecipeError(f"--name {name!r} is no model id: up to 64 of a-z, 0-9, dot, dash and underscore")
@@ -70,11 +72,11 @@ def import_student(
     staging.mkdir(parents=True)
     task = progress.add_task("import", total=4, loss="")
     try:
-        graphs = write_surroundings(staging, offered, around, lambda: progress.advance(task))
+        graphs = write_surroundings(staging, offered, around, lambda: progress.advance(task), weights)
         # epsilon-prediction divides the network's error by alpha in the clean estimate
         limit = STEP_LIMIT * max(1.0, *(abs(each.coefficients.q) for plan in plans.values() for each in plan))
         step, file = StepGraph(network, around.unpack), staging / f"{STEP_GRAPH}.onnx"
-        graphs[STEP_GRAPH] = write_step(file, step, list(plans.values()), served, around, offered, limit)
+        graphs[STEP_GRAPH] = write_step(file, step, list(plans.values()), served, around, offered, limit, weights)
         progress.advance(task)
         manifest = _manifest(staging, published, name, plans, served, around, offered, graphs)
         return write_bundle(staging, bundle_dir, manifest)

@@ -19,6 +19,7 @@ from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.published import lcm_timesteps, open_published
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.sampling import sample, student_network
+from distill_jobs.sections import StoredWeights
 from distill_jobs.student import load_stock
 from engines.manifest import GuidanceRange
 from engines.noise import Purpose, row_noise
@@ -93,7 +94,10 @@ def test_four_steps_are_the_default_and_one_to_eight_are_served(folder: Path) ->
 
 
 @pytest.mark.long
-def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("weights", "levels"), [("float32", 1.0), ("float16", 3.0)])
+def test_an_imported_bundle_draws_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: StoredWeights, levels: float
+) -> None:
     written = import_student(
         folder,
         tmp_path / "bundle",
@@ -102,8 +106,10 @@ def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path, monkeyp
         guidance=RANGE,
         licence="theirs",
         progress=Progress(disable=True),
+        weights=weights,
     )
     manifest = written.manifest
+    assert {graph.rounded is None for graph in manifest.graphs.values()} == {weights == "float32"}
     assert (manifest.prediction_type, manifest.default_steps, manifest.licences.teacher) == ("epsilon", 4, "theirs")
     assert manifest.students[0].timesteps == (999, 759, 499, 259)
     assert {student.sampler for student in manifest.students} == {"consistency"}
@@ -114,7 +120,7 @@ def test_an_imported_bundle_draws_the_same(folder: Path, tmp_path: Path, monkeyp
     for steps in (4, 1):
         draw_equal_noise(monkeypatch)
         expected = stock("a cat", num_inference_steps=steps, **told).images[0] * 255
-        assert np.abs(engine.generate(["a cat"], 4.0, [SEED], steps)[0] - expected).max() <= 1.0
+        assert np.abs(engine.generate(["a cat"], 4.0, [SEED], steps)[0] - expected).max() <= levels
 
 
 @pytest.mark.parametrize(
