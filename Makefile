@@ -11,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint deploy-check docs pictures chaos prove distill lock sbom clean
+.PHONY: help setup serve test lint lint-style lint-types deploy-check docs pictures chaos prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -36,13 +36,20 @@ serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
 ## make test       what CI runs: linters, types, import rules, every test
-test: setup lint deploy-check
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0
+# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py). Files go
+# to the workers in their order: by number of tests, the long ones of few tests come last and a worker waits for them.
+test: setup
+	$(MAKE) --no-print-directory -j 2 lint
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-lint: setup
+lint: lint-types lint-style
+
+lint-types: setup
+	$(VENV)/bin/mypy
+
+lint-style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 ## make deploy-check   Dockerfiles, compose files and manifests: linted, rendered, validated, held against the code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -21,6 +22,15 @@ structlog.configure(
     logger_factory=structlog.WriteLoggerFactory(open(2, "w", buffering=1, closefd=False)),  # noqa: SIM115
     wrapper_class=structlog.make_filtering_bound_logger("warning"),
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_no_garbage() -> Iterator[None]:
+    """A job collects garbage after each phase; walking all that torch imports would take most of a short one."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

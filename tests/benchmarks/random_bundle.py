@@ -68,7 +68,14 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 8,
     "norm_num_groups": 16,
 }
-TINY_UNET: dict[str, Any] = {**UNET, "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4}
+TINY_UNET: dict[str, Any] = {
+    **UNET,
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "mid_block_type": None,
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+}
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ STOCK = {
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     name, work = request.param, tmp_path_factory.mktemp(request.param)
     make = tiny.sdxl if name == "sdxl" else tiny.sd
-    make(work / "parts", **TEACHERS[name]).save_pretrained(work / "teacher", safe_serialization=True)
+    make(work / "parts", **TEACHERS[name], **tiny.ONE_LEVEL).save_pretrained(
+        work / "teacher", safe_serialization=True
+    )
     changes: dict[str, Any] = {"inpaint": {"inpainting": {}}, "sd21": {"encoder": ENCODER}}.get(name, {})
     recipe = read_recipe(latent_recipe(work, work / "teacher", finetune=name in ("sd15", "sdxl"), **changes))
     with pytest.MonkeyPatch.context() as patch:
@@ -194,7 +196,9 @@ def test_a_phases_encoders_are_the_teachers(run: tuple[str, Path]) -> None:
 
 
 def test_half_precision_weights_take_their_plain_name(tmp_path: Path) -> None:
-    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True, variant="fp16")
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(
+        tmp_path / "teacher", safe_serialization=True, variant="fp16"
+    )
     for part in ("unet", "scheduler"):
         shutil.copytree(tmp_path / "teacher" / part, tmp_path / "student" / part)
     complete(tmp_path / "student", open_folder(tmp_path / "teacher"))
@@ -246,14 +250,14 @@ def test_the_empty_condition_keeps_the_framing() -> None:
     ],
 )
 def test_what_does_not_fit_the_teacher_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     file = latent_recipe(tmp_path, tmp_path / "teacher", finetune=changes != {"schedule": None}, **changes)
     with pytest.raises(RecipeError, match=message):
         run_job(read_recipe(file), tmp_path / "run", resume=False, progress=Progress(disable=True))
 
 
 def test_a_hundredth_of_the_images_may_be_unreadable_and_no_more(tmp_path: Path) -> None:
-    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     data = {"kind": "image_folder", "path": str(tmp_path / "images"), "cache": str(tmp_path / "cache")}
     file = latent_recipe(tmp_path, tmp_path / "teacher", data={**data, "unreadable": "skip"})
     (tmp_path / "images" / "3.png").write_bytes(b"x")
@@ -264,7 +268,7 @@ def test_a_hundredth_of_the_images_may_be_unreadable_and_no_more(tmp_path: Path)
 def test_latents_stop_at_a_signal_and_a_resume_needs_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"))
     load = Encoders.load
 
@@ -295,7 +299,7 @@ def test_latents_stop_at_a_signal_and_a_resume_needs_the_same_images(
 def test_a_teacher_that_is_not_what_its_folder_says_is_refused(
     errors: tuple[float, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.sd(tmp_path / "parts").save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"))
     found = dict(zip(("epsilon", "v_prediction", "sample"), errors, strict=True))
     monkeypatch.setattr(stage_one, "prediction_errors", lambda *_: found)
@@ -308,7 +312,7 @@ def test_parts_that_students_could_not_take_over_are_refused_before_training(
     kept: str | None, message: str, tmp_path: Path
 ) -> None:
     teacher = tmp_path / "teacher"
-    tiny.sd(tmp_path / "parts").save_pretrained(teacher, safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(teacher, safe_serialization=True)
     index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (teacher / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -322,7 +326,7 @@ def test_parts_that_students_could_not_take_over_are_refused_before_training(
 def test_a_teacher_of_symbolic_links_is_taken_over_whole(tmp_path: Path) -> None:
     """As snapshots of a download cache are: links to ../../blobs, which would lead nowhere from another folder."""
     real, teacher = tmp_path / "blobs", tmp_path / "snapshots" / "a"
-    tiny.sd(tmp_path / "parts").save_pretrained(real, safe_serialization=True)
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(real, safe_serialization=True)
     for file in (path for path in real.rglob("*") if path.is_file()):
         link = teacher / file.relative_to(real)
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ UNET: dict[str, Any] = {
     "block_out_channels": [8],
     "layers_per_block": 1,
     "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
+    "up_block_types": ["UpBlock2D"],
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
     "mid_block_type": None,

@@ -37,7 +37,7 @@ TRAINED: Shape = (4, 8, 8)
 UNET: dict[str, Any] = {
     "block_out_channels": (8, 8),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
     "mid_block_type": None,
     "time_cond_proj_dim": 256,
     "addition_embed_type": "text_time",

@@ -23,7 +23,8 @@ from tests.support import tiny_pipelines as tiny
 ONE_LEVEL: dict[str, Any] = {
     "block_out_channels": (8,),
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
     "time_cond_proj_dim": 256,
 }
 """Every kind of layer of the true networks, each once."""

@@ -27,8 +27,10 @@ UNET = {
     "norm_num_groups": 4,
     "attention_head_dim": 4,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
 }
+"""Each kind of layer, resampling included, and attention once: tracing and drawing take their time by layers."""
 
 
 def tiny_recipe(students: tuple[int, ...] = (8, 4, 2, 1)) -> Recipe:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,7 @@ def test_sigterm_ends_with_a_checkpoint_and_its_own_exit_code(tmp_path: Path, fi
     )
     while not (out / "checkpoints").exists():
         assert job.poll() is None, job.stderr and job.stderr.read()
+        time.sleep(0.01)  # without taking the core that the job starts on
     job.send_signal(signal.SIGTERM)
     _, stderr = job.communicate(timeout=120)
     assert job.returncode == 4, stderr
