@@ -29,6 +29,9 @@ ONE_LEVEL: dict[str, Any] = {
 }
 """Every kind of layer of the true networks, each once."""
 
+AS_TRUE: dict[str, Any] = {"mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": ("CrossAttnUpBlock2D",)}
+"""And every kind of block."""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -44,9 +47,9 @@ def pipeline_folder(kind: str, work: Path) -> PipelineFolder:
     if kind == "sdxl":
         made: Any = tiny.sdxl(work / "parts", **ONE_LEVEL)
     else:
-        changes = {"sd21": {"use_linear_projection": True}, "inpaint": {"in_channels": 9}}.get(kind, {})
+        changes = {"sd15": AS_TRUE, "sd21": {"use_linear_projection": True}, "inpaint": {"in_channels": 9}}[kind]
         prediction = "v_prediction" if kind == "sd21" else "epsilon"
-        made = tiny.sd(work / "parts", prediction=prediction, **ONE_LEVEL, **changes)
+        made = tiny.sd(work / "parts", prediction=prediction, **{**ONE_LEVEL, **changes})
     made.save_pretrained(work / kind, safe_serialization=True)
     return open_folder(work / kind)
 
