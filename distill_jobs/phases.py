@@ -32,6 +32,9 @@ from engines.schedule import NoiseSchedule
 
 Save = Callable[[Path, Any], UNet2DConditionModel]
 
+LATE = 0.85
+"""From this share of the timesteps on, noise hides what an image shows, and a network can only go by its prompt."""
+
 
 def stands(folder: Path, processes: Processes) -> bool:
     """Whether the phase that makes ``folder`` is finished."""
@@ -55,6 +58,12 @@ def train_into(
 
     trainer.processes.first(keep)
     trainer.progress.console.log(f"{phase.name}: {phase.training.updates} updates in {seconds:.0f} s")
+
+
+def late(u: Tensor, share: float) -> Tensor:
+    """Times in [0, 1) of u: (B,) uniform in it; the highest ``share`` of them becomes uniform from LATE on."""
+    uniform = 1 - share
+    return torch.where(u < uniform, u / uniform, LATE + (1 - LATE) * (u - uniform) / max(share, 1e-12))
 
 
 class Phases:
@@ -121,11 +130,13 @@ class Phases:
     def say(self, text: str) -> None:
         self.trainer.progress.console.log(text)
 
-    def noisy(self, draws: Draws, update: int, batch: int, t: Tensor | None = None) -> Noisy:
-        """The rows of an update; t: (B,) table indices, or uniform ones."""
+    def noisy(
+        self, draws: Draws, update: int, batch: int, t: Tensor | None = None, late_share: float = 0.0
+    ) -> Noisy:
+        """The rows of an update; t: (B,) table indices, or uniform ones but for ``late_share`` of them."""
         data = self._source.batch(draws, update, batch)
         if t is None:
-            t = (draws.stratified(update, batch, Draw.TIME) * self.schedule.timesteps).long()
+            t = (late(draws.stratified(update, batch, Draw.TIME), late_share) * self.schedule.timesteps).long()
         noise = draws.normal(update, tuple(data.x.shape))
         null = self._source.null(batch).framed_as(data.condition)
         return Noisy(data.x, data.condition, null, noise, t, data.extra).to(self.device)

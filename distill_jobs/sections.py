@@ -34,7 +34,14 @@ class Training(Section):
 
 
 class TeacherSection(Training):
+    """Teaching a network to denoise the data.
+
+    late_share: share of rows whose timestep is drawn from the noisiest ones alone, where the prompt decides what is
+    drawn; those of the others are uniform.
+    """
+
     condition_dropout: float = Field(0.1, gt=0, lt=1)
+    late_share: float = Field(0.0, ge=0, lt=1)
 
 
 class StageOneSection(Training):

@@ -87,7 +87,7 @@ def _imitate(phases: Phases, section: FinetuneSection, teacher: PipelineFolder) 
     native = NativeTeacher.of(frozen, teacher.prediction, own, phases.schedule, phases.device)
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-        rows = phases.noisy(draws, update, batch)
+        rows = phases.noisy(draws, update, batch, late_share=section.late_share)
         dropped = draws.uniform(update, batch, Draw.DROPOUT) < section.condition_dropout
         return RowLoss(imitation_loss(network, native, rows, dropped.to(phases.device)))
 
@@ -105,7 +105,7 @@ def learn(
     """Train v-prediction on the data; the condition is dropped on a share of the rows. save: see Phases.train."""
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-        rows = phases.noisy(draws, update, batch)
+        rows = phases.noisy(draws, update, batch, late_share=section.late_share)
         dropped = draws.uniform(update, batch, Draw.DROPOUT) < section.condition_dropout
         return RowLoss(teacher_loss(network, phases.tables, rows, dropped.to(phases.device)))
 
