@@ -36,11 +36,10 @@ serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
 ## make test       what CI runs: linters, types, import rules, every test
-# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py). Files go
-# to the workers in their order: by number of tests, the long ones of few tests come last and a worker waits for them.
+# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py).
 test: setup
 	$(MAKE) --no-print-directory -j 2 lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 lint: lint-types lint-style
 
