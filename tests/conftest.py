@@ -33,11 +33,19 @@ def imports_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+OURS = {"engines", "distill_jobs", "server"}
+
+
 @pytest.fixture(autouse=True)
 def logs_put_back() -> Iterator[None]:
     """Commands that are run in this process configure its logs, into files that are closed when they have ended."""
     root = logging.getLogger()
     handlers, level, configuration = root.handlers[:], root.level, structlog.get_config()
+    logging.disable(logging.NOTSET)  # what others mute in this process, our tests hear again
+    for name, logger in root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in OURS:
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
     yield
     structlog.configure(**configuration)
     root.handlers[:] = handlers
