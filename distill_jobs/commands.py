@@ -189,5 +189,5 @@ def _display() -> Progress:
     The libraries' own bars, of weights that load in moments, would break into it.
     """
     diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return job_progress(quiet=launched_rank() > 0)

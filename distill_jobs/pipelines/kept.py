@@ -41,15 +41,13 @@ class KeptDraws:
         if (kept := _read(self.folder / key / LATENTS, fingerprint)) is not None:
             return kept
         found = (_read(lender / key / LATENTS, fingerprint) for lender in self.lenders)
-        latents = next((each for each in found if each is not None), None)
-        if latents is None:
-            latents = draw().contiguous()
-        else:
+        lent = next((each for each in found if each is not None), None)
+        if lent is not None:
             self.lent.append(key)
-        whole = latents
+        latents = draw().contiguous() if lent is None else lent
 
         def fill(staging: Path) -> None:
-            save_file({NAME: whole}, staging / LATENTS, metadata={FINGERPRINT: fingerprint})
+            save_file({NAME: latents}, staging / LATENTS, metadata={FINGERPRINT: fingerprint})
 
         write_folder(self.folder / key, fill)
         return latents
