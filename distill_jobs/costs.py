@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel
 
 from distill_jobs.adapters import adapter_parameters
 from distill_jobs.errors import RecipeError
-from distill_jobs.latent_sections import AutoencoderSection, DecoderSection
+from distill_jobs.latent_sections import AutoencoderSection, DecoderSection, TextSection
 from distill_jobs.making.autoencoder import AutoencoderTraining, new_autoencoder
+from distill_jobs.making.prompted import PromptedNetwork, text_config
+from distill_jobs.making.words import LatentGuess
 from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 
 TEXT_TOKENS = 77
@@ -80,6 +83,18 @@ def autoencoder_cost(section: AutoencoderSection, side: int) -> NetworkCost:
         latent = side // section.pixels_per_latent
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 3, side, side), torch.empty(1, section.latent_channels, latent, latent))
+    return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
+
+
+def words_cost(text: TextSection, unet: dict[str, Any]) -> NetworkCost:
+    """Parameters and FLOPs of a text encoder that guesses latents. unet: arguments of its network."""
+    side = int(unet["sample_size"])
+    with torch.device("meta"), torch.no_grad():
+        encoder = CLIPTextModel(text_config(text, text.words, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+        prompted = PromptedNetwork(UNet2DConditionModel(**unet), encoder)
+        network = LatentGuess(prompted, (int(unet["in_channels"]), side, side))
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, text.tokens, dtype=torch.int64))
     return NetworkCost(sum(p.numel() for p in network.parameters()), float(counter.get_total_flops()))
 
 

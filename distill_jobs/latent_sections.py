@@ -95,9 +95,11 @@ class AutoencoderSection(Training):
 
 
 class TextSection(Section):
-    """The text encoder of a pipeline that is made: a CLIP text model, trained with the network.
+    """The text encoder of a pipeline that is made: a CLIP text model.
 
-    words: size of the vocabulary, learned from the captions; tokens: of a prompt, start and end included.
+    words: size of the vocabulary, learned from the captions; tokens: of a prompt, start and end included; training:
+    of the encoder alone, before there is a network, to guess the latent that belongs to a caption; null trains it
+    together with the network, else it then stays as it is.
     """
 
     words: int = Field(1536, ge=600)
@@ -105,18 +107,14 @@ class TextSection(Section):
     width: int = Field(192, ge=8)
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
+    training: Training | None = None
 
 
 class MadeTeacher(TeacherSection, LatentTeacher):
-    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together.
-
-    second_round: more training of those two, from the averaged weights that the first round ended with; its
-    learning rate rises and falls once more.
-    """
+    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together."""
 
     autoencoder: AutoencoderSection
     text: TextSection = TextSection()
-    second_round: TeacherSection | None = None
 
 
 class DecoderSection(Training):

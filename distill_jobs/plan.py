@@ -13,7 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from distill_jobs.costs import NetworkCost, autoencoder_cost, decoder_costs, encoding_flops, network_cost
+from distill_jobs.costs import (
+    NetworkCost,
+    autoencoder_cost,
+    decoder_costs,
+    encoding_flops,
+    network_cost,
+    words_cost,
+)
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher, LatentTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
@@ -130,12 +137,11 @@ def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ..
     if isinstance(recipe.teacher, MadeTeacher):
         section = recipe.teacher
         side = int(recipe.unet["sample_size"]) * section.autoencoder.pixels_per_latent
-        first = (
-            PhasePlan("autoencoder", section.autoencoder, autoencoder_cost(section.autoencoder, side), None, 0),
-            PhasePlan("teacher", section, network, None, 0),
-        )
-        again = section.second_round
-        return first if again is None else (*first, PhasePlan("second_round", again, network, None, 0))
+        made = [PhasePlan("autoencoder", section.autoencoder, autoencoder_cost(section.autoencoder, side), None, 0)]
+        if section.text.training is not None:
+            cost = words_cost(section.text, recipe.unet)
+            made.append(PhasePlan("text_encoder", section.text.training, cost, None, 0))
+        return (*made, PhasePlan("teacher", section, network, None, 0))
     if not isinstance(recipe.teacher, FolderTeacher):
         return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
     training = recipe.teacher.v_finetune

@@ -176,6 +176,10 @@ class Recipe(Section):
         for name, value in fixed.items():
             if self.unet.get(name) != value:
                 raise ValueError(f"unet.{name} must be {value}, as teacher.autoencoder and teacher.text have it")
+        if teacher.text.training is not None and self.unet.get("addition_embed_type") != "text":
+            raise ValueError(
+                "teacher.text.training needs unet.addition_embed_type: text, whose pooling of a prompt it trains"
+            )
         side = self.unet.get("sample_size")
         if not isinstance(side, int):
             raise ValueError("unet.sample_size must be the side of the latents that the teacher is made for")

@@ -72,9 +72,9 @@ class RunFolder:
         return self.path / "autoencoder"
 
     @property
-    def first_round(self) -> Path:
-        """The pipeline that the run makes, as its second round of training finds it."""
-        return self.path / "first_round"
+    def text_encoder(self) -> Path:
+        """That of a pipeline which the run makes, as it is before there is a network."""
+        return self.path / "text_encoder"
 
     @property
     def evaluation(self) -> Path:

@@ -109,10 +109,7 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
 
 
 def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
-    """The phases that make the teacher; a folder's network that is taken as it is comes from there again.
-
-    The first round of a pipeline that the run makes is a teacher's of which there is no second.
-    """
+    """The phases that make the teacher; a folder's network that is taken as it is comes from there again."""
     section = recipe.teacher
     if isinstance(section, FolderTeacher):
         if section.v_finetune is not None:
@@ -122,11 +119,11 @@ def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
         yield Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))
         return
     yield _autoencoder(fields)
-    first = {**fields, "teacher": {**fields["teacher"], "second_round": None}}
-    kept = "teacher" if section.second_round is None else "first_round"
-    yield Past("teacher", (kept,), f"{kept}/phase.json", first)
-    if section.second_round is not None:
-        yield Past("second_round", ("teacher",), "teacher/phase.json", dict(fields))
+    if section.text.training is not None:
+        own = {name: fields["teacher"][name] for name in ("autoencoder", "text")}
+        seen = {name: fields[name] for name in ("seed", "data", "compute", "unet")}
+        yield Past("text_encoder", ("text_encoder",), "text_encoder/phase.json", {**seen, "teacher": own})
+    yield Past("teacher", ("teacher",), "teacher/phase.json", dict(fields))
 
 
 def _autoencoder(fields: dict[str, Any]) -> Past:

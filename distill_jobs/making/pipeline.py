@@ -1,4 +1,4 @@
-"""The phases that make a teacher's pipeline: the autoencoder, then network and text encoder on its latents.
+"""The phases that make a teacher's pipeline: autoencoder, text encoder, then the network with both.
 
 What they leave is a stock Stable Diffusion folder, from which the job goes on as from one that was given.
 """
@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.open import entries_of
@@ -28,6 +28,7 @@ from distill_jobs.making.autoencoder import (
 )
 from distill_jobs.making.prompted import PromptedNetwork, PromptSource, new_text_encoder, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
+from distill_jobs.making.words import learn_words, with_words
 from distill_jobs.phases import Phases, stands, train_into
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
@@ -37,7 +38,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.stage_one import learn
 from distill_jobs.state import Phase
-from distill_jobs.student import load_stock, new_teacher, stock_scheduler
+from distill_jobs.student import new_teacher, stock_scheduler
 from engines.schedule import NoiseSchedule
 
 ENCODED_ROWS = 64
@@ -97,15 +98,16 @@ class _Making:
 
     def network(self) -> None:
         """Train network and text encoder together into the teacher's folder."""
-        recipe, text, first = self._recipe, self._section.text, self._folder.first_round
+        recipe, text = self._recipe, self._section.text
         vae = AutoencoderKL.from_pretrained(self._folder.autoencoder, use_safetensors=True).eval()
         vae.register_to_config(_name_or_path="")  # else where it was read from is part of what is written
         autoencoder = Autoencoder(vae, float(vae.config.scaling_factor)).to(self._trainer.processes.device)
         captions = [entry.caption for entry in self._entries]
         tokenizer = learned_tokenizer(captions, text.words, text.tokens)
-        task = self._trainer.progress.add_task("latents", total=len(self._entries), loss="")
+        share = -(-len(self._entries) // self._trainer.processes.count)
+        task = self._trainer.progress.add_task("latents", total=share, loss="")
         source = PromptSource(
-            self._encoded(autoencoder, self._entries, lambda n: self._trainer.progress.advance(task, n)),
+            self._encoded_by_all(autoencoder, lambda n: self._trainer.progress.advance(task, n)),
             token_ids(tokenizer, captions),
             token_ids(tokenizer, [""]),
         )
@@ -114,25 +116,17 @@ class _Making:
             encoder = new_text_encoder(text, tokenizer, recipe.seed)
             return PromptedNetwork(new_teacher(recipe.unet, recipe.seed), encoder)
 
-        def go_on() -> PromptedNetwork:
-            encoder, unet = (
-                CLIPTextModel.from_pretrained(first / "text_encoder", dtype=torch.float32),
-                load_stock(first),
-            )
-            unet.register_to_config(_name_or_path="")
-            return PromptedNetwork(unet, encoder)
+        def taught() -> PromptedNetwork:
+            return start() if text.training is None else with_words(start(), self._folder.text_encoder)
 
         def save(staging: Path, network: PromptedNetwork) -> UNet2DConditionModel:
             save_pipeline(staging, network, vae.cpu(), tokenizer, recipe)
             return network.unet
 
         phases = Phases(recipe, self._folder, self._trainer, source)
-        second = self._section.second_round
-        if second is None:
-            learn(phases, "teacher", self._section, start, self._folder.teacher, save)
-        else:
-            learn(phases, "teacher", self._section, start, first, save)
-            learn(phases, "second_round", second, go_on, self._folder.teacher, save)
+        if text.training is not None and not stands(self._folder.text_encoder, self._trainer.processes):
+            learn_words(self._folder.text_encoder, self._trainer, text.training, start(), source, recipe.seed)
+        learn(phases, "teacher", self._section, taught, self._folder.teacher, save)
 
     @torch.inference_mode()
     def _reconstructions(self, autoencoder: Autoencoder) -> Image.Image:
@@ -157,6 +151,16 @@ class _Making:
             advance(len(rows))
         means, deviations = ([getattr(part, name).half().cpu() for part in parts] for name in ("mean", "std"))
         return Encoded(torch.cat(means), torch.cat(deviations))
+
+    def _encoded_by_all(self, autoencoder: Autoencoder, advance: Callable[[int], None]) -> Encoded:
+        """Those of all entries, of which every process computes its share."""
+        processes, entries = self._trainer.processes, self._entries
+        share = -(-len(entries) // processes.count)
+        first = share * processes.index
+        mine = tuple(entries[min(row, len(entries) - 1)] for row in range(first, first + share))
+        own = self._encoded(autoencoder, mine, advance)
+        parts = (processes.gathered(part.to(processes.device)).cpu() for part in (own.mean, own.std))
+        return Encoded(*(part[: len(entries)] for part in parts))
 
 
 def save_pipeline(

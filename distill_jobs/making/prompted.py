@@ -60,21 +60,24 @@ class PromptSource:
 
 def new_text_encoder(section: TextSection, tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
     """A freshly initialised CLIP text model; the same seed gives the same weights."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLIPTextModel(text_config(section, len(tokenizer), **special))
+
+
+def text_config(section: TextSection, words: int, **special: int) -> CLIPTextConfig:
+    """Of the encoder of a section. words: of its vocabulary; special: the ids of its start, end and padding."""
+    return CLIPTextConfig(
+        vocab_size=words,
         hidden_size=section.width,
         intermediate_size=4 * section.width,
         num_hidden_layers=section.layers,
         num_attention_heads=section.heads,
         max_position_embeddings=section.tokens,
         projection_dim=section.width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return CLIPTextModel(config)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:

@@ -70,8 +70,7 @@ SMALL: dict[str, Any] = {
     "teacher": {
         **LEARNING,
         "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 4},
-        "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
-        "second_round": None,
+        "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2, "training": LEARNING},
     },
     "stage_one": {**LEARNING, "max_relative_error": 10},
     "stage_two": {"batch_size": 4, "halvings": [{"steps": n, "updates": 1} for n in (8, 4, 2, 1)]},

@@ -25,7 +25,8 @@ from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
-from distill_jobs.latent_sections import AutoencoderSection
+from distill_jobs.latent_sections import AutoencoderSection, TextSection
+from distill_jobs.loop import Trainer
 from distill_jobs.making.autoencoder import (
     AutoencoderTraining,
     autoencoder_loss,
@@ -34,22 +35,24 @@ from distill_jobs.making.autoencoder import (
     pictures,
     save_autoencoder,
 )
-from distill_jobs.making.prompted import PromptedNetwork, token_ids
+from distill_jobs.making.prompted import PromptedNetwork, PromptSource, new_text_encoder, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
+from distill_jobs.making.words import POOLING, learn_words, with_words
 from distill_jobs.phases import Phases
 from distill_jobs.pipelines import tiny_decoder
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.tiny_decoder import train_decoder
-from distill_jobs.pipelines.vae import Autoencoder
+from distill_jobs.pipelines.vae import Autoencoder, Encoded
 from distill_jobs.plan import plan_of
 from distill_jobs.processes import Processes
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.sections import ComputeSection
+from distill_jobs.sections import ComputeSection, Training
+from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase, TrainingState
-from distill_jobs.student import predict
+from distill_jobs.student import load_stock, new_teacher, predict
 from distill_jobs.taken import takeable
 from tests.support.latent_run import latent_recipe
 
@@ -65,11 +68,20 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
     "norm_num_groups": 4,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
 }
 AUTOENCODER = {"updates": 3, "batch_size": 4, "ema": 0.5, "block_out_channels": [8, 16], "norm_num_groups": 4}
 TEACHER: dict[str, Any] = {
     "autoencoder": AUTOENCODER,
-    "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2},
+    "text": {
+        "words": 600,
+        "tokens": 16,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "training": {"updates": 3, "batch_size": 4},
+    },
     "updates": 3,
     "batch_size": 4,
     "ema": 0.5,
@@ -82,6 +94,7 @@ SHORT: dict[str, Any] = {
     "export": {"name": "made", "students": [4], "default_steps": 4},
 }
 QUIET = Progress(disable=True)
+ADVANCE = TrainingState.advance
 
 
 def made_recipe(work: Path, **changes: Any) -> Path:
@@ -156,7 +169,7 @@ def test_a_resumed_making_ends_in_the_same_bytes(
 ) -> None:
     recipe, advance = read_recipe(work / "run" / "recipe.yaml"), TrainingState.advance
     monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
-    for fatal in ("autoencoder", "teacher", "decoder", ""):
+    for fatal in ("autoencoder", "text_encoder", "teacher", "decoder", ""):
 
         def fail(state: TrainingState, fatal: str = fatal) -> Any:
             if state._phase.name == fatal and state.update == 1:
@@ -174,53 +187,97 @@ def test_a_resumed_making_ends_in_the_same_bytes(
     assert (tmp_path / "run" / "decoder" / "diffusion_pytorch_model.safetensors").is_file()
 
 
-SECOND_ROUND = "teacher.second_round={updates: 2, batch_size: 4, lr: 1.0e-9, ema: 0.5}"
+def test_words_are_learned_first_and_stay(work: Path) -> None:
+    run = work / "run"
+    learned, kept = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "text_encoder", run / "teacher" / "text_encoder")
+    )
+    assert learned.keys() == kept.keys()
+    assert all(torch.equal(weights, learned[name]) for name, weights in kept.items())
+    section, tokenizer = (
+        TextSection(**TEACHER["text"]),
+        CLIPTokenizer.from_pretrained(run / "teacher" / "tokenizer"),
+    )
+    before = new_text_encoder(section, tokenizer, 0).state_dict()
+    assert any(not torch.equal(weights, before[name]) for name, weights in learned.items())
+    pooled = load_file(run / "text_encoder" / POOLING)
+    own = load_stock(run / "teacher").add_embedding.state_dict()
+    assert pooled.keys() == own.keys()
+    assert any(not torch.equal(weights, own[name]) for name, weights in pooled.items())
+    for config in run.glob("te*/**/config.json"):
+        assert str(work) not in config.read_text()
 
 
-def test_a_second_round_goes_on_where_the_first_ended(
+def test_the_network_starts_with_what_was_learned_of_words(work: Path) -> None:
+    text = TextSection(**TEACHER["text"])
+    tokenizer = CLIPTokenizer.from_pretrained(work / "run" / "teacher" / "tokenizer")
+    fresh = PromptedNetwork(new_teacher(UNET, 0), new_text_encoder(text, tokenizer, 0))
+    taught = with_words(fresh, work / "run" / "text_encoder")
+    pooled = load_file(work / "run" / "text_encoder" / POOLING)
+    for name, weights in taught.unet.add_embedding.state_dict().items():
+        assert torch.equal(weights, pooled[name])
+    assert {name.partition(".")[0] for name, p in taught.named_parameters() if p.requires_grad} == {"unet"}
+
+
+def test_a_text_encoder_learns_to_guess_the_latents_of_its_captions(tmp_path: Path) -> None:
+    captions = [f"a {colour} {thing}" for colour in ("red", "green", "blue") for thing in ("apple", "boat")]
+    tokenizer = learned_tokenizer(captions, 600, 8)
+    rows = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    source = PromptSource(
+        Encoded(rows.half(), torch.zeros_like(rows).half()),
+        token_ids(tokenizer, captions),
+        token_ids(tokenizer, [""]),
+    )
+    section = TextSection(words=600, tokens=8, width=16, layers=1, heads=2)
+    prompted = PromptedNetwork(new_teacher(UNET, 0), new_text_encoder(section, tokenizer, 0))
+    training = Training(updates=150, batch_size=6, lr=1e-2, warmup=0)
+    trainer = Trainer(
+        Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 100, 1000, StopSignal(), QUIET
+    )
+    caught: list[float] = []
+
+    def advance(state: TrainingState) -> Any:
+        rows = ADVANCE(state)
+        assert rows is not None
+        caught.append(float(rows.loss.mean()))
+        return rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingState, "advance", advance)
+        learn_words(tmp_path / "text", trainer, training, prompted, source, 0)
+    assert caught[0] > 0.8
+    assert caught[-1] < 0.1 * caught[0]
+
+
+def test_without_training_of_its_own_the_text_encoder_learns_with_the_network(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage_one, "GATE_ROWS", 8)
-    run, recipe = tmp_path / "run", read_recipe(work / "run" / "recipe.yaml", [SECOND_ROUND])
-    assert {"autoencoder", "teacher"} <= takeable(recipe, _run(work)).names
-    run_job(recipe, run, resume=False, progress=QUIET, taken_from=work / "run")
-    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
-        first = run / "first_round" / f"{part}.safetensors"
-        assert first.read_bytes() == (work / "run" / "teacher" / f"{part}.safetensors").read_bytes()
-        before, after = load_file(first), load_file(run / "teacher" / f"{part}.safetensors")
-        assert before.keys() == after.keys()
-        for name, weights in after.items():
-            torch.testing.assert_close(weights, before[name], rtol=0, atol=1e-7)
-        assert any(not torch.equal(weights, before[name]) for name, weights in after.items())
-    assert json.loads((run / "teacher" / "phase.json").read_text())["name"] == "second_round"
-    for config in (run / "teacher").glob("*/config.json"):
-        assert str(tmp_path) not in config.read_text()
-
-
-def test_a_second_round_is_planned_and_taken_where_it_is_the_same(work: Path, tmp_path: Path) -> None:
-    recipe = read_recipe(work / "run" / "recipe.yaml", [SECOND_ROUND])
-    phases = ["autoencoder", "teacher", "second_round"]
-    assert [phase.name for phase in plan_of(recipe).phases[:3]] == phases
-    run = RunFolder(tmp_path)
-    run.take_up(recipe, resume=False)
-    for folder in (run.autoencoder, run.first_round, run.teacher):
-        folder.mkdir()
-        (folder / "phase.json").write_text("{}")
-    assert takeable(recipe, run).names == set(phases)
-    longer = read_recipe(run.recipe, ["teacher.second_round.updates=3"])
-    assert takeable(longer, run).names == {"autoencoder", "teacher"}
+    recipe = read_recipe(work / "run" / "recipe.yaml", ["teacher.text.training=null", "decoder=null"])
+    assert takeable(recipe, _run(work)).names == {"autoencoder"}
+    run_job(recipe, tmp_path / "run", resume=False, progress=QUIET, taken_from=work / "run")
+    assert not (tmp_path / "run" / "text_encoder").exists()
+    section = TextSection(**{**TEACHER["text"], "training": None})
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "run" / "teacher" / "tokenizer")
+    before = new_text_encoder(section, tokenizer, 0).state_dict()
+    after = load_file(tmp_path / "run" / "teacher" / "text_encoder" / "model.safetensors")
+    assert any(not torch.equal(weights, before[name]) for name, weights in after.items())
 
 
 def test_another_run_takes_the_pipeline(work: Path) -> None:
     recipe = read_recipe(work / "run" / "recipe.yaml", ["stage_one.updates=9"])
-    assert {"autoencoder", "teacher"} <= takeable(recipe, _run(work)).names
+    assert {"autoencoder", "text_encoder", "teacher"} <= takeable(recipe, _run(work)).names
     other = read_recipe(work / "run" / "recipe.yaml", ["teacher.lr=0.5"])
-    assert takeable(other, _run(work)).names == {"autoencoder"}
+    assert takeable(other, _run(work)).names == {"autoencoder", "text_encoder"}
+    otherwise = read_recipe(work / "run" / "recipe.yaml", ["teacher.text.training.lr=0.5"])
+    assert takeable(otherwise, _run(work)).names == {"autoencoder"}
 
 
 def test_its_phases_are_planned(work: Path) -> None:
-    first, second, *_ = plan_of(read_recipe(work / "run" / "recipe.yaml")).phases
-    assert (first.name, second.name) == ("autoencoder", "teacher")
+    first, second, third, *_ = plan_of(read_recipe(work / "run" / "recipe.yaml")).phases
+    assert (first.name, second.name, third.name) == ("autoencoder", "text_encoder", "teacher")
+    assert 0 < second.trained.flops < third.trained.flops
     made = new_autoencoder(AutoencoderSection(**AUTOENCODER), 16, 0)
     assert first.trained.parameters == sum(p.numel() for p in made.parameters())
 
@@ -314,8 +371,12 @@ def test_the_autoencoder_learns_to_give_pictures_back(tmp_path: Path) -> None:
         ({"teacher": {**TEACHER, "text": {"width": 15, "heads": 2}}}, "unet.cross_attention_dim must be 15"),
         ({"data": {"kind": "image_folder", "path": "x", "unreadable": "skip"}}, "it is made of every image"),
         ({"data": "digits"}, "teacher.autoencoder to make one"),
+        (
+            {"unet": {**UNET, "addition_embed_type": None}},
+            "teacher.text.training needs unet.addition_embed_type: text",
+        ),
     ],
-    ids=["text", "size", "schedule", "shard", "inpainting", "width", "unreadable", "digits"],
+    ids=["text", "size", "schedule", "shard", "inpainting", "width", "unreadable", "digits", "pooling"],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
