@@ -35,6 +35,7 @@ from distill_jobs.making.autoencoder import (
     pictures,
     save_autoencoder,
 )
+from distill_jobs.making.pipeline import _Making
 from distill_jobs.making.prompted import PromptedNetwork, PromptSource, new_text_encoder, token_ids
 from distill_jobs.making.tokenizer import learned_tokenizer
 from distill_jobs.making.words import POOLING, learn_words, with_words
@@ -218,6 +219,19 @@ def test_the_network_starts_with_what_was_learned_of_words(work: Path) -> None:
     for name, weights in taught.unet.add_embedding.state_dict().items():
         assert torch.equal(weights, pooled[name])
     assert {name.partition(".")[0] for name, p in taught.named_parameters() if p.requires_grad} == {"unet"}
+
+
+def test_processes_share_the_encoding_of_an_odd_number_of_pictures(work: Path) -> None:
+    recipe, entries = read_recipe(work / "run" / "recipe.yaml"), index_folder(work / "images")[:7]
+    autoencoder, shares = Autoencoder.load(open_folder(work / "run" / "teacher")), list[Tensor]()
+    for index in range(2):
+        one = SimpleNamespace(count=2, index=index, device=torch.device("cpu"), gathered=lambda rows: rows)
+        making = _Making(recipe, recipe.teacher, _run(work), SimpleNamespace(processes=one), entries)
+        shares.append(making._encoded_by_all(autoencoder, lambda n: None).mean)
+    assert [len(share) for share in shares] == [4, 4]
+    with torch.inference_mode():
+        whole = autoencoder.encode(pictures(entries, 16)).mean
+    torch.testing.assert_close(torch.cat(shares)[:7].float(), whole, rtol=1e-3, atol=1e-3)
 
 
 def test_a_text_encoder_learns_to_guess_the_latents_of_its_captions(tmp_path: Path) -> None:
