@@ -15,10 +15,13 @@ from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import GlyphData
 from distill_jobs.loop import Trainer
+from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.state import Phase
+from distill_jobs.student import load_stock
 from distill_jobs.taken import pasts, take_phases, takeable
 from tests.support.tiny_recipe import OVERRIDES, weights_of
 
@@ -141,7 +144,7 @@ def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Pat
     """It gives back discs of any colour on white, which it never saw."""
     recipe, shipped = read_recipe("emoji"), RunFolder(ROOT / "distill_jobs" / "weights" / "emoji")
     assert isinstance(recipe.data, GlyphData)
-    assert takeable(recipe, shipped).names == {"autoencoder"}
+    assert takeable(recipe, shipped).names == {"autoencoder", "text_encoder", "teacher"}
     mine = RunFolder(tmp_path)
     list(take_phases(recipe, shipped, mine))
     vae = AutoencoderKL.from_pretrained(mine.autoencoder, use_safetensors=True).eval()
@@ -151,3 +154,15 @@ def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Pat
     with torch.inference_mode():
         back = vae.decode(vae.encode(discs).latent_dist.mean).sample
     assert float((back - discs).abs().mean((1, 2, 3)).max()) < 0.05
+
+
+def test_the_emoji_teacher_that_comes_with_the_source_is_taken(tmp_path: Path) -> None:
+    recipe, shipped = read_recipe("emoji"), RunFolder(ROOT / "distill_jobs" / "weights" / "emoji")
+    mine = RunFolder(tmp_path)
+    list(take_phases(recipe, shipped, mine))
+    unet = load_stock(mine.teacher)
+    assert unet.dtype == torch.float32
+    assert {name: unet.config[name] for name in recipe.unet} == {
+        name: tuple(value) if isinstance(unet.config[name], tuple) else value for name, value in recipe.unet.items()
+    }
+    assert PromptEncoder.load(open_folder(mine.teacher)).encode(["red heart"]).tokens.isfinite().all()
