@@ -86,7 +86,7 @@ distill: setup
 	$(VENV)/bin/python -m distill_jobs export $(OUT) $(OUT)/bundle
 
 ## make pictures   a model's pictures for the README, drawn by the server, and its card filled in  [BUNDLE=… RUN=…]
-BUNDLE ?= server/bundles/digits
+BUNDLE ?= server/bundles/emoji
 pictures: setup
 	$(VENV)/bin/python -m tests.benchmarks.pictures --bundle $(BUNDLE)
 	$(if $(RUN),$(VENV)/bin/python -m distill_jobs card $(RUN))

@@ -20,7 +20,7 @@ from server.jobs import HEARTBEAT_S
 from server.storage import is_folder
 from server.webhooks import check_allowed
 
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "digits"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "emoji"
 DEFAULT_NAME = f"server/bundles/{DEFAULT_BUNDLE.name}"
 """How help and pages call it, wherever it is installed."""
 

@@ -70,7 +70,7 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
         "steps",
     ),
     404: error_response(
-        "No such model", "model_not_found", "There is no such model here; model can be digits.", "model"
+        "No such model", "model_not_found", "There is no such model here; model can be emoji.", "model"
     ),
     408: error_response("The body came too slowly", "body_timeout", "The body did not arrive within 30 s."),
     413: error_response("The body is too large", "payload_too_large", "The body must be at most 1048576 bytes."),

@@ -16,12 +16,16 @@ from prometheus_client import Counter, Gauge, Histogram
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from distill_jobs.contenders import STUDENT, TEACHER
 from distill_jobs.data.digits import class_condition
 from distill_jobs.errors import JobError
+from distill_jobs.pipelines.glyphs import FRECHET, GLYPHS, TOP_1
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import student_network
 from distill_jobs.sections import Halving
 from distill_jobs.student import load_stock
+from distill_jobs.tables import quality_table
+from distill_jobs.task_tables import task_lines
 from engines.backends.base import RUNGS
 from engines.bundle import verify_bundle
 from engines.manifest import MANIFEST_NAME, BundleManifest
@@ -30,7 +34,7 @@ from engines.schedule import NoiseSchedule
 from server.job_schemas import JobBody, JobStateBody
 from server.metrics import Metrics, StoreTotals
 from server.schemas import GenerationBody, ImagesResponse, ModelBody
-from server.settings import Settings
+from server.settings import DEFAULT_BUNDLE, Settings
 from server.settings_page import settings_page
 from tests.support.tiny_run import tiny_recipe, write_tiny_run
 from tests.unit.docs.pages import APPS, ROOT, click_commands, options, page, table_rows
@@ -63,7 +67,7 @@ def test_the_reference_says_what_a_value_may_be_and_is() -> None:
         "port": ("`--port` of serve, api", "integer, ≥ 0, ≤ 65535", "8000"),
         "lease_s": ("", "seconds, > 3", "30.0"),
         "allow_anonymous": ("", "`true`, `false`", "false"),
-        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", "server/bundles/digits"),
+        "bundles": ("`--bundle` of plan, serve, api, worker", "folders", "server/bundles/emoji"),
         "secret": ("", "text", "empty"),
         "metrics_port": ("`--metrics-port` of api, worker", "integer, ≥ 0, ≤ 65535", "none"),
     }
@@ -187,10 +191,27 @@ def test_the_diffusers_snippet_draws_what_our_sampler_draws(tmp_path: Path) -> N
     assert result["pixels"].shape == (1, 1, 8, 8)
 
 
-def test_the_model_card_holds_the_embedded_bundles_quality_table() -> None:
+def test_the_card_of_digits_holds_its_bundles_quality_table() -> None:
     manifest = verify_bundle(ROOT / "server" / "bundles" / "digits").manifest
     card = page("model-card-digits.md")
     for row in manifest.evaluation.rows:
         distance = row.metrics["frechet_distance"]
         figures = f"| {row.steps} | {row.evaluations} | {distance.mean:.3f} ± {distance.spread:.3f} |"
         assert f"| {row.guidance_scale:g} | {row.model} {figures}" in card
+
+
+def test_the_card_of_the_embedded_model_holds_its_bundles_tables() -> None:
+    manifest = verify_bundle(DEFAULT_BUNDLE).manifest
+    card = page(f"model-card-{manifest.name}.md")
+    for line in (*quality_table(manifest.evaluation.rows), *task_lines(manifest.tables)):
+        assert line.startswith("#") or line in card
+    assert manifest.recipe.sha256 in card
+
+
+def test_the_readmes_table_is_the_embedded_bundles() -> None:
+    manifest, told = verify_bundle(DEFAULT_BUNDLE).manifest, (ROOT / "README.md").read_text()
+    rows = {(row.guidance_scale, row.model, row.steps): row.metrics for row in manifest.tables[GLYPHS]}
+    for scale in sorted({scale for scale, _, _ in rows}):
+        asked = [(scale, TEACHER, 50), (scale, TEACHER, 4), (scale, STUDENT, 4), (scale, STUDENT, 1)]
+        cells = [f"{rows[each][TOP_1].mean:.2f} / {rows[each][FRECHET].mean:.3f}" for each in asked]
+        assert f"| {scale:g} | {' | '.join(cells)} |" in told
