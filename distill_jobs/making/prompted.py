@@ -66,7 +66,7 @@ def new_text_encoder(section: TextSection, tokenizer: CLIPTokenizer, seed: int) 
         return CLIPTextModel(text_config(section, len(tokenizer), **special))
 
 
-def text_config(section: TextSection, words: int, **special: int) -> CLIPTextConfig:
+def text_config(section: TextSection, words: int, **special: Any) -> CLIPTextConfig:
     """Of the encoder of a section. words: of its vocabulary; special: the ids of its start, end and padding."""
     return CLIPTextConfig(
         vocab_size=words,

@@ -37,10 +37,10 @@ class LatentGuess(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         guess: Tensor = self.guess(self.pooling(self.text(ids).last_hidden_state))
-        return guess.unflatten(1, self._shape)
+        return guess.reshape(-1, *self._shape)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.text.gradient_checkpointing_enable()
+        self.text.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
 
 
 def learn_words(
