@@ -16,6 +16,7 @@ from server.stores.redis.wire import UnreadableJobError
 from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
 from tests.contract.redis_lab import PREFIX, SLOW_MACHINE_S, make_older
 from tests.support.redis_server import BINARIES, RedisServer
+from tests.support.serving import until
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +40,11 @@ def undelivered(server: RedisServer) -> int:
     streams = server.client.keys(f"{PREFIX}lane:*")
     pending = sum(server.client.xpending(stream, "workers")["pending"] for stream in streams)
     return sum(map(server.client.xlen, streams)) - pending
+
+
+def milliseconds(server: RedisServer) -> int:
+    seconds, micros = server.client.time()
+    return int(seconds) * 1000 + int(micros) // 1000
 
 
 async def test_everything_survives_the_server_being_killed(server: RedisServer, store: RedisStore) -> None:
@@ -122,6 +128,8 @@ async def test_a_stream_made_again_serves_old_and_new(server: RedisServer, store
     for name in ("old", "older"):
         await store.submit(job(name))
     server.client.delete(*server.client.keys(f"{PREFIX}lane:*"))
+    deleted = milliseconds(server)
+    until(lambda: milliseconds(server) > deleted, "the next millisecond, by which a stream numbers its entries")
     for name in ("new", "newer"):
         await store.submit(job(name))
     leases = await store.claim("w", MODELS, 10)
