@@ -56,7 +56,8 @@ def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays], folder: Pa
         raise BackendError("this graph has no product between its first and its last: nothing to lower to int8")
     others = [node.name for node in named.graph.node if node.name not in lowered]
     named.graph.value_info.extend(_shapes(named))
-    nncf.set_log_level(logging.ERROR)
+    # Its own set_log_level would also mute whatever handlers others hung there, such as a test runner's.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     with redirect_stdout(StringIO()):  # its progress bars
         made: onnx.ModelProto = nncf.quantize(
             named,

@@ -33,25 +33,11 @@ def imports_are_no_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-OURS = {"engines", "distill_jobs", "server"}
-
-
 @pytest.fixture(autouse=True)
 def logs_put_back() -> Iterator[None]:
-    """Commands that are run in this process configure its logs, into files that are closed when they have ended.
-
-    Fixtures of modules that were before, and libraries, may have muted what this test hears.
-    """
+    """Commands that are run in this process configure its logs, into files that are closed when they have ended."""
     root = logging.getLogger()
-    handlers, level, configuration = root.handlers[:], logging.WARNING, structlog.get_config()
-    root.setLevel(level)
-    for handler in handlers:  # pytest's own, the same ones in every test
-        handler.setLevel(logging.NOTSET)
-    logging.disable(logging.NOTSET)
-    for name, logger in root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in OURS:
-            logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
+    handlers, level, configuration = root.handlers[:], root.level, structlog.get_config()
     yield
     structlog.configure(**configuration)
     root.handlers[:] = handlers
