@@ -111,7 +111,7 @@ class TextSection(Section):
 
 
 class MadeTeacher(TeacherSection, LatentTeacher):
-    """A whole pipeline made from the data: an autoencoder first, then network and text encoder together."""
+    """A whole pipeline made from the data: autoencoder, text encoder and network; see ``TextSection.training``."""
 
     autoencoder: AutoencoderSection
     text: TextSection = TextSection()
