@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tests.support.captioned_images import image_folder
 
 FINETUNE = {"updates": 2, "batch_size": 2, "target": "teacher"}
+PROMPTED_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["UpBlock2D"],
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
+}
+"""A network that is told the prompt with the timestep too, as a made pipeline's may be."""
 
 
 def latent_recipe(work: Path, teacher: Path, *, finetune: bool = True, **changes: object) -> Path:
