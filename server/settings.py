@@ -59,7 +59,11 @@ class Settings(BaseSettings):
         "(engines.md#serve-now-faster-later).",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the network body")
-    threads: int = Field(0, ge=0, description="CPU threads of one engine run; 0 takes one per core")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads of one engine run; 0 takes one per core, of those a CPU limit allows",
+    )
     cache_dir: Path | None = Field(
         DEFAULT_CACHE,
         description="folder for compiled engines and costs, or none. `python -m engines build` fills it, too. A "
@@ -86,8 +90,8 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="port of its own for metrics and probes; of api and worker. An `api` has them on `port`, too; "
-        "a `worker` without one takes a free one and prints it.",
+        description="port of its own for metrics and probes; of api and worker. An `api` then has its metrics "
+        "there alone; a `worker` without one takes a free one and prints it.",
     )
     api_keys: Path | None = Field(
         None,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engines.backends.base import OfGraph, Precision, Rows
 from engines.errors import BackendError
+from engines.machine import limited_threads
 from engines.manifest import GraphSpec
 
 
@@ -24,7 +25,7 @@ class OnnxRuntimeBackend(OfGraph):
         self._spec = spec
         self._outputs = [tensor.name for tensor in spec.outputs]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or limited_threads()
         options.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

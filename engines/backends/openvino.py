@@ -26,6 +26,7 @@ from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.openvino_head import head_input, split_head
 from engines.backends.sealed_folder import SealedFolder
 from engines.errors import BackendError
+from engines.machine import limited_threads
 from engines.manifest import GraphSpec
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class OpenVinoBackend(OfGraph):
             weights = _weight_bytes(self._model)
             fits = self._precision == "float32" and weights * sizes <= MAX_STATIC_BYTES
             self._static = fits if static is None else static
-            self._config = _config(threads or int(weights < LONE_THREAD_BYTES), self._kept)
+            self._config = _config(threads or int(weights < LONE_THREAD_BYTES) or limited_threads(), self._kept)
             if not self._static:
                 self._compile_dynamic()
         except BackendError:

@@ -19,6 +19,7 @@ from torch import Tensor
 from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.torch_operators import OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
+from engines.machine import limited_threads
 from engines.manifest import GraphSpec
 
 OPSETS = (21, 22)
@@ -110,7 +111,7 @@ class TorchBackend(OfGraph):
 
     def __init__(self, file: Path, spec: GraphSpec, threads: int = 0) -> None:
         self._spec = spec
-        if threads:
+        if threads := threads or limited_threads():
             torch.set_num_threads(threads)
         try:
             model = onnx.load(str(file))
