@@ -213,5 +213,5 @@ def test_the_readmes_table_is_the_embedded_bundles() -> None:
     rows = {(row.guidance_scale, row.model, row.steps): row.metrics for row in manifest.tables[GLYPHS]}
     for scale in sorted({scale for scale, _, _ in rows}):
         asked = [(scale, TEACHER, 50), (scale, TEACHER, 4), (scale, STUDENT, 4), (scale, STUDENT, 1)]
-        cells = [f"{rows[each][TOP_1].mean:.2f} / {rows[each][FRECHET].mean:.3f}" for each in asked]
+        cells = [f"{rows[each][TOP_1].mean:.3f} / {rows[each][FRECHET].mean:.3f}" for each in asked]
         assert f"| {scale:g} | {' | '.join(cells)} |" in told
