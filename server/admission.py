@@ -13,7 +13,8 @@ from server.request import DenoiseRequest
 class Admission:
     """Accepted, unfinished work beyond which requests are refused.
 
-    max_queue_s: for each worker; max_queued_rows: of all; tenant_share: of both, what one tenant may fill.
+    max_queue_s: for each worker; max_queued_rows: of all that the same workers do; tenant_share: of both, what one
+    tenant may fill.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Admission:
     def check(
         self, backlog: Backlog, request: DenoiseRequest, deadline_ms: int | None = None, workers: int = 1
     ) -> None:
-        """workers: that share the work.
+        """backlog: what the workers that have the model ready are to do; workers: how many those are.
 
+        A model that no worker has ready has what one worker may be given, and no other model waits for it.
         Raises: OverloadedError, with the time until there is room again, as predicted from measured costs.
         """
         workers = max(workers, 1)

@@ -56,7 +56,9 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
         a1111_routes(service),
         a1111_settings_routes(service),
         file_routes(service),
-        operations_routes(service.metrics, service.store, service.readiness),
+        operations_routes(
+            service.metrics, service.store, service.readiness, scraped=service.settings.metrics_port is None
+        ),
         page_routes(),
     )
 
@@ -71,7 +73,7 @@ def create_api(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.openapi = partial(openapi_document, app)  # type: ignore[method-assign]
+    app.openapi = partial(openapi_document, app, keys=service.keyring is not None)  # type: ignore[method-assign]
     parts = routers(service)
     for router in parts:
         app.include_router(router)
@@ -118,7 +120,7 @@ def _cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
     """Lets pages of these origins call the API with a key; cookies are never asked for."""
     if not origins:
         return app
-    told = ["x-request-id", "retry-after", "retry-after-ms", "location"]
+    told = ["x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "location", "preference-applied"]
     methods = ["GET", "POST", "DELETE"]
     return CORSMiddleware(app, origins, methods, allow_headers=["*"], expose_headers=told)
 

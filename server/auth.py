@@ -97,9 +97,11 @@ current_caller: ContextVar[Caller] = ContextVar("current_caller", default=ANYONE
 def check_rate(text: str) -> str:
     """Raises: ValueError when it is no rate such as ``60/minute``."""
     try:
-        limits.parse(text)
+        rates = limits.parse_many(text)
     except ValueError:
-        raise ValueError("a rate is a number for a time, such as 60/minute or 1000/day") from None
+        rates = []
+    if len(rates) != 1 or rates[0].amount < 1:
+        raise ValueError("a rate is a number above 0 for a time, such as 60/minute or 1000/day")
     return text
 
 

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from server.api.access import new_request_id
 from server.errors import ApiError
 
 LINGER_S = 2.0
 """Time a client has to take an early answer before the rest of what it sends is cut off."""
+
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,13 @@ class Connection(HttpToolsProtocol):
         self._refused = True
         self._told(error.code)
         payload = error.payload()
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(payload)
-        self.transport.write(STATUS_LINE[error.status] + head + payload)
+        request_id = new_request_id()
+        _log.info("request_refused", request_id=request_id, status=error.status, code=error.code)
+        head = (
+            f"content-type: application/json\r\nx-request-id: {request_id}\r\nconnection: close\r\n"
+            f"content-length: {len(payload)}\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + payload)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._arm(LINGER_S, self.transport.close)

@@ -38,13 +38,20 @@ class CostBook:
 
     def __init__(self) -> None:
         self.workers = 0
+        self._ready: list[frozenset[str]] = []
         self._tables: dict[str, CostTable] = {}
 
     def update(self, offers: Mapping[str, Mapping[str, Offer]]) -> None:
         """offers: by worker, then by model. What was known of models nobody offers now is kept."""
         self.workers = len(offers)
+        self._ready = [frozenset(models) for models in offers.values()]
         for models in offers.values():
             self._tables.update({name: offer.costs for name, offer in models.items()})
+
+    def sharing(self, model: str) -> tuple[int, frozenset[str]]:
+        """How many workers have a model ready, and all the models between which those divide their time."""
+        those = [ready for ready in self._ready if model in ready]
+        return len(those), frozenset({model}).union(*those)
 
     def predicted_s(self, manifest: BundleManifest, request: DenoiseRequest) -> float:
         """Engine seconds of a request whose rows share the most efficient batches: steps, decoding and encoding."""

@@ -121,7 +121,7 @@ class EngineProcess:
         await self._up.wait()
 
     def join_job(self, lease: Lease) -> None:
-        """Take a job in at the next step; while no process is up, as soon as one is."""
+        """Take a job in at the next step; while no process is up, as soon as one is, unless it does not start."""
         if self._up.is_set():
             self._joined[lease.token] = lease
             self._send({"join": lease.model_dump(mode="json")})
@@ -170,7 +170,8 @@ class EngineProcess:
             await asyncio.to_thread(self.spawn)
         except BackendError as error:
             _log.error("engine_process_not_started", reason=str(error))
-            self._report([Died(frozenset(), str(error))])
+            untried, self._waiting = frozenset(lease.token for lease in self._waiting), []
+            self._report([Died(frozenset(), str(error), untried)])
             return False
         _log.info("engine_process_started", pid=self.pid, seconds=round(time.perf_counter() - began, 3))
         return True

@@ -161,6 +161,13 @@ class EngineSwitch:
         if told:
             self._report(told)
 
+    def hand_back(self, reason: str) -> None:
+        """Let other workers have the jobs that wait for a successor of the doubted engine."""
+        waiting, self._waiting = [lease.token for lease in self._waiting], []
+        untried = frozenset([*waiting, *self._jobs[self._current]])
+        self._jobs[self._current], self._faults = {}, {}
+        self._report([Died(frozenset(), reason, untried)])
+
     async def ask(self, engine: Engine, requests: Sequence[DenoiseRequest]) -> list[Pixels]:
         """The images of requests of one image each, from an engine that is listened to.
 
@@ -229,7 +236,7 @@ class EngineSwitch:
             return False
         if engine is self._current:
             if isinstance(event, Died):
-                for token in event.tokens:
+                for token in event.tokens | event.untried:
                     jobs.pop(token, None)
                 if self._doubts(engine):
                     self._doubt(reason)

@@ -114,11 +114,15 @@ class JobStateBody(JobLinks):
     status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
     created: int = Field(description="Seconds since 1970.")
     queue_position: int | None = Field(description="Jobs expected to start before it, while it is queued.")
-    step: int = Field(description="Steps done by its slowest image; of an edit, strength tells how many are run.")
+    step: int = Field(description="Steps done by its slowest image, of total_steps.")
+    total_steps: int = Field(
+        description="Steps of each image: steps, or the share of them that strength leaves, and those of encoding."
+    )
     eta_ms: int | None = Field(description="Predicted until it ends, while it has not.")
     task: Task
     strength: float | None = Field(description="Of an edit: the share of the steps that is run.")
     mode: EditMode | None = Field(description="Of an edit: how it enters the steps.")
+    encoder_steps: int | None = Field(description="Of mode invert: the steps in which the image is encoded.")
     model: str
     n: int
     seed: int
@@ -149,6 +153,7 @@ class JobEventBody(BaseModel):
 
     type: EventType | Literal["completed"]
     step: int
-    steps: int
-    preview: JobPreviewBody | None = None
-    job: JobStateBody | None = None
+    steps: int = Field(description="What was asked for, as in the job.")
+    total_steps: int = Field(description="What step counts to, as in the job.")
+    preview: JobPreviewBody | None = Field(None, exclude_if=is_none)
+    job: JobStateBody | None = Field(None, exclude_if=is_none)

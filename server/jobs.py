@@ -244,9 +244,14 @@ class Delivery(Frozen):
 class Backlog(Frozen):
     """Accepted work that is not finished: jobs, their images, and predicted engine seconds."""
 
-    jobs: int
-    rows: int
-    seconds: float
+    jobs: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Backlog) -> Backlog:
+        return Backlog(
+            jobs=self.jobs + other.jobs, rows=self.rows + other.rows, seconds=self.seconds + other.seconds
+        )
 
 
 class Total(Frozen):

@@ -86,6 +86,7 @@ class Metrics:
         self.request_s = times("halfstep_request_seconds", "Acceptance to finished files", request, _REQUEST_S)
         queued = "Predicted engine seconds of accepted, unfinished work"
         self.queued_s = gauge("halfstep_queued_seconds", queued, [])
+        self.model_queued_s = gauge("halfstep_model_queued_seconds", f"{queued}, of each model", ["model"])
         checked = "Images and previews by what the safety check said of them"
         self.safety_checks = count("halfstep_safety_checks_total", checked, ["model", "outcome"])
         failed = "Calls of the result store that failed"
@@ -120,6 +121,8 @@ class Metrics:
         cancelled = "Steps that rows which left early did not run"
         self.cancelled_steps = count("halfstep_cancelled_steps_total", cancelled, ["model"])
         self.engine = gauge("halfstep_engine_info", "Engine in use (always 1)", ["model", "engine"])
+        up = "Whether the engine of this process takes jobs (1), or is being started again (0)"
+        self.engine_up = gauge("halfstep_engine_up", up, [])
         version = "Version of each model in use: the sha256 of its manifest (always 1)"
         self.bundle = gauge("halfstep_bundle_info", version, ["model", "sha256"])
         preferred = "Whether the engine in use is that of the setting backend (1), or of start_backend (0)"
@@ -172,20 +175,34 @@ class Metrics:
             self.engine.labels(model, engine).set(1)
             self.preferred.labels(model).set(preferred)
 
-    def watch_memory(self, pid: Callable[[], int]) -> None:
-        """Report the resident memory of the process the engine runs in, looked up at each scrape."""
+    def watch_engine(self, pid: Callable[[], int], up: Callable[[], bool]) -> None:
+        """Report at each scrape whether the engine takes jobs, and the memory of the process it runs in."""
+        self.engine_up.set_function(up)
         self.memory.labels("cpu").set_function(lambda: _resident_bytes(pid()))
 
-    def store_holds(self, backlog: Backlog, totals: Sequence[Total], *, takes_work: bool = True) -> None:
-        """Note what the store says, which is the same for all processes and survives each of them."""
+    def store_holds(
+        self,
+        backlog: Backlog,
+        totals: Sequence[Total],
+        of_each: Mapping[str, Backlog] | None = None,
+        *,
+        takes_work: bool = True,
+    ) -> None:
+        """Note what the store says, which is the same for all processes and survives each of them.
+
+        of_each: the backlog of each model.
+        """
         self.store_up.set(takes_work)
         self.queued_s.set(backlog.seconds)
+        for model, own in (of_each or {}).items():
+            self.model_queued_s.labels(model).set(own.seconds)
         self._totals.read(totals)
 
     def store_away(self) -> None:
         """What was last heard of the queue would pass for what it is now: the largest figure counts."""
         self.store_up.set(0)
         self.queued_s.set(math.nan)
+        self.model_queued_s.clear()
 
     def engine_did(self, event: Stepped | Dropped) -> None:
         if isinstance(event, Dropped):

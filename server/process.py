@@ -218,6 +218,8 @@ class Process(DrainingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining.set()
         await super().shutdown(sockets)
+        if not self._service.store.outlives_process and not self.force_exit:  # nobody else will send them
+            await self._service.webhooks.flush()
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)  # what they failed with was logged when it happened

@@ -152,6 +152,8 @@ class ImagesResponse(BaseModel):
     sampler: str
     task: Task
     strength: float | None = Field(None, description="Of an edit: the share of the steps that was run.")
+    mode: EditMode | None = Field(None, description="Of an edit or inpainting: how it entered the steps.")
+    encoder_steps: int | None = Field(None, description="Of mode invert: the steps in which the image was encoded.")
     engine: str = Field(
         description="Backend, version and precision: equal requests give equal bytes on one engine."
     )
@@ -190,6 +192,8 @@ class CompletedEvent(Delivered):
     sampler: str
     task: Task
     strength: float | None = None
+    mode: EditMode | None = None
+    encoder_steps: int | None = None
     engine: str
     timing: TimingBody
 

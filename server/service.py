@@ -221,7 +221,8 @@ class Service:
             raise _refusal(DRAINING)
         if self.keyring is not None and len(self.keyring.tenants) > 1:
             self.admission.check_share(await self.store.backlog(caller.tenant), request, self.costs.workers)
-        self.admission.check(await self.store.backlog(), request, options.deadline_ms, self.costs.workers)
+        workers, models = self.costs.sharing(request.model)
+        self.admission.check(await self.store.backlog(models=models), request, options.deadline_ms, workers)
         await self._spend_quota(caller, request.n)
         job = Job(
             id=self.signer.new_job_id(caller.tenant),

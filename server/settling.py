@@ -74,6 +74,11 @@ class Settling:
         await self.give_back(leases, crashed=crashed)
         return len(leases)
 
+    async def hand_on(self, leases: Collection[Lease]) -> None:
+        """Let other workers have jobs that no engine here has begun."""
+        self.stop([lease.token for lease in leases])
+        await self.give_back(leases)
+
     async def give_back(self, leases: Collection[Lease], *, crashed: bool = False) -> None:
         """All at once: a store that is away takes the time of one answer, not of one for each lease."""
 
@@ -168,8 +173,9 @@ class Settling:
         self._metrics.made(lease.job.request.model, result.timing)
 
     async def _give_back_lost(self, died: Died) -> None:
-        """The jobs that were in a dead engine process are tried again, each alone."""
+        """The jobs that were in a dead engine process are tried again, each alone; the others as they were."""
         self._metrics.engine_deaths.inc()
+        await self.hand_on([held.lease for held in filter(None, map(self._holdings.get, died.untried))])
         for held in filter(None, map(self._holdings.get, died.tokens)):
             record_job(held.lease, "lost", {})
             await self._end(held, partial(self._give_back_crashed, held.lease))

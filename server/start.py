@@ -27,16 +27,17 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def serve(settings: Settings) -> str | None:
     """API and worker in one process; what went wrong after the start, if anything did."""
+    settings = settings.model_copy(update={"redis": "", "metrics_port": None})  # which are of api and worker
     check_exposure(settings)
     sock = bind(settings.host, settings.port)
-    store, metrics = build_store(settings.model_copy(update={"redis": ""})), Metrics()
+    store, metrics = build_store(settings), Metrics()
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, metrics, isolated=settings.isolate_engine)
     bundles = [version.bundle for version in engine.versions]
     service = build_service(settings, store, metrics, files, bundles)
     metrics.offers(bundles)
     service.costs.update({own_name(): engine.offers})
-    metrics.watch_memory(lambda: engine.pid)
+    metrics.watch_engine(lambda: engine.pid, lambda: engine.up)
     metrics.is_a("serve")
     worker = _worker(settings, engine, store, metrics, files, safety)
     prompt = service.catalogue.default.tokenizer.known()[0]
@@ -88,7 +89,7 @@ def worker(settings: Settings) -> str | None:
     safety, files = open_safety(settings, metrics), open_files(settings, metrics)
     engine = _open_engine(settings, metrics, isolated=True)
     metrics.is_a("worker")
-    metrics.watch_memory(lambda: engine.pid)
+    metrics.watch_engine(lambda: engine.pid, lambda: engine.up)
 
     async def renew() -> None:
         await engine.renew()

@@ -214,6 +214,7 @@ class Succession(EngineSwitch):
                     self.take_up(engine, None, give_up=True)
             except HalfstepError as error:
                 _log.error("engine_not_started", backend=self._settings.start_backend, reason=str(error))
+                self.hand_back(str(error))
                 await asyncio.sleep(RETRY_S)
             else:
                 self._lost = ""

@@ -51,6 +51,7 @@ class Webhooks:
         self._secret = secret.encode()
         self._store = store
         self._links = links
+        self._sending = asyncio.Lock()
 
     def check(self, url: str) -> None:
         """Raises: InvalidRequestError when the server may not send there."""
@@ -67,14 +68,28 @@ class Webhooks:
         """Send what is due until cancelled."""
         if not self._origins:
             return
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+        async with _client() as client:
             while True:
-                due: list[Delivery] = []
-                with suppress(StoreUnavailableError):  # what was not noted down is due again
-                    due = await self._store.claim_deliveries(_AT_ONCE)
-                    await asyncio.gather(*(self._deliver(client, delivery) for delivery in due))
-                if not due:
+                if not await self._send_due(client):
                     await asyncio.sleep(_LOOK_S)
+
+    async def flush(self) -> None:
+        """Send what is due now, once, and wait for what is under way; at most TIMEOUT_S for all of it."""
+        if not self._origins:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT_S), _client() as client:
+                while await self._send_due(client):
+                    pass
+
+    async def _send_due(self, client: httpx.AsyncClient) -> bool:
+        """Whether anything was due."""
+        due: list[Delivery] = []
+        async with self._sending:
+            with suppress(StoreUnavailableError):  # what was not noted down is due again
+                due = await self._store.claim_deliveries(_AT_ONCE)
+                await asyncio.gather(*(self._deliver(client, delivery) for delivery in due))
+        return bool(due)
 
     async def _deliver(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
         fault = await self._send(client, delivery)
@@ -162,6 +177,10 @@ def check_allowed(entry: str) -> str:
     if url.scheme not in ("http", "https") or not url.host or url.raw_path not in (b"/", b""):
         raise ValueError("an origin is http:// or https:// and a host, without a path")
     return entry
+
+
+def _client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

@@ -113,10 +113,14 @@ class Late:
 
 @dataclass(frozen=True)
 class Died:
-    """The engine process ended with these jobs in it, or another one did not start; one more is being started."""
+    """The engine process ended with these jobs in it, or another one did not start; one more is being started.
+
+    untried: jobs that were to join it, and were not in it.
+    """
 
     tokens: frozenset[str]
     reason: str
+    untried: frozenset[str] = frozenset()
 
 
 Event = Progress | Made | Failed | Crashed | Started | Stepped | Dropped | Late | Died

@@ -25,6 +25,9 @@ from server.work import Event
 
 IDLE_CLAIM_S = 1.0
 
+RESTART_S = 5.0
+"""Most time that jobs wait here for an engine process that is started again."""
+
 BEATS_BEFORE_REAPING = 2
 """Heartbeats in a row that the store answered before silent leases are taken back."""
 
@@ -116,7 +119,7 @@ class Worker:
                     self._engine.join_job(lease)
 
     async def _take(self, rows: int, group: asyncio.TaskGroup) -> list[Lease]:
-        """Leases on what fits; none while the store is away, or when the worker was told to leave meanwhile."""
+        """Leases on what fits; none while the store is away, or when worker or engine went away meanwhile."""
         self._claiming = True
         try:
             leases = await self._store.claim(self._name, frozenset(self._engine.offers), rows, wait_s=IDLE_CLAIM_S)
@@ -125,13 +128,23 @@ class Worker:
                 return []
             for lease in leases:
                 self._holdings.take(lease, group.create_task(self._watch(lease)))
-            return leases
+            if leases and not await self._engine_back():
+                await self._settling.hand_on(leases)
+                return []
+            return [lease for lease in leases if lease.token in self._holdings]
         except OSError as error:
             _log.warning("store_away", call="claim", error=str(error))
             await asyncio.sleep(STORE_RETRY_S)
             return []
         finally:
             self._claiming = False
+
+    async def _engine_back(self) -> bool:
+        """Whether an engine that went down while jobs were claimed is back soon; else others may make them."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RESTART_S):
+                await self._engine.ready()
+        return self._engine.up
 
     async def _watch(self, lease: Lease) -> None:
         """Hear at once of a job that others end: its rows leave after the step under way, or the next."""
@@ -164,6 +177,7 @@ class Worker:
                 beats = 0
                 _log.warning("store_away", call="heartbeat", error=str(error))
             else:
-                with suppress(OSError):  # which a full store refuses
-                    await self._store.announce(self._name, self._engine.offers)
+                if self._engine.up:  # what is down is no capacity
+                    with suppress(OSError):  # which a full store refuses
+                        await self._store.announce(self._name, self._engine.offers)
             await asyncio.sleep(HEARTBEAT_S)

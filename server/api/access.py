@@ -68,4 +68,9 @@ class AccessLog:
 
 def _request_id(scope: Scope) -> str:
     sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"
+    return sent if _REQUEST_ID.fullmatch(sent) else new_request_id()
+
+
+def new_request_id() -> str:
+    """For a request that brought none."""
+    return f"req_{secrets.token_hex(12)}"

@@ -110,6 +110,8 @@ def used_fields(request: DenoiseRequest) -> dict[str, Any]:
         "steps": request.steps,
         "sampler": request.sampler,
         "strength": request.effective_strength,
+        "mode": None if request.image is None else request.mode,
+        "encoder_steps": request.encoder_steps,
         "size": f"{request.width}x{request.height}",
         "output_format": request.output_format,
     }

@@ -12,8 +12,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.api.a1111_errors import A1111_PATH
-from server.api.gate import is_open
-from server.schemas import ErrorResponse
+from server.api.gate import generates, is_open
+from server.api.reference import component
+from server.job_schemas import JobEventBody
+from server.schemas import CompletedEvent, ErrorResponse, PartialImageEvent
 
 _ANY = {
     "415": "The body is compressed",
@@ -26,13 +28,19 @@ _WITH_KEYS = {
     "503": "The job store does not answer; Retry-After says when to try again",
 }
 _SPENDING = {"429": "This API key is used too often; Retry-After says when to try again"}
-_ERROR = {"$ref": "#/components/schemas/ErrorResponse"}
+_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "password": {"type": "http", "scheme": "basic", "description": "An API key as the password, of any user."},
+}
+_SECURED: list[dict[str, list[str]]] = [{"key": []}]
+_SECURED_A1111: list[dict[str, list[str]]] = [{"key": []}, {"password": []}]
+_ERROR = component(ErrorResponse)
 _A1111_ERROR = {"$ref": "#/components/schemas/A1111ErrorBody"}
 _AUTOMATIC_422 = "HTTPValidationError"
 
 
-def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """Made once; FastAPI serves it at ``/openapi.json``."""
+def openapi_document(app: FastAPI, *, keys: bool) -> dict[str, Any]:
+    """Made once; FastAPI serves it at ``/openapi.json``. keys: whether an API key is asked for."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -44,7 +52,16 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 _complete(operation["responses"], path, method)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+                if keys and not is_open(path):
+                    operation["security"] = _SECURED_A1111 if path.startswith(A1111_PATH) else _SECURED
+        components = document.setdefault("components", {})
+        if keys:
+            components["securitySchemes"] = _SCHEMES
+        schemas = components.setdefault("schemas", {})
+        for body in (PartialImageEvent, CompletedEvent, JobEventBody):
+            own = body.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+            for name, schema in {**own.pop("$defs", {}), body.__name__: own}.items():
+                schemas.setdefault(name, schema)
         for unused in (_AUTOMATIC_422, "ValidationError"):
             schemas.pop(unused, None)
         schemas.setdefault("ErrorResponse", ErrorResponse.model_json_schema())
@@ -57,7 +74,7 @@ def _complete(responses: dict[str, Any], path: str, method: str) -> None:
         del responses["422"]
     common = dict(_ANY)
     if not is_open(path):
-        common |= _WITH_KEYS if method == "get" else _WITH_KEYS | _SPENDING
+        common |= _WITH_KEYS | (_SPENDING if generates(method.upper(), path) else {})
     for status, description in common.items():
         content = {"application/json": {"schema": _A1111_ERROR if path.startswith(A1111_PATH) else _ERROR}}
         responses.setdefault(status, {"description": description, "content": content})

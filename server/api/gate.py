@@ -20,10 +20,17 @@ from server.stores.base import JobStore, StoreUnavailableError
 _OPEN = re.compile(r"/|/livez|/readyz|/docs|/static/.*|/files/.*")
 """Probes, static pages, and files at addresses that are signed."""
 
+_GENERATES = re.compile(r"/v1/images/(generations|edits)|/v1/jobs|/sdapi/v1/(txt2img|img2img)")
+
 
 def is_open(path: str) -> bool:
     """Whether a path is served without an API key, and without asking the job store who calls."""
     return _OPEN.fullmatch(path) is not None
+
+
+def generates(method: str, path: str) -> bool:
+    """Whether a request asks for images, which a rate bounds. Cancelling never waits for one."""
+    return method == "POST" and _GENERATES.fullmatch(path) is not None
 
 
 class Gate:
@@ -64,8 +71,8 @@ class Gate:
         needed = _needed(scope)
         if needed not in caller.scopes:
             raise ApiError(403, "insufficient_scope", f"This API key lacks the scope {needed}.")
-        rate = caller.rate or self._rate
-        if needed is KeyScope.GENERATE and rate is not None and not await self._repeats(scope, caller):
+        rate = (caller.rate or self._rate) if generates(scope["method"], scope["path"]) else None
+        if rate is not None and not await self._repeats(scope, caller):
             wait_s = await self._rates.spend(rate, 1, "rate", caller.key or "")
             if wait_s is not None:
                 message = "This API key is used too often; the Retry-After header says when to try again."

@@ -38,8 +38,8 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
         created=int(job.created_s),
         queue_position=state.queue_position,
         step=state.step,
+        total_steps=wanted.network_steps,
         eta_ms=await _eta_ms(service, state),
-        mode=None if wanted.image is None else wanted.mode,
         n=wanted.n,
         seed=wanted.seed,
         **used_fields(wanted),
@@ -73,7 +73,8 @@ async def _line(service: Service, request: Request, state: JobState, event: JobE
     body = JobEventBody(
         type=kind,
         step=event.step,
-        steps=wanted.network_steps,
+        steps=wanted.steps,
+        total_steps=wanted.network_steps,
         preview=None
         if preview is None
         else JobPreviewBody(
@@ -84,16 +85,17 @@ async def _line(service: Service, request: Request, state: JobState, event: JobE
         ),
         job=await job_body(service, request, state) if event.terminal else None,
     )
-    return f"id: {event.id}\nevent: {kind}\ndata: {body.model_dump_json(exclude_none=True)}\n\n"
+    return f"id: {event.id}\nevent: {kind}\ndata: {body.model_dump_json()}\n\n"
 
 
 async def _eta_ms(service: Service, state: JobState) -> int | None:
     """Predicted from measured costs: the share of the backlog that goes first, then the job itself."""
     job, cost_s = state.job, state.job.cost_s
     if state.status is JobStatus.QUEUED:
-        backlog = await service.store.backlog()
+        workers, models = service.costs.sharing(job.request.model)
+        backlog = await service.store.backlog(models=models)
         each_s = backlog.seconds / max(backlog.jobs, 1)
-        ahead_s = each_s * (state.queue_position or 0) / max(service.costs.workers, 1)
+        ahead_s = each_s * (state.queue_position or 0) / max(workers, 1)
         return round((ahead_s + cost_s) * 1000)
     if state.status is JobStatus.RUNNING:
         return round(cost_s * 1000 * (1 - state.step / job.request.network_steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.api.reference import GENERATION_RESPONSES, error_response, events_content
-from server.job_schemas import EXAMPLES, JobBody, JobStateBody
+from server.job_schemas import EXAMPLES, JobBody, JobEventBody, JobStateBody
 
 JOB_BODY: dict[str, Any] = {
     "requestBody": {
@@ -90,12 +90,12 @@ FILE: dict[int | str, dict[str, Any]] = {
     503: GENERATION_RESPONSES[503],
 }
 
+_EVENTS = ("queued", "running", "step", "completed", "failed", "cancelled", "expired")
+
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",
-        "content": events_content(
-            ("queued", "running", "step", "completed", "failed", "cancelled", "expired"),
-        ),
+        "content": events_content(dict.fromkeys(_EVENTS, JobEventBody)),
     },
     400: error_response(
         "Last-Event-ID is malformed", "invalid_event_id", "Last-Event-ID must be the id of an event."

@@ -104,6 +104,8 @@ class _Reader:
     def _named(self) -> None:
         if not self._name:
             raise _broken()
+        if self._named_file and self._name not in FILES:
+            raise _no_file(self._name)
         field_name = FILES.get(self._name, self._name)
         if field_name in self._seen:
             raise _twice(field_name)
@@ -116,31 +118,42 @@ class _Reader:
                 raise image_too_large(FILES[self._name])
         elif len(self._data) > MAX_TEXT_BYTES:
             message = f"A text of a form must be at most {MAX_TEXT_BYTES} bytes."
-            raise ApiError(413, "payload_too_large", message)
+            raise ApiError(413, "payload_too_large", message, param=_told(self._name))
 
     def _part_end(self) -> None:
         if self._name in FILES and (self._data or self._named_file):
             self.form.files[FILES[self._name]] = bytes(self._data)
         elif self._data:
-            self.form.texts[self._name] = _utf8(bytes(self._data))
+            self.form.texts[self._name] = _utf8(bytes(self._data), _told(self._name))
 
     def _end(self) -> None:
         self.ended = True
 
 
+def _told(name: str) -> str | None:
+    """The name of a field, where an error may repeat it."""
+    return name if PLAIN_NAME.fullmatch(name) else None
+
+
+def _no_file(name: str) -> InvalidRequestError:
+    files, told = ", ".join(FILES), _told(name)
+    message = f"{'One field' if told is None else told} is no file here; the fields that are: {files}."
+    return InvalidRequestError("unknown_field", message, param=told)
+
+
 def _twice(field_name: str) -> InvalidRequestError:
-    param = field_name if PLAIN_NAME.fullmatch(field_name) else None
+    param = _told(field_name)
     message = f"The form has two parts of {'one field' if param is None else param}; send it once."
     if param == "image":
         message = "The form has more than one image; send the one that is to be edited."
     return InvalidRequestError("duplicate_part", message, param=param)
 
 
-def _utf8(data: bytes) -> str:
+def _utf8(data: bytes, param: str | None = None) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidRequestError("invalid_encoding", "The form's texts must be UTF-8.") from None
+        raise InvalidRequestError("invalid_encoding", "The form's texts must be UTF-8.", param=param) from None
 
 
 def _broken() -> InvalidRequestError:

@@ -26,21 +26,24 @@ from server.api.reference import (
 )
 from server.api.validation import form_values, validate
 from server.catalogue import Model
-from server.errors import ApiError, InvalidRequestError, result_store_away
+from server.errors import ApiError, InvalidRequestError, result_store_away, store_away
 from server.fitting import alpha_is_edit
-from server.jobs import JobState, JobStatus
+from server.jobs import JobStatus
 from server.request import DenoiseRequest
 from server.resolve import resolve, resolve_edit
 from server.schemas import (
+    CompletedEvent,
     EditBody,
     GenerationBody,
     GuidanceBody,
     ModelBody,
     ModelsResponse,
+    PartialImageEvent,
     StepsBody,
 )
 from server.service import Service
 from server.storage import ResultStoreError
+from server.stores.base import StoreUnavailableError
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -119,25 +122,35 @@ async def _stream(service: Service, request: Request, wanted: DenoiseRequest) ->
 
 
 async def _events(service: Service, job_id: str, wanted: DenoiseRequest, base: str) -> AsyncIterator[str]:
+    """Of an answer under way, whose status is sent: whatever goes wrong from here on is an event."""
+    try:
+        async for event in _images_as_made(service, job_id, wanted, base):
+            yield _event(event.type, event)
+    except ResultStoreError:
+        yield _error(result_store_away())
+    except (StoreUnavailableError, KeyError):  # away; or it came back without what it held
+        yield _error(store_away())
+    except ApiError as error:
+        yield _error(error)
+
+
+async def _images_as_made(
+    service: Service, job_id: str, wanted: DenoiseRequest, base: str
+) -> AsyncIterator[PartialImageEvent | CompletedEvent]:
     sent: set[tuple[int, int]] = set()
     async for told in service.store.events(job_id):
         preview = told.preview
         if preview is not None and (preview.image, preview.index) not in sent:  # an attempt after the first repeats
             sent.add((preview.image, preview.index))
-            event = partial_event(preview, wanted)
-            yield _event(event.type, event)
-    for line in await _last_events(service, await service.store.wait(job_id), base):
-        yield line
+            yield partial_event(preview, wanted)
+    state = await service.store.wait(job_id)
+    links = await service.links_of(state, base)
+    for event in list(completed_events(state, service.catalogue, links)):
+        yield event
 
 
-async def _last_events(service: Service, state: JobState, base: str) -> list[str]:
-    try:
-        links = await service.links_of(state, base)
-        return [_event(event.type, event) for event in completed_events(state, service.catalogue, links)]
-    except ResultStoreError:
-        return [f"data: {result_store_away().payload().decode()}\n\n"]
-    except ApiError as error:
-        return [f"data: {error.payload().decode()}\n\n"]
+def _error(error: ApiError) -> str:
+    return f"data: {error.payload().decode()}\n\n"
 
 
 def _event(name: str, body: BaseModel) -> str:

@@ -14,9 +14,9 @@ from server.stores.base import JobStore, StoreUnavailableError
 
 
 def operations_routes(
-    metrics: Metrics, store: JobStore, readiness: Callable[[], Awaitable[Readiness]]
+    metrics: Metrics, store: JobStore, readiness: Callable[[], Awaitable[Readiness]], *, scraped: bool = True
 ) -> APIRouter:
-    """``/livez``, ``/readyz`` and ``/metrics``."""
+    """``/livez``, ``/readyz`` and, where it is scraped here, ``/metrics``."""
     router = APIRouter(tags=["Operations"])
 
     @router.head("/livez", include_in_schema=False)
@@ -34,12 +34,17 @@ def operations_routes(
             response.status_code = 503
         return Health(status=status)
 
+    if not scraped:
+        return router
+
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_metrics() -> Response:
         """Prometheus metrics: of this process, and of the store all processes share while it answers."""
         try:
             backlog, totals = await store.backlog(), await store.totals()
-            metrics.store_holds(backlog, totals, takes_work=await _takes_work(store))
+            models = {total.model for total in totals}
+            of_each = {model: await store.backlog(models=(model,)) for model in models}
+            metrics.store_holds(backlog, totals, of_each, takes_work=await _takes_work(store))
         except StoreUnavailableError:
             metrics.store_away()
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import BaseModel
 
 from server.schemas import (
     CompletedEvent,
@@ -43,25 +45,30 @@ def error_response(description: str, code: str, message: str, param: str | None 
     }
 
 
-def events_content(names: Iterable[str]) -> dict[str, Any]:
-    """Server-sent events of these names, as OpenAPI 3.2 tells of them; ``data`` is JSON."""
-    properties = {
-        "event": {"enum": list(names)},
-        "id": {"type": "string"},
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    }
+def component(schema: type[BaseModel]) -> dict[str, str]:
+    """Where the document has the schema of a body."""
+    return {"$ref": f"#/components/schemas/{schema.__name__}"}
+
+
+def events_content(events: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """Server-sent events by name, as OpenAPI 3.2 tells of them; ``data`` is JSON, and an error has no name."""
+    bodies = [component(schema) for schema in (*dict.fromkeys(events.values()), ErrorResponse)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": bodies}}
+    properties = {"event": {"enum": list(events)}, "id": {"type": "string"}, "data": data}
     event = {"type": "object", "properties": properties, "required": ["data"]}
     return {"text/event-stream": {"itemSchema": event}}
 
 
-_COMPLETED = ("partial_image", "completed")
+def _image_events(of: str) -> dict[str, type[BaseModel]]:
+    return {f"{of}.partial_image": PartialImageEvent, f"{of}.completed": CompletedEvent}
+
 
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesResponse,
         "description": "The images, or with stream true these events: "
         + ", ".join(str(event.model_fields["type"].default) for event in (PartialImageEvent, CompletedEvent)),
-        "content": events_content(f"image_generation.{name}" for name in _COMPLETED),
+        "content": events_content(_image_events("image_generation")),
     },
     400: error_response(
         "A field is unknown, malformed, or asks for what the model does not offer; or every image was withheld",
@@ -95,7 +102,24 @@ def _edit_form() -> dict[str, Any]:
 
 
 EDIT_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _edit_form()}}}
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _edit_form(),
+                "examples": {
+                    "edit": {
+                        "summary": "As curl -F takes it; the files with @",
+                        "value": {"image": "@photo.png", "prompt": "fox", "strength": "0.75"},
+                    },
+                    "inpaint": {
+                        "summary": "Drawn anew where the mask is transparent",
+                        "value": {"image": "@photo.png", "mask": "@mask.png", "prompt": "pizza"},
+                    },
+                },
+            }
+        },
+    }
 }
 
 EDIT_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -103,7 +127,7 @@ EDIT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         **GENERATION_RESPONSES[200],
         "description": "The images, or with stream true events: image_edit.partial_image, image_edit.completed",
-        "content": events_content(f"image_edit.{name}" for name in _COMPLETED),
+        "content": events_content(_image_events("image_edit")),
     },
     400: error_response(
         "A field or file is unknown, malformed, or asks for what the model does not offer",

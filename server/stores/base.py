@@ -61,7 +61,7 @@ class JobStore(Protocol):
         ...
 
     async def progress(self, reports: Sequence[Report]) -> frozenset[str]:
-        """Write down the progress of leases still held; returns the tokens of those to stop."""
+        """Write down progress, which never goes back, of leases still held; returns the tokens of those to stop."""
         ...
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
@@ -121,8 +121,8 @@ class JobStore(Protocol):
         """Drop a terminal job whose result was delivered; others, and those with a key, are left alone."""
         ...
 
-    async def backlog(self, tenant: str | None = None) -> Backlog:
-        """Of one tenant, or of all."""
+    async def backlog(self, tenant: str | None = None, *, models: Collection[str] | None = None) -> Backlog:
+        """Of one tenant, of all jobs for some models, or of all."""
         ...
 
     async def totals(self) -> list[Total]:

@@ -58,7 +58,8 @@ class MemoryStore:
             return leases
         self._arrived.clear()
         try:
-            await asyncio.wait_for(self._arrived.wait(), wait_s)
+            async with asyncio.timeout(wait_s):  # Python 3.11's wait_for may swallow a cancellation
+                await self._arrived.wait()
         except TimeoutError:
             return []
         return self.jobs.take(worker, models, rows)
@@ -77,10 +78,12 @@ class MemoryStore:
             if record is None:
                 stop.append(report.lease.token)
                 continue
-            record.step = report.step
+            advanced = report.step > record.step
+            record.step = max(record.step, report.step)
             for preview in report.previews:
                 record.tell("step", preview)
-            record.tell("step")
+            if advanced:
+                record.tell("step")
         return frozenset(stop)
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
@@ -162,8 +165,8 @@ class MemoryStore:
     async def forget(self, job_id: str) -> None:
         self.jobs.forget(job_id)
 
-    async def backlog(self, tenant: str | None = None) -> Backlog:
-        return self.jobs.counts.backlog(tenant)
+    async def backlog(self, tenant: str | None = None, *, models: Collection[str] | None = None) -> Backlog:
+        return self.jobs.counts.backlog(tenant) if models is None else self.jobs.counts.backlog_for(models)
 
     async def totals(self) -> list[Total]:
         return self.jobs.counts.totals()

@@ -14,8 +14,10 @@ function operation(api, path, method, described) {
   const title = make("h2", {}, make("span", { class: "method" }, method.toUpperCase()), path);
   const section = make("section", { class: "operation", id }, title);
   if (described.description) section.append(make("p", {}, described.description));
-  const body = described.requestBody?.content["application/json"];
-  if (body) section.append(make("h3", {}, "Body"), fields(api, body.schema), ...examples(body));
+  if (described.parameters) section.append(make("h3", {}, "Parameters"), parameters(api, described.parameters));
+  for (const [type, body] of Object.entries(described.requestBody?.content ?? {})) {
+    section.append(make("h3", {}, `Body: ${type}`), fields(api, body.schema), ...examples(body));
+  }
   section.append(make("h3", {}, "Answers"), ...Object.entries(described.responses).map((each) => answer(api, ...each)));
   return section;
 }
@@ -28,7 +30,18 @@ function answer(api, status, response) {
   return details;
 }
 
+/** Parameters in the form of fields: their names say where they go. */
+function parameters(api, described) {
+  const named = described.map(({ name, in: place, schema, description, required }) => [
+    `${name} (${place})`,
+    { ...schema, description: description ?? schema.description, required },
+  ]);
+  const required = named.filter(([, { required }]) => required).map(([name]) => name);
+  return fields(api, { properties: Object.fromEntries(named), required });
+}
+
 function examples(body) {
+  if (body.example) return [make("h3", {}, "Example"), code(body.example)];
   return Object.values(body.examples ?? {}).flatMap(({ summary, value }) => [make("h3", {}, summary), code(value)]);
 }
 

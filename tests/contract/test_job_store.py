@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from server.jobs import MAX_ATTEMPTS, JobStatus, Report
+from server.jobs import MAX_ATTEMPTS, JobStatus, Preview, Report
 from tests.contract.lab import FAILURE, LEASE_S, MODELS, RESULT, RESULT_TTL_S, Lab, job, status
 
 pytestmark = pytest.mark.anyio
@@ -191,6 +191,42 @@ async def test_a_backlog_is_told_apart_by_tenant(lab: Lab) -> None:
     await lab.store.cancel("a")
     assert (await lab.store.backlog("t")).jobs == 0
     assert (await lab.store.backlog("u")).rows == (await lab.store.backlog()).rows == 1
+
+
+async def test_a_backlog_is_told_apart_by_model(lab: Lab) -> None:
+    await lab.store.submit(job("a", n=2, cost_s=3.0))
+    await lab.store.submit(job("b", model="other", n=1, cost_s=0.5))
+    own = await lab.store.backlog(models=("other",))
+    assert (own.jobs, own.rows, own.seconds) == (1, 1, pytest.approx(0.5))
+    both = await lab.store.backlog(models=("other", *MODELS, "unknown"))
+    assert both == await lab.store.backlog()
+    await lab.store.cancel("b")
+    assert (await lab.store.backlog(models=("other",))).jobs == 0
+    assert (await lab.store.backlog(models=MODELS)).rows == 2
+
+
+async def test_progress_never_goes_back_when_a_preview_is_late(lab: Lab) -> None:
+    await lab.store.submit(job("a"))
+    (lease,) = await lab.store.claim("w", MODELS, 10)
+    preview = Preview(image=0, index=0, data=b"png")
+    for report in (Report(lease=lease, step=3), Report(lease=lease, step=2, previews=(preview,))):
+        assert await lab.store.progress([report]) == frozenset()
+    state = await lab.store.get("a")
+    assert state is not None
+    assert state.step == 3
+    await lab.store.finish(lease, RESULT)
+    told = [(event.type, event.step, event.preview) async for event in lab.store.events("a")]
+    assert told[2:4] == [("step", 3, None), ("step", 3, preview)]
+    assert [step for _, step, _ in told] == sorted(step for _, step, _ in told)
+
+
+async def test_whoever_waits_for_a_job_is_cancelled_even_as_one_comes(lab: Lab) -> None:
+    waiting = asyncio.create_task(lab.store.claim("w", MODELS, 10, wait_s=30))
+    await asyncio.sleep(0.05)
+    await lab.store.submit(job("a"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_ends_are_told_with_their_time_and_unknown_jobs_too(lab: Lab) -> None:

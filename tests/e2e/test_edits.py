@@ -67,6 +67,32 @@ def test_the_sdk_inpaints_and_the_rest_stays_exactly(sdk: openai.OpenAI) -> None
     assert (got[inside] != sent[inside]).any()
 
 
+def test_a_file_under_another_name_is_refused_by_that_name(http: httpx.Client) -> None:
+    error = post(http, {"image": PHOTO, "file": PHOTO}).json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_field", "file")
+    assert "image[]" in error["message"]
+
+
+def test_texts_that_are_wrong_are_named(http: httpx.Client) -> None:
+    def part(name: str, text: bytes) -> bytes:
+        return b"--x\r\nContent-Disposition: form-data; name=" + name.encode() + b"\r\n\r\n" + text + b"\r\n"
+
+    for text, expected in (
+        (b"\xff", (400, "invalid_encoding", "prompt")),
+        (b"a" * 70_000, (413, "payload_too_large", "prompt")),
+    ):
+        kind = {"content-type": "multipart/form-data; boundary=x"}
+        answer = http.post(URL, content=part("prompt", text) + b"--x--\r\n", headers=kind)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == expected
+
+
+@pytest.mark.parametrize("strength", [".5", "5e-1", "0.50", "+0.5"])
+def test_numbers_are_read_as_json_and_python_write_them(http: httpx.Client, strength: str) -> None:
+    answer = post(http, strength=strength)
+    assert (answer.status_code, answer.json().get("strength")) == (200, 0.5)
+
+
 def test_the_sdk_streams_previews_of_an_edit(sdk: openai.OpenAI) -> None:
     stream = sdk.images.edit(
         image=("a.png", PHOTO), prompt="seven", stream=True, partial_images=2, extra_body={"strength": 1}

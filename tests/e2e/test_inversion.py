@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def test_a_job_inverts_as_an_edit_does(http: httpx.Client) -> None:
     body["image"] = base64.b64encode(PHOTO).decode("ascii")
     job = http.post("/v1/jobs", json=body, headers={"prefer": "wait=60"}).json()
     assert (job["status"], job["mode"], job["strength"]) == ("succeeded", "invert", None)
+    assert (job["steps"], job["encoder_steps"], job["step"], job["total_steps"]) == (4, 8, 12, 12)
+    told = http.get(job["events_url"]).text.strip().rsplit("data: ", 1)[1]
+    last = json.loads(told)
+    assert (last["step"], last["steps"], last["total_steps"]) == (12, 4, 12)
+    assert last["job"] == http.get(job["status_url"]).json()
     got = Image.open(io.BytesIO(http.get(job["images"][0]["url"]).content))
     assert (np.asarray(got) == np.asarray(picture(edit(http)))).all()
 

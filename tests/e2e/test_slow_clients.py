@@ -50,7 +50,9 @@ def test_what_never_ends_is_408_and_closed(quick: Live, sent: bytes, expected: t
     before = quick.count("halfstep_requests_rejected_total", reason=expected[1])
     with quick.connect() as connection:
         connection.sendall(sent)
-        assert code(answer(connection)) == expected
+        raw = answer(connection)
+    assert code(raw) == expected
+    assert b"\r\nx-request-id: req_" in raw
     assert quick.count("halfstep_requests_rejected_total", reason=expected[1]) == before + 1
 
 

@@ -91,6 +91,15 @@ async def test_an_answer_without_an_end_is_heard_by_its_status() -> None:
     server.close()
 
 
+def test_a_server_that_ends_tells_of_what_it_just_finished(toy_bundle: Path) -> None:
+    with receiver(200) as (origin, heard):
+        allowed = (origin, LOOPBACK)
+        with live(toy_bundle, webhook_allow=allowed, secret=SECRET) as running, running.client() as client:
+            wish, patient = {"prompt": "one", "webhook_url": origin}, {"prefer": "wait=60"}
+            jobs = [client.post("/v1/jobs", json=wish, headers=patient).json() for _ in range(3)]
+        assert {json.loads(body)["id"] for _, body in heard} == {job["id"] for job in jobs}
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -185,11 +186,11 @@ class RedisStore:
     async def forget(self, job_id: str) -> None:
         await self._scripts.run("forget", job_id)
 
-    async def backlog(self, tenant: str | None = None) -> Backlog:
-        key = self._key("backlog") if tenant is None else self._key("backlog", tenant)
-        values = await _ask(self._redis.hmget(key, ["jobs", "rows", "cost_us"]))
-        jobs, rows, cost_us = (int(value or 0) for value in values)
-        return Backlog(jobs=jobs, rows=rows, seconds=cost_us / 1e6)
+    async def backlog(self, tenant: str | None = None, *, models: Collection[str] | None = None) -> Backlog:
+        if models is None:
+            return await self._work(self._key("backlog", *([] if tenant is None else [tenant])))
+        each = await asyncio.gather(*(self._work(self._key("work", model)) for model in models))
+        return sum(each, Backlog())
 
     async def totals(self) -> list[Total]:
         counted = await _ask(self._redis.hgetall(self._key("totals")))
@@ -229,6 +230,11 @@ class RedisStore:
     async def close(self) -> None:
         await self._signals.close()
         await self._redis.aclose()
+
+    async def _work(self, key: str) -> Backlog:
+        values = await _ask(self._redis.hmget(key, ["jobs", "rows", "cost_us"]))
+        jobs, rows, cost_us = (int(value or 0) for value in values)
+        return Backlog(jobs=jobs, rows=rows, seconds=cost_us / 1e6)
 
     async def _status(self, job_id: str) -> JobStatus:
         """Raises: KeyError."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from starlette.types import Message, Scope
 
 from server.api.answers import failure_error
 from server.app import create_app
-from server.jobs import POISON, Backlog, IdempotencyKey, Job, JobFailure, Submission
+from server.costs import Offer
+from server.jobs import POISON, Backlog, IdempotencyKey, Job, JobEvent, JobFailure, Submission
 from server.service import Service
 from server.stores.base import StoreUnavailableError
 from tests.support.offline import offline_client, offline_service
@@ -33,7 +36,7 @@ def client(service: Service) -> TestClient:
 def test_what_nobody_caught_is_still_json(
     service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken() -> Backlog:
+    async def broken(**_: object) -> Backlog:
         raise ZeroDivisionError("canary-4711")
 
     monkeypatch.setattr(service.store, "backlog", broken)
@@ -119,7 +122,7 @@ def test_a_request_that_took_the_engine_down_is_not_to_be_sent_again_by_itself()
 def test_an_error_of_any_layer_has_the_shape_of_its_path(
     service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def away() -> Backlog:
+    async def away(**_: object) -> Backlog:
         raise StoreUnavailableError
 
     monkeypatch.setattr(service.store, "backlog", away)
@@ -128,3 +131,48 @@ def test_an_error_of_any_layer_has_the_shape_of_its_path(
     assert [answer.status_code for answer in (drawn, packed)] == [503, 415]
     assert [answer.json()["error"] for answer in (drawn, packed)] == ["store_unavailable", "unsupported_encoding"]
     assert drawn.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("lost", [StoreUnavailableError(), KeyError("gone")])
+def test_a_store_that_goes_away_ends_a_stream_with_an_error_event(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def events(job_id: str) -> AsyncIterator[JobEvent]:
+        raise lost
+        yield JobEvent(id="1", type="queued", step=0)
+
+    monkeypatch.setattr(service.store, "events", events)
+    answer = client.post(URL, json={"prompt": "seven", "stream": True})
+    assert answer.status_code == 200
+    (line,) = [line for line in answer.text.splitlines() if line]
+    assert json.loads(line.removeprefix("data: "))["error"]["code"] == "store_unavailable"
+
+
+def test_a_model_without_workers_takes_no_room_from_others(service: Service, client: TestClient) -> None:
+    waiting = Backlog(jobs=900, rows=900, seconds=9000.0)
+
+    async def backlog(tenant: str | None = None, *, models: Collection[str] | None = None) -> Backlog:
+        return waiting if models is None or "away" in models else Backlog()
+
+    service.store.backlog = backlog  # type: ignore[method-assign]
+    there = Offer(engine="fake", ms={})
+    service.costs.update({"w": {"toy-digits": there}})
+    wish = {"prompt": "seven"}
+    assert client.post("/v1/jobs", json=wish).status_code == 202
+    service.costs.update({"w": {"toy-digits": there, "away": there}})
+    assert client.post("/v1/jobs", json=wish).status_code == 503, "the same workers have all that to do"
+
+
+def test_the_reference_has_the_body_of_every_event(client: TestClient) -> None:
+    told = client.get("/openapi.json").json()
+    schemas, found = told["components"]["schemas"], list[str]()
+    for path, operations in told["paths"].items():
+        for operation in operations.values():
+            stream = operation["responses"].get("200", {}).get("content", {}).get("text/event-stream")
+            if stream is not None:
+                bodies = stream["itemSchema"]["properties"]["data"]["contentSchema"]["anyOf"]
+                assert all(body["$ref"].rsplit("/", 1)[1] in schemas for body in bodies)
+                found.append(path)
+    assert found == [URL, "/v1/images/edits", "/v1/jobs/{job_id}/events"]
+    for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)):
+        assert name in schemas

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from server.app import routers
-from server.auth import KeyFile, KeyFileError, Keyring, read_keys, write_keys
+from server.auth import KeyFile, KeyFileError, Keyring, check_rate, read_keys, write_keys
 from server.cli import app
 from server.errors import ApiError
 from server.process import StartError, check_exposure
@@ -205,6 +205,32 @@ def test_the_rate_of_all_keys_is_a_setting(toy_bundle: Path, path: Path, keys: d
     client = offline_client(offline_service(toy_bundle, Settings(rate_limit="1/hour"), Keyring(path)))
     answers = [client.post(URL, headers=bearer(keys[name])).status_code for name in ("a", "a", "b")]
     assert answers == [415, 429, 415]
+
+
+def test_cancelling_never_waits_for_a_rate(client: TestClient, keys: dict[str, str]) -> None:
+    limited = bearer(keys["limited"])
+    while client.post(URL, headers=limited).status_code != 429:
+        pass
+    assert code(client, "DELETE", "/v1/jobs/unknown", **limited) == (404, "job_not_found")
+    assert client.post("/sdapi/v1/interrupt", headers=limited).status_code == 200
+
+
+@pytest.mark.parametrize("rate", ["0/minute", "60/minute; 5/second", "often", ""])
+def test_what_is_no_single_rate_is_refused(rate: str) -> None:
+    with pytest.raises(ValueError, match="60/minute"):
+        check_rate(rate)
+
+
+def test_the_reference_says_how_a_key_is_sent(client: TestClient, keys: dict[str, str], toy_bundle: Path) -> None:
+    told = client.get("/openapi.json", headers=bearer(keys["a"])).json()
+    assert told["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert told["paths"][URL]["post"]["security"] == [{"key": []}]
+    assert {"password": []} in told["paths"]["/sdapi/v1/txt2img"]["post"]["security"]
+    assert "security" not in told["paths"]["/livez"]["get"]
+    assert (
+        "securitySchemes"
+        not in offline_client(offline_service(toy_bundle)).get("/openapi.json").json()["components"]
+    )
 
 
 # ---- beyond loopback

@@ -22,7 +22,7 @@ import uvloop
 from engines.errors import BackendError
 from server.engine_process import EngineProcess
 from server.engine_wire import HEAD, events_frame, events_from, sizes
-from server.jobs import Job, JobFailure, JobState, JobStatus
+from server.jobs import Job, JobFailure, JobState, JobStatus, Lease
 from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
@@ -116,6 +116,40 @@ async def test_a_killed_engine_is_replaced_and_its_jobs_made_again(settings: Set
         await store.submit(job("after", 1, n=10, steps=8))
         before, after = await ended(store, "before", "after")
     assert files(before) == files(after)
+
+
+async def test_jobs_of_an_engine_that_does_not_come_back_go_to_other_workers(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those it had begun, and those that were claimed while it was down."""
+    monkeypatch.setattr("server.worker.RESTART_S", 0.2)
+    store, engine, metrics = MemoryStore(), EngineProcess(settings), Metrics()
+    metrics.watch_engine(lambda: 0, lambda: engine.up)
+    async with working(engine, store, metrics):
+        await store.submit(job("first", 1))
+        await ended(store, "first")
+        engine._command = (sys.executable, "-c", "raise SystemExit(1)")
+        os.kill(engine.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while engine.up:  # noqa: ASYNC110 - another process ends
+                await asyncio.sleep(0.01)
+        await store.submit(job("second", 1))
+        assert metrics.registry.get_sample_value("halfstep_engine_up") == 0
+        async with asyncio.timeout(60):
+            leases = await store.claim("other", ("toy-digits",), 10, wait_s=60)
+    assert [(lease.job.id, lease.alone) for lease in leases] == [("second", False)]
+
+
+async def test_what_was_to_join_an_engine_that_does_not_start_is_reported(settings: Settings) -> None:
+    engine, told = EngineProcess(settings, (sys.executable, "-c", "raise SystemExit(1)")), list[Event]()
+    engine._report = told.extend
+    lease = Lease(job=job("a", 1), worker="w", attempt=1, queued_ms=0.0)
+    engine.join_job(lease)
+    assert not await engine._spawned()
+    (event,) = told
+    assert isinstance(event, Died)
+    assert (event.tokens, event.untried) == (frozenset(), {lease.token})
+    assert engine._waiting == []
 
 
 async def test_an_engine_that_was_being_restarted_ends_with_its_worker(

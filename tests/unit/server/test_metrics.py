@@ -10,6 +10,7 @@ import pytest
 from engines.bundle import verify_bundle
 from server.jobs import Backlog
 from server.metrics import Metrics
+from server.settings import Settings
 from server.stores.base import StoreUnavailableError
 from tests.support.offline import offline_client, offline_service
 
@@ -42,6 +43,19 @@ def test_a_process_without_its_store_tells_no_queue() -> None:
     assert metrics.registry.get_sample_value("halfstep_queued_seconds") == 12
     metrics.store_away()
     assert math.isnan(metrics.registry.get_sample_value("halfstep_queued_seconds") or 0)
+
+
+def test_what_waits_is_told_of_each_model(toy_bundle: Path) -> None:
+    service = offline_service(toy_bundle)
+    client, value = offline_client(service), service.metrics.registry.get_sample_value
+    assert client.post("/v1/jobs", json={"prompt": "seven"}).status_code == 202
+    assert client.get("/metrics").status_code == 200
+    assert value("halfstep_model_queued_seconds", {"model": "toy-digits"}) == value("halfstep_queued_seconds") != 0
+
+
+def test_metrics_with_a_port_of_their_own_are_there_alone(toy_bundle: Path) -> None:
+    client = offline_client(offline_service(toy_bundle, Settings(metrics_port=0)))
+    assert [client.get(path).status_code for path in ("/metrics", "/livez", "/readyz")] == [404, 200, 200]
 
 
 def test_a_store_that_is_full_is_down_and_its_queue_is_known(

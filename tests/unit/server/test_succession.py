@@ -184,6 +184,28 @@ async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_fi
         assert built.closed
 
 
+async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(toy_bundle: Path) -> None:
+    built = SpawnedThread(toy_bundle, BUILT)
+    async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal="no such device")) as on:
+        on.built.set()
+        await on.until_change("engine", "taken_up")
+        built.bench.hold()
+        for name in "abc":
+            await on.submit(name, "one", steps=8)
+        await until(lambda: built.bench.batches[-1][0] == "step_8")
+        built.bench.factor = float("nan")
+        built.bench.allow()
+        found: set[str] = set()
+        async with asyncio.timeout(60):
+            while len(found) < 3:
+                leases = await on.store.claim("other", ("toy-digits",), 10, wait_s=60)
+                found |= {lease.job.id for lease in leases}
+        assert found == {"a", "b", "c"}
+        on.makes.append(SpawnedThread(toy_bundle, LATER))
+        await on.until_change("engine", "given_up")
+        assert engine_of(await on.make("d")) == LATER
+
+
 async def test_a_job_that_fails_by_itself_does_not_cost_the_engine(toy_bundle: Path) -> None:
     built = SpawnedThread(toy_bundle, BUILT)
     async with stage(toy_bundle, built) as on:

@@ -13,6 +13,7 @@
 --   taken                      set     jobs claimed at least once that have not ended
 --   deadlines                  zset    open jobs with a deadline -> ms
 --   backlog, backlog:<tenant>  hash    open jobs, rows and cost, of all and of each tenant that has some
+--   work:<model>               hash    the same, of each model that has some
 --   totals                     hash    jobs accepted and ended
 --   outbox, delivery:<id>      zset    webhooks -> ms when due; hash
 --   workers, offer:<worker>    set     who is there; string: what it has ready, expires with its silence
@@ -135,9 +136,10 @@ local function count_in(backlog, job, sign)
 end
 
 local function count(job, sign)
-  local own = P .. 'backlog:' .. job.tenant
   count_in(P .. 'backlog', job, sign)
-  if count_in(own, job, sign) <= 0 then call('DEL', own) end
+  for _, own in ipairs({ P .. 'backlog:' .. job.tenant, P .. 'work:' .. job.model }) do
+    if count_in(own, job, sign) <= 0 then call('DEL', own) end
+  end
 end
 
 local function total(job, what) call('HINCRBY', P .. 'totals', job.model .. ' ' .. job.task .. ' ' .. what, 1) end
