@@ -174,7 +174,7 @@ class Judge:
             if not torch.isfinite(images).all():
                 raise JobError(f"{cell.key}: the network gives NaN or infinity; train it again")
             batches.append(images.clamp(-1, 1))
-            advance(len(classes) * cell.contender.computed(cell.guidance_scale))
+            advance(len(classes) * cell.contender.evaluations(cell.guidance_scale))
         return torch.cat(batches)
 
     def _labels(self) -> Tensor:

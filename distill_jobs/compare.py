@@ -74,6 +74,7 @@ class EvaluatedRun:
             "evaluation.samples": evaluation.samples,
             "evaluation.seeds": evaluation.seeds,
             "measure": evaluation.metric,
+            "evaluation.features_path": self.report.features,
             self.judge: judge.read_bytes() if judge.is_file() else None,
             "measures": sorted(evaluation.rows[0].metrics),
         }

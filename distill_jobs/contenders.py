@@ -73,7 +73,7 @@ class Contender:
         return EvaluationRow(
             model=model or self.title,
             steps=self.steps,
-            evaluations=self.evaluations,
+            evaluations=self.evaluations(guidance_scale),
             sampler=self.sampler,
             guidance_scale=guidance_scale,
             metrics={name: Measured.of(each) for name, each in values.items()},
@@ -91,15 +91,10 @@ class Contender:
         """Whether it goes into the bundle."""
         return self.role == STUDENT and self.name in ("", CONSISTENCY)
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations an image; a step guided at sampling counts two at every guidance."""
-        return self.steps * (2 if self._guided_at_sampling else 1)
-
-    def computed(self, guidance_scale: float) -> int:
-        """Evaluations that are really run: the unconditional one is spared at guidance 1."""
-        spared = self._guided_at_sampling and weight_from_scale(guidance_scale) == 0
-        return self.steps if spared else self.evaluations
+    def evaluations(self, guidance_scale: float) -> int:
+        """Network evaluations an image: two a step where it is guided at sampling, one at guidance 1."""
+        twice = self._guided_at_sampling and weight_from_scale(guidance_scale) != 0
+        return self.steps * (2 if twice else 1)
 
     def scales_of(self, settings: EvaluationSection) -> tuple[float, ...]:
         """The guidance scales of the recipe that it can be run at."""

@@ -52,6 +52,7 @@ def evaluate_run(
         recipe,
         command=command,
         weights=weights_of(run_dir, recipe, everyone),
+        features="" if settings.features_path is None else judge.space.identity,
         seconds=time.monotonic() - started,
         classifier_accuracy=accuracy(judge.classifier, split_digits(digits)[1]),
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
@@ -94,7 +95,7 @@ def _measure_all(
                 waiting.append(cell)
             else:
                 results[cell] = result
-    work = settings.samples * sum(cell.contender.computed(cell.guidance_scale) for cell in waiting)
+    work = settings.samples * sum(cell.contender.evaluations(cell.guidance_scale) for cell in waiting)
     task = progress.add_task("evaluate", total=work, loss="")
     for contender in everyone:
         own = [cell for cell in waiting if cell.contender == contender]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -196,6 +197,10 @@ def write_surroundings(
 ) -> dict[str, GraphSpec]:
     """The graphs around the steps, and the tokenizer's file. weights: what the files keep them in."""
     condition, decode, encode = around.condition, around.decode, around.encode
+    if weights == "float16":
+        decode = copy.deepcopy(
+            decode
+        )  # with an autoencoder of its own: rounding it must not round the encoder, too
 
     def latents_of(shape: Shape) -> list[Tensor]:
         return [parity_latents(PARITY_ROWS, shape)]

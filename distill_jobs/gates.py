@@ -62,17 +62,24 @@ def _agreement_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
 
 
 def _cost_gates(rows: _Rows) -> Iterator[Gate]:
-    """A student against the teacher run for no more evaluations, or in one step: nearer to the fine teacher."""
+    """A student against the teacher run for as many evaluations, or in one step: nearer to the fine teacher."""
     for steps in sorted({steps for model, steps, _ in rows if model == "student"}, reverse=True):
-        twin = max(1, steps // 2)
-        ratios = [
-            _paired(row) / max(_paired(rows["teacher", twin, scale]), 1e-12)
-            for (model, n, scale), row in rows.items()
-            if (model, n, row.sampler) == ("student", steps, "deterministic") and ("teacher", twin, scale) in rows
+        pairs = [
+            (row, twin)
+            for (model, n, _), row in rows.items()
+            if (model, n, row.sampler) == ("student", steps, "deterministic") and (twin := _twin(rows, row))
         ]
-        if ratios:
-            name = f"{steps}-step distance to the teacher / that of the teacher in {twin}, worst guidance"
-            yield Gate(name=name, value=max(ratios), limit=1.0)
+        if pairs:
+            name = f"{steps}-step distance to the teacher / the teacher's at as many evaluations, worst guidance"
+            value = max(_paired(row) / max(_paired(twin), 1e-12) for row, twin in pairs)
+            yield Gate(name=name, value=value, limit=1.0)
+
+
+def _twin(rows: _Rows, student: EvaluationRow) -> EvaluationRow | None:
+    """The teacher at the same guidance that costs what the student does; for a single step, its single step."""
+    of_teacher = (row for (model, _, s), row in rows.items() if (model, s) == ("teacher", student.guidance_scale))
+    fits = (row for row in of_teacher if row.evaluations == student.evaluations or row.steps == student.steps == 1)
+    return next(fits, None)
 
 
 def _teacher_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:

@@ -119,7 +119,7 @@ def measure_inpainting(
             for name, shown in ((AGREEMENT, masks), (TEXT_AGREEMENT, torch.ones_like(masks))):
                 drawn = _painted(painter, recipe, digits, shown, seed * SEED_STRIDE)
                 found[name].append(_agreement(classifier, drawn, digits.labels))
-                advance(len(digits) * painter.student.evaluations)
+                advance(len(digits) * painter.student.evaluations(painter.scale(recipe)))
         values = {**found, HIDDEN_AGREEMENT: [hidden]}
         rows.append(painter.student.row(painter.scale(recipe), values, model=painter.name))
     return tuple(rows)

@@ -35,12 +35,14 @@ from engines.manifest import (
     KNOWN,
     LATENT,
     MASK,
+    MASKED,
     NEXT_LATENT,
     NOISE,
     TIMESTEP,
     EvaluationRow,
     StudentSpec,
 )
+from engines.masks import HIDDEN
 from engines.pipeline import find_student
 from engines.quantize import Int8Options, quantize_bundle
 from engines.sampler import COEFFICIENT_NAMES
@@ -154,6 +156,7 @@ def engine_network(engine: EngineBackend, spec: StudentSpec, w: float) -> Networ
             COEFFICIENTS: np.tile(_OUTPUT_ALONE, (rows, 1)),
             NOISE: latent,
             KNOWN: latent,
+            MASKED: np.full_like(latent, HIDDEN),  # an image hidden as a whole, as in the float32 rows
             MASK: np.ones_like(latent[:, :1]),
             GRID: np.full(rows, spec.grid or 0, np.float32),
         }

@@ -92,7 +92,7 @@ def _row(
         noise = route.noise(recipe, digits.images[at], digits.labels[at])
         again.append(route.draw(recipe, noise, digits.labels[at], SCALE_OFF))
         edited.append(route.draw(recipe, noise, targets[at], scale))
-        advance(len(noise) * (2 * route.steps + route.decoder.computed(scale)))
+        advance(len(noise) * (2 * route.steps + route.decoder.evaluations(scale)))
     with torch.inference_mode():
         _, logits = classifier(torch.cat(edited))
     metrics = {

@@ -64,7 +64,7 @@ def run_job(
         teacher = made_teacher(recipe, folder, trainer) or open_teacher(recipe)
         source = open_source(recipe, teacher, processes, progress, stop)
         if (latents := latents_of(source)) is not None:
-            processes.first(lambda: folder.keep_data(latents.cache.identity, len(latents.cache)))
+            processes.first(lambda: folder.keep_data(folder.data, latents.cache.identity, len(latents.cache)))
         _train(Phases(recipe, folder, trainer, source, teacher))
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))
     return folder

@@ -42,7 +42,8 @@ UTILISATION = 0.3
 class PhasePlan:
     """One phase. trained: its network; frozen: the network that it learns from; frozen_passes: of it, a row.
 
-    encoding: FLOPs of a row that is encoded anew, as what a mask leaves of an image is.
+    encoding: FLOPs of a row that is encoded anew, as what a mask leaves of an image is. beside: parameters of the
+    whole network that is kept beside the trained one, of adapters and of shared weights.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PhasePlan:
     frozen: NetworkCost | None
     frozen_passes: float
     encoding: float = 0.0
+    beside: int = 0
 
     def flops(self, recomputed: bool) -> float:
         """Of one update, over all processes. recomputed: with gradient checkpointing."""
@@ -96,7 +98,9 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """The finished networks, and the checkpoints of the largest phase."""
-        finished = sum(phase.trained.parameters * FLOAT for phase in self.phases)
+        finished = sum((phase.trained.parameters + phase.beside) * FLOAT for phase in self.phases)
+        if isinstance(self.recipe.teacher, FolderTeacher) and self.recipe.teacher.v_finetune is None:
+            finished += network_cost(self.recipe.unet).parameters * FLOAT  # the folder's, as the run keeps it
         return finished + KEPT_CHECKPOINTS * max((phase.checkpoint_bytes for phase in self.ahead), default=0)
 
     def measurable(self, device: torch.device) -> bool:
@@ -155,6 +159,7 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     """The phases of stage two. An on-policy row takes half of its student's other steps, on average."""
     section = recipe.stage_two
     trained = halved = student
+    beside = 0 if section.weights == "separate" and section.lora is None else student.parameters
     if section.guidance == "at_sampling":
         trained = halved = teacher
     elif section.weights == "shared":  # learns from two: stage one, and itself as the phase found it
@@ -170,6 +175,7 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
             trained,
             halved,
             2 + section.on_policy * (halving.steps - 1) / 2,
+            beside=beside,
         )
         for prefix in ("du" if section.guidance == "at_sampling" else "d")
         for halving in section.halvings
@@ -183,10 +189,14 @@ class Measured:
     seconds: dict[str, float]
 
     def total(self, plan: Plan) -> float:
-        """Seconds of training; a halving that was not measured costs what the measured one does."""
-        halving = next(name for name in self.seconds if name not in {"teacher", "stage_one"})
-        per_update = [self.seconds.get(phase.name, self.seconds[halving]) for phase in plan.ahead]
-        return sum(phase.training.updates * s for phase, s in zip(plan.ahead, per_update, strict=True))
+        """Seconds of training; a phase that was not measured costs what the first halving does, by their FLOPs."""
+        recomputed = plan.recipe.compute.gradient_checkpointing
+        halving = next(p for p in plan.phases if p.name in self.seconds and p.name not in {"teacher", "stage_one"})
+        per_flop = self.seconds[halving.name] / halving.flops(recomputed)
+        return sum(
+            phase.training.updates * self.seconds.get(phase.name, per_flop * phase.flops(recomputed))
+            for phase in plan.ahead
+        )
 
 
 def measure(recipe: Recipe) -> Measured:

@@ -61,6 +61,15 @@ class Recipe(Section):
     checkpoint_every: int = Field(200, ge=1, description="updates between checkpoints")
     log_every: int = Field(20, ge=1, description="updates between TensorBoard points")
 
+    @field_validator("unet")
+    @classmethod
+    def _drops_nothing(cls, unet: dict[str, Any]) -> dict[str, Any]:
+        if unet.get("dropout"):
+            raise ValueError(
+                "dropout must be 0: students learn exact targets, and a resumed run would drop something else"
+            )
+        return unet
+
     @model_validator(mode="after")
     def _starts_from_what_it_trains(self) -> Recipe:
         source = None if self.consistency is None else self.consistency.source
@@ -90,6 +99,11 @@ class Recipe(Section):
         if self.stage_two.guidance != "input":
             raise ValueError(
                 "an encoder goes with stage_two.guidance: input, for it starts from stage one as students do"
+            )
+        if self.guidance.min != 1:
+            raise ValueError(
+                "an encoder goes with guidance.min: 1, for images are encoded with guidance off, and it must have "
+                "learned that"
             )
         if missing := sorted(set(self.encoder.students) - set(self.stage_two.steps)):
             raise ValueError(f"encoder.students {missing} have no student of as many steps in stage_two.halvings")

@@ -23,6 +23,9 @@ WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every
 GATE_LIMIT = "stage_one.max_relative_error"
 """Nor does any depend on this one: it only says whether the job goes on."""
 
+SAID_OR_KEPT = ("data.licence", "data.cache", "teacher.licence")
+"""Nor on these: what a bundle says of itself, and where latents are kept (they are found by what made them)."""
+
 
 class _EachKeyOnce(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not the last one's value."""
@@ -55,6 +58,11 @@ def shipped_recipes() -> list[str]:
     """Names of the recipes that come with halfstep."""
     folder = resources.files("distill_jobs.recipes")
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def without_effect(name: str) -> bool:
+    """Whether no phase's result depends on a field, by its dotted name."""
+    return name.split(".", maxsplit=1)[0] in WITHOUT_EFFECT or name in (GATE_LIMIT, *SAID_OR_KEPT)
 
 
 def changed_fields(old: Recipe, new: Recipe) -> list[str]:

@@ -47,7 +47,8 @@ class RunReport(_Frozen):
 
     seconds: of this call, with results kept from earlier ones costing nothing; training_seconds: by phase, wall
     clock. evaluated_sha256: of the recipe but for how its bundle is called and packed. weights: sha256 of every
-    network's weights. tasks: a table for each task besides drawing from text.
+    network's weights. features: hash of the user's own weights that pictures are measured with. tasks: a table for
+    each task besides drawing from text.
     """
 
     recipe: str
@@ -57,6 +58,7 @@ class RunReport(_Frozen):
     machine: Machine
     versions: dict[str, str]
     weights: dict[str, str]
+    features: str = ""
     seconds: float
     training_seconds: dict[str, float]
     evaluation: Evaluation

@@ -15,9 +15,9 @@ import torch
 from distill_jobs.checkpoint import write_text
 from distill_jobs.errors import LockedError, RecipeError
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import GATE_LIMIT, WITHOUT_EFFECT, changed_fields, read_recipe
+from distill_jobs.recipe_file import changed_fields, read_recipe, without_effect
 
-BARE = {"recipe.yaml", "machine.json", "data.json", ".lock", "tensorboard"}
+BARE = {"recipe.yaml", "machine.json", "data.json", "pictures.json", ".lock", "tensorboard"}
 """What a run folder holds before anything is made that depends on its recipe."""
 
 
@@ -61,6 +61,11 @@ class RunFolder:
     def data(self) -> Path:
         """Which captioned images the run was started with."""
         return self.path / "data.json"
+
+    @property
+    def pictures(self) -> Path:
+        """What identifies the pictures and captions that a pipeline is made of."""
+        return self.path / "pictures.json"
 
     @property
     def teacher(self) -> Path:
@@ -143,14 +148,14 @@ class RunFolder:
         Raises: RecipeError when the folder holds another's.
         """
         if not self.recipe.is_file() or all(path.name in BARE for path in self.path.iterdir()):
-            for of_another_start in (self.machine, self.data):
+            for of_another_start in (self.machine, self.data, self.pictures):
                 of_another_start.unlink(missing_ok=True)
             write_text(self.recipe, recipe.to_yaml())
             return
         if not resume:
             raise RecipeError(f"{self.path} already holds a run; go on with --resume or choose another --out")
         changed = changed_fields(stored_recipe(self), recipe)
-        if fixed := [name for name in changed if not (name.split(".")[0] in WITHOUT_EFFECT or name == GATE_LIMIT)]:
+        if fixed := [name for name in changed if not without_effect(name)]:
             raise RecipeError(
                 f"the recipe differs from the one {self.path} was started with: {', '.join(fixed)}; give the same "
                 f"fields, or take a new --out and --from {self.path} for the phases that stay the same"
@@ -164,12 +169,15 @@ class RunFolder:
             write_text(self.machine, json.dumps(asdict(here), indent=2) + "\n")
         return Machine(**json.loads(self.machine.read_text(encoding="utf-8")))
 
-    def keep_data(self, identity: str, images: int) -> None:
-        """Record what the run reads, at its start. identity: its hash. Raises: RecipeError when it is another."""
+    def keep_data(self, file: Path, identity: str, images: int) -> None:
+        """Record what the run reads, at its start. file: ``data`` or ``pictures``; identity: its hash.
+
+        Raises: RecipeError when it is another.
+        """
         now = {"sha256": identity, "images": images}
-        if not self.data.is_file():
-            write_text(self.data, json.dumps(now) + "\n")
-        elif (then := json.loads(self.data.read_text(encoding="utf-8"))) != now:
+        if not file.is_file():
+            write_text(file, json.dumps(now) + "\n")
+        elif (then := json.loads(file.read_text(encoding="utf-8"))) != now:
             raise RecipeError(
                 f"the images, captions or encoders are not those that {self.path} was started with "
                 f"({then['images']:,} images then, {images:,} now); give it the same, or take a new --out"

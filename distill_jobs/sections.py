@@ -143,6 +143,8 @@ class StageTwoSection(ChainSection):
     def _chain(self) -> StageTwoSection:
         if not self.halvings and (self.sampler, self.weights) != ("deterministic", "separate"):
             raise ValueError("sampler and weights say nothing without halvings; leave them out")
+        if not self.halvings and (self.on_policy or self.lora):
+            raise ValueError("on_policy and lora say nothing without halvings; leave them out")
         if self.sampler == "stochastic" and self.steps[-1] == 1:
             raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
         if self.sampler == "stochastic" and self.weights == "shared":

@@ -14,7 +14,7 @@ from typing import Any
 from distill_jobs.checkpoint import write_folder, write_text
 from distill_jobs.latent_sections import FolderTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import WITHOUT_EFFECT, differences
+from distill_jobs.recipe_file import SAID_OR_KEPT, WITHOUT_EFFECT, differences
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection
 
@@ -83,6 +83,9 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     """The phases of a recipe in their order, each with its past."""
     fields = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     fields["guidance"].pop("default")
+    for section, _, name in (dotted.partition(".") for dotted in SAID_OR_KEPT):
+        if isinstance(fields[section], dict):
+            fields[section].pop(name, None)
     own = {name: fields.pop(name) for name in LATER}
     own["stage_one"].pop("max_relative_error")  # it changes no weights, and is asked again of what is taken
     found = list(_teachers(recipe, fields))

@@ -23,10 +23,11 @@ BATCH = 8
 
 @dataclass
 class Recorded:
-    """Calls of one graph, in the order they were made: each BATCH rows."""
+    """Calls of one graph, in the order they were made: each BATCH rows. batches: which trajectory each is of."""
 
     inputs: list[Arrays] = field(default_factory=list)
     outputs: list[Arrays] = field(default_factory=list)
+    batches: list[tuple[int, int]] = field(default_factory=list)
 
 
 class _Recorder(OfGraph):
@@ -52,7 +53,7 @@ class _Recorder(OfGraph):
 def record_trajectories(
     bundle: Bundle, batches: int, seed: int, progress: Progress | None = None
 ) -> dict[str, Recorded]:
-    """By step graph, the calls that draw this many batches of images with every student.
+    """By step graph, the calls that draw this many batches of images with every student, at least two of each size.
 
     Prompts are the known ones in turn, and so are sizes; noise and guidance_scale come from ``seed``, the scale
     from the whole trained range. Raises: BackendError.
@@ -68,11 +69,13 @@ def record_trajectories(
     pipeline = Pipeline(bundle, recording, rungs=(BATCH,))
     rng = np.random.default_rng(seed)
     for student in bundle.manifest.students:
-        for number in range(batches):
+        for number in range(max(batches, 2 * len(bundle.manifest.sizes))):
             if progress is not None:
                 progress(student.graph, number * BATCH)
             size = bundle.manifest.sizes[number % len(bundle.manifest.sizes)]
             _draw(pipeline, student, size, number * BATCH, rng)
+            calls = kept[student.graph]
+            calls.batches += [(student.steps, number)] * (len(calls.inputs) - len(calls.batches))
     pipeline.close()
     return kept
 

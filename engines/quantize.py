@@ -20,15 +20,16 @@ from engines.manifest import LATENT, NAME_PATTERN, BundleManifest, Evaluation, G
 from engines.measure import Progress
 
 HELD_OUT = 8
-"""One call in this many of each size is kept from calibration: on these the int8 graph's parity is measured."""
+"""One trajectory in this many of each student and size is kept from calibration: on all steps of these the int8
+graph's parity is measured."""
 
 NOT_EVALUATED = "none: not evaluated in int8"
 
 
 @dataclass(frozen=True)
 class Int8Options:
-    """batches: of 8 images that each student draws, for the ranges of its activations; at least 2. seed: of their
-    noise and guidance. name: of the new bundle; empty for the old one's with ``-int8``.
+    """batches: of 8 images that each student draws, for the ranges of its activations; at least 2 of each size.
+    seed: of their noise and guidance. name: of the new bundle; empty for the old one's with ``-int8``.
     """
 
     batches: int = 16
@@ -121,7 +122,8 @@ def _save(model: onnx.ModelProto, file: Path) -> None:
 
 def _held_out(calls: Recorded) -> list[int]:
     """Numbers of the calls that measure the int8 graph."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for number, rows in enumerate(calls.inputs):
-        by_shape.setdefault(rows[LATENT].shape, []).append(number)
-    return sorted(number for numbers in by_shape.values() for number in numbers[::HELD_OUT])
+    drawn: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
+    for (steps, number), rows in zip(calls.batches, calls.inputs, strict=True):
+        drawn.setdefault((steps, rows[LATENT].shape), []).append((steps, number))
+    kept = {batch for batches in drawn.values() for batch in list(dict.fromkeys(batches))[::HELD_OUT]}
+    return [i for i, batch in enumerate(calls.batches) if batch in kept]

@@ -5,7 +5,8 @@ What they leave is a stock Stable Diffusion folder, from which the job goes on a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,10 +56,16 @@ def made_teacher(recipe: Recipe, folder: RunFolder, trainer: Trainer) -> Pipelin
         return None
     if not stands(folder.teacher, trainer.processes):
         entries = entries_of(recipe.data, recipe.seed, trainer.processes, trainer.progress)
+        trainer.processes.first(lambda: folder.keep_data(folder.pictures, _identity(entries), len(entries)))
         making = _Making(recipe, recipe.teacher, folder, trainer, entries)
         making.autoencoder()
         making.network()
     return open_folder(folder.teacher)
+
+
+def _identity(entries: Sequence[Captioned]) -> str:
+    """Hash of all pictures and captions in their order."""
+    return hashlib.sha256("\n".join(entry.digest() for entry in entries).encode()).hexdigest()
 
 
 class _Making:

@@ -92,6 +92,7 @@ def evaluate_latent_run(
         recipe,
         command=command,
         weights=weights_of(run_dir, recipe, everyone),
+        features="" if judge is None else judge.space.identity,
         seconds=time.monotonic() - started,
         evaluation=Evaluation(metric=_metric(judge), samples=len(asked.prompts), seeds=settings.seeds, rows=rows),
         tasks=tasks,

@@ -5,12 +5,14 @@ Only its decoder is trained. Source of the architecture: TAESD, https://github.c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill_jobs.draws import Draws
 from distill_jobs.latent_sections import DecoderSection
@@ -54,6 +56,7 @@ class TinyDecoder(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         self.decoder.gradient_checkpointing = True
+        self.decoder._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def new_tiny(section: DecoderSection, channels: int, pixels_per_latent: int, seed: int) -> AutoencoderTiny:

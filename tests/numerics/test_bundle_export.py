@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from distill_jobs.contenders import Contender, contenders
 from distill_jobs.data.digits import Digits, class_condition
-from distill_jobs.data.masks import half_masks
+from distill_jobs.data.masks import half_masks, seen_channels
 from distill_jobs.errors import DivergedError, JobError
 from distill_jobs.export import export_run
 from distill_jobs.inpainting import painters
@@ -24,7 +26,23 @@ from distill_jobs.student import guidance_embedding
 from engines.backends.load import load_backend
 from engines.bundle import Bundle, verify_bundle
 from engines.errors import BundleError, RequestError
-from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, Evaluation, EvaluationRow, Measured
+from engines.manifest import (
+    COEFFICIENTS,
+    CONDITION,
+    CONDITION_GRAPH,
+    DECODE_GRAPH,
+    ENCODE_GRAPH,
+    GUIDANCE,
+    LATENT,
+    MASK,
+    MASKED,
+    NEXT_LATENT,
+    NOISE,
+    TIMESTEP,
+    Evaluation,
+    EvaluationRow,
+    Measured,
+)
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.quantize import Int8Options
@@ -215,6 +233,23 @@ def test_the_network_inside_a_step_graph_is_the_students(run_dir: Path, bundle: 
     with torch.inference_mode():
         want = student.network(student.load(), 3.0)(noise, 999, condition)
     torch.testing.assert_close(engine_network(engine, spec, 2.0)(noise, 999, condition), want, atol=1e-5, rtol=0)
+
+
+def test_a_network_that_sees_masks_is_shown_an_image_hidden_as_a_whole(bundle: Bundle) -> None:
+    """As the float32 rows are, which int8 is held against."""
+    given: dict[str, np.ndarray] = {}
+
+    def run(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given.update(rows)
+        return {NEXT_LATENT: rows[LATENT]}
+
+    names = (LATENT, TIMESTEP, GUIDANCE, CONDITION, COEFFICIENTS, NOISE, MASK, MASKED)
+    engine: Any = SimpleNamespace(inputs=[SimpleNamespace(name=name) for name in names], run=run)
+    noise, condition = request_noise(SEEDS, (1, 8, 8)), class_condition(LABELS)
+    engine_network(engine, bundle.manifest.students[-1], 2.0)(noise, 999, condition)
+    assert set(given) == set(names)
+    assert set(np.unique(given[MASK])) == {1}
+    np.testing.assert_array_equal(given[MASKED], seen_channels(noise, torch.ones_like(noise))[:, 1:].numpy())
 
 
 @pytest.mark.long

@@ -110,6 +110,7 @@ def test_an_imported_bundle_draws_the_same(
     )
     manifest = written.manifest
     assert {graph.rounded is None for graph in manifest.graphs.values()} == {weights == "float32"}
+    assert all(graph.rounded is None or graph.rounded.max_abs_error > 0 for graph in manifest.graphs.values())
     assert (manifest.prediction_type, manifest.default_steps, manifest.licences.teacher) == ("epsilon", 4, "theirs")
     assert manifest.students[0].timesteps == (999, 759, 499, 259)
     assert {student.sampler for student in manifest.students} == {"consistency"}

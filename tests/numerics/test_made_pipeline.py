@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.plan import plan_of
 from distill_jobs.processes import Processes
 from distill_jobs.recipe_file import read_recipe
-from distill_jobs.run_folder import RunFolder
+from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ComputeSection
 from distill_jobs.state import Phase, TrainingState
 from distill_jobs.student import load_stock, new_teacher, predict
@@ -234,6 +235,25 @@ def test_another_run_takes_the_pipeline(work: Path) -> None:
     assert takeable(other, _run(work)).names == {"autoencoder", "text_encoder"}
     otherwise = read_recipe(work / "run" / "recipe.yaml", ["teacher.text.training.lr=0.5"])
     assert takeable(otherwise, _run(work)).names == {"autoencoder"}
+
+
+def test_what_a_bundle_says_and_where_latents_lie_may_change(work: Path, tmp_path: Path) -> None:
+    said = ["data.licence=mine", "teacher.licence=mine", "data.cache=elsewhere"]
+    recipe = read_recipe(work / "run" / "recipe.yaml", said)
+    assert not takeable(recipe, _run(work)).refused
+    shutil.copytree(work / "run", tmp_path / "run")
+    RunFolder(tmp_path / "run").take_up(recipe, resume=True)
+    assert stored_recipe(RunFolder(tmp_path / "run")) == recipe
+
+
+def test_a_resume_with_other_pictures_is_refused_while_the_pipeline_is_made(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(work / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "teacher")
+    monkeypatch.setattr("distill_jobs.making.pipeline._identity", lambda entries: "another")
+    with pytest.raises(RecipeError, match="not those that"):
+        run_job(read_recipe(work / "run" / "recipe.yaml"), tmp_path / "run", resume=True, progress=QUIET)
 
 
 def test_its_phases_are_planned(work: Path) -> None:

@@ -51,6 +51,18 @@ def test_it_learns_to_decode_as_the_autoencoder_does() -> None:
     assert network.decode(latents).shape == wanted.shape
 
 
+def test_checkpointed_it_learns_the_same() -> None:
+    latents, gradients = torch.randn(2, 4, 8, 8), list[torch.Tensor]()
+    for checkpointed in (False, True):
+        network = TinyDecoder(new_tiny(SMALL, 4, 8, 0)).train()
+        if checkpointed:
+            network.enable_gradient_checkpointing()
+        network(latents).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_pictures_are_compared_as_they_are_shown() -> None:
     wanted = torch.full((2, 3, 4, 4), -1.0)
     found = compared(wanted + 0.2, wanted)

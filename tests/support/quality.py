@@ -29,8 +29,9 @@ def quality(
         "paired_distance": paired,
     }
     metrics = {name: Measured(mean=value, spread=0) for name, value in values.items()}
+    evaluations = steps * (2 if model.startswith("teacher") and scale != 1 else 1)
     return EvaluationRow(
-        model=model, steps=steps, evaluations=steps, sampler=sampler, guidance_scale=scale, metrics=metrics
+        model=model, steps=steps, evaluations=evaluations, sampler=sampler, guidance_scale=scale, metrics=metrics
     )
 
 

@@ -55,9 +55,11 @@ def test_samplers_are_judged_apart_and_teachers_are_no_students() -> None:
 
 
 def test_a_student_must_beat_the_teacher_run_for_as_many_evaluations() -> None:
-    rows = [*TEACHER, *both("teacher", 0.1, steps=2), *both("student", 0.08), *both("student", 0.5, steps=1)]
-    rows[-3] = quality("student", 4, 2.0, paired=0.11)
+    """Which is half the steps with guidance, and as many without."""
+    coarse = [*both("teacher", 0.1, steps=2), *both("teacher", 0.04, steps=4)]
+    rows = [*TEACHER, *coarse, *both("student", 0.08), *both("student", 0.5, steps=1)]
+    rows[-4] = quality("student", 4, 1.0, paired=0.044)
     found = {gate.name: gate for gate in gates(rows, 64)}
-    gate = found["4-step distance to the teacher / that of the teacher in 2, worst guidance"]
+    gate = found["4-step distance to the teacher / the teacher's at as many evaluations, worst guidance"]
     assert (round(gate.value, 9), gate.passed) == (1.1, False)
     assert not [name for name in found if name.startswith("1-step distance to")]  # the teacher was not run in 1

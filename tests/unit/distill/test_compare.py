@@ -16,6 +16,7 @@ from distill_jobs.pipelines.glyphs import TOP_1
 from distill_jobs.pipelines.report import DISTANCE
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
+from distill_jobs.report import Report
 from engines.manifest import EvaluationRow
 from tests.support.quality import quality, write_evaluated
 from tests.support.tiny_run import tiny_recipe
@@ -60,6 +61,15 @@ def test_the_teacher_stands_once_and_rows_bear_their_runs_name(plain: Path, tmp_
     assert len(pictures) == 6
     with Image.open(out / "curves" / "recall.png") as picture:
         assert picture.width == 800  # a panel for 2 steps and one for 1
+
+
+def test_runs_in_the_features_of_other_weights_are_not_compared(plain: Path, tmp_path: Path) -> None:
+    """Both would be called Fréchet distance in CLIP features."""
+    other = write_evaluated(tmp_path / "other", changed(), (*TEACHER, *students(0.05)))
+    report = Report.read(other).model_copy(update={"features": "another"})
+    report.write(other)
+    with pytest.raises(JobError, match=r"evaluation\.features_path"):
+        compare_runs([EvaluatedRun.read(str(plain)), EvaluatedRun.read(str(other))], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

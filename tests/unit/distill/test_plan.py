@@ -101,6 +101,21 @@ def test_a_halving_that_was_not_measured_costs_what_the_measured_one_does() -> N
     assert Measured({"teacher": 1.0, "stage_one": 2.0, "d4": 3.0}).total(plan) == 12 * 1 + 8 * 2 + 18 * 3
 
 
+def test_whole_networks_beside_what_is_trained_take_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(config: dict[str, object], rank: int = 0) -> NetworkCost:
+        return NetworkCost(1 if rank else 1000, 1.0)
+
+    monkeypatch.setattr("distill_jobs.plan.network_cost", count)
+    plain, lora = (plan_of(read_recipe("sd15", [s])) for s in ("seed=0", "stage_two.lora={rank: 8}"))
+    halvings = len(plain.recipe.stage_two.halvings)
+    networks = [sum(phase.trained.parameters + phase.beside for phase in plan.phases) for plan in (plain, lora)]
+    assert networks[1] - networks[0] == halvings, "as many whole students, and their adapters"
+    shared = plan_of(read_recipe("digits-shared"))
+    assert {phase.beside for phase in shared.phases if phase.name.startswith("d")} == {1000}
+    tuned, as_it_is = (plan_of(read_recipe("sd15", s)) for s in ([], ["teacher.v_finetune=null"]))
+    assert tuned.disk_bytes == as_it_is.disk_bytes, "the teacher is kept either way"
+
+
 def test_only_small_recipes_are_measured() -> None:
     recipe = read_recipe("digits")
     assert plan_of(recipe).measurable(torch.device("cpu"))

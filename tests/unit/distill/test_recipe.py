@@ -58,6 +58,11 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("stage_two.guidance=sometimes", "stage_two.guidance"),
         ("stage_two.on_policy=1.5", "stage_two.on_policy"),
         ("stage_two.lora={rank: 0}", "stage_two.lora.rank"),
+        ("stage_two={halvings: [], lora: {rank: 8}}", "on_policy and lora say nothing without halvings"),
+        ("stage_two={halvings: [], on_policy: 0.5}", "on_policy and lora say nothing without halvings"),
+        ("schedule.rescale_zero_terminal_snr=true", "ends at zero SNR without bounds"),
+        ("schedule.beta_start=0.3", "ends at zero SNR without bounds"),
+        ("unet.dropout=0.1", "unet: .*dropout must be 0"),
         ("consistency={source: 64, grid: 64, updates: 1}", "consistency.source 64"),
         ("consistency={source: 4, grid: 8, updates: 1}", "grid must be 4"),
         ("consistency={source: 4, grid: 4, updates: 1, students: [3]}", "do not divide"),
@@ -79,6 +84,11 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
 def test_a_wrong_override_is_refused_by_name(override: str, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         read_recipe("digits", [override])
+
+
+def test_encoders_need_guidance_to_be_off_where_they_are_trained() -> None:
+    with pytest.raises(RecipeError, match=r"an encoder goes with guidance\.min: 1"):
+        read_recipe("digits-encoder", ["guidance={min: 2, max: 5, default: 2}", "evaluation.guidance_scales=[2.0]"])
 
 
 def test_every_wrong_field_is_told_and_a_misspelt_one_by_its_right_name() -> None:

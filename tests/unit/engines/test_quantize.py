@@ -20,8 +20,8 @@ from engines.errors import BackendError, BundleError
 from engines.examples import example_inputs
 from engines.guidance import weight_from_scale
 from engines.int8_graph import PRODUCTS, body_products, quantize_graph
-from engines.manifest import CLEAN_ESTIMATE, GUIDANCE, MANIFEST_NAME, SEAL_NAME, TIMESTEP
-from engines.quantize import NOT_EVALUATED, Int8Options, quantize_bundle
+from engines.manifest import CLEAN_ESTIMATE, GUIDANCE, LATENT, MANIFEST_NAME, SEAL_NAME, TIMESTEP
+from engines.quantize import NOT_EVALUATED, Int8Options, _held_out, quantize_bundle
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 pytest.importorskip("nncf", reason="int8 needs halfstep[int8]")
@@ -154,12 +154,29 @@ def test_a_graph_with_its_weights_beside_it_becomes_the_same_int8(
     assert beside.manifest.graphs["step_1"] == inside.manifest.graphs["step_1"]
 
 
+@pytest.mark.parametrize("batches", [2, 16])
+def test_every_step_is_calibrated_and_every_step_measured(tmp_path: Path, batches: int) -> None:
+    """Of a student of 8 steps, too: one call in eight would always be the same step of it."""
+    options = ToyOptions(steps=(8, 2), default_steps=2, sizes=((64, 64), (96, 64)) if batches > 2 else ((64, 64),))
+    bundle = make_toy_bundle(tmp_path / "toy", options)
+    for graph, calls in record_trajectories(bundle, batches, seed=0).items():
+        kept = _held_out(calls)
+        steps = [float(rows[TIMESTEP][0]) for rows in calls.inputs]
+        shapes = [rows[LATENT].shape for rows in calls.inputs]
+        everything = set(zip(steps, shapes, strict=True))
+        assert {(steps[i], shapes[i]) for i in kept} == everything, graph
+        assert {(steps[i], shapes[i]) for i in range(len(steps)) if i not in kept} == everything, graph
+        assert len(kept) <= len(steps) / 2
+
+
 def test_several_sizes_are_calibrated_and_held_out(tmp_path: Path) -> None:
     options = ToyOptions(steps=(2,), default_steps=2, sizes=((64, 64), (96, 64)))
     bundle = make_toy_bundle(tmp_path / "sized", options)
     made = quantize_bundle(bundle, tmp_path / "int8", Int8Options(batches=2))
     spec = made.manifest.graphs["step_2"]
-    assert (spec.dtype, spec.parity.rows, spec.parity_by_size) == ("int8", 2 * BATCH, {})
+    steps_of_one_batch_each = 2 * len(bundle.manifest.sizes)
+    assert (spec.dtype, spec.parity.rows) == ("int8", steps_of_one_batch_each * BATCH)
+    assert spec.parity_by_size == {}
     engine, reference = load_backend("auto", made, "step_2"), load_backend("auto", bundle, "step_2")
     errors = []
     for size in bundle.manifest.sizes:
