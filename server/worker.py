@@ -25,8 +25,8 @@ from server.work import Event
 
 IDLE_CLAIM_S = 1.0
 
-RESTART_S = 5.0
-"""Most time that jobs wait here for an engine process that is started again."""
+RESTART_S = 30.0
+"""Most time that jobs wait for an engine that is started again; where it does not start, they leave at once."""
 
 BEATS_BEFORE_REAPING = 2
 """Heartbeats in a row that the store answered before silent leases are taken back."""
@@ -119,7 +119,7 @@ class Worker:
                     self._engine.join_job(lease)
 
     async def _take(self, rows: int, group: asyncio.TaskGroup) -> list[Lease]:
-        """Leases on what fits; none while the store is away, or when worker or engine went away meanwhile."""
+        """Leases on what fits; none while the store is away, or when the worker was told to leave meanwhile."""
         self._claiming = True
         try:
             leases = await self._store.claim(self._name, frozenset(self._engine.offers), rows, wait_s=IDLE_CLAIM_S)
@@ -128,10 +128,9 @@ class Worker:
                 return []
             for lease in leases:
                 self._holdings.take(lease, group.create_task(self._watch(lease)))
-            if leases and not await self._engine_back():
-                await self._settling.hand_on(leases)
-                return []
-            return [lease for lease in leases if lease.token in self._holdings]
+            if leases and not self._engine.up:
+                group.create_task(self._unless_back(leases))
+            return leases
         except OSError as error:
             _log.warning("store_away", call="claim", error=str(error))
             await asyncio.sleep(STORE_RETRY_S)
@@ -139,12 +138,13 @@ class Worker:
         finally:
             self._claiming = False
 
-    async def _engine_back(self) -> bool:
-        """Whether an engine that went down while jobs were claimed is back soon; else others may make them."""
-        with suppress(TimeoutError):
+    async def _unless_back(self, leases: list[Lease]) -> None:
+        """Let others have jobs that were claimed as the engine went down, when it is long in coming back."""
+        try:
             async with asyncio.timeout(RESTART_S):
                 await self._engine.ready()
-        return self._engine.up
+        except TimeoutError:
+            await self._settling.hand_on([lease for lease in leases if lease.token in self._holdings])
 
     async def _watch(self, lease: Lease) -> None:
         """Hear at once of a job that others end: its rows leave after the step under way, or the next."""

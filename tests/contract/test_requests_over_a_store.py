@@ -156,7 +156,7 @@ def counted(service: Service, name: str) -> dict[str, float]:
 
 
 async def test_jobs_are_counted_as_requests_one_for_one(serve: Serve, lab: Lab) -> None:
-    service = serve(rate_limit="7/day")
+    service = serve(rate_limit="6/day")
     ids = []
     async with asking(service) as client:
         for name in "abcdef":

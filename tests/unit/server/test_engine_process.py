@@ -118,24 +118,30 @@ async def test_a_killed_engine_is_replaced_and_its_jobs_made_again(settings: Set
     assert files(before) == files(after)
 
 
+@pytest.mark.parametrize("hangs", [False, True])
 async def test_jobs_of_an_engine_that_does_not_come_back_go_to_other_workers(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
-    """Those it had begun, and those that were claimed while it was down."""
-    monkeypatch.setattr("server.worker.RESTART_S", 0.2)
+    """As soon as it does not start, or when its start is long in coming to an end."""
+    if hangs:
+        monkeypatch.setattr("server.worker.RESTART_S", 0.2)
+    command = "import time; time.sleep(60)" if hangs else "raise SystemExit(1)"
     store, engine, metrics = MemoryStore(), EngineProcess(settings), Metrics()
     metrics.watch_engine(lambda: 0, lambda: engine.up)
     async with working(engine, store, metrics):
         await store.submit(job("first", 1))
         await ended(store, "first")
-        engine._command = (sys.executable, "-c", "raise SystemExit(1)")
+        engine._command = (sys.executable, "-c", command)
         os.kill(engine.pid, signal.SIGKILL)
         async with asyncio.timeout(60):
             while engine.up:  # noqa: ASYNC110 - another process ends
                 await asyncio.sleep(0.01)
         await store.submit(job("second", 1))
         assert metrics.registry.get_sample_value("halfstep_engine_up") == 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
+            while (state := await store.get("second")) is None or state.attempt == 0:  # noqa: ASYNC110 - its worker
+                await asyncio.sleep(0.001)
+        async with asyncio.timeout(20):
             leases = await store.claim("other", ("toy-digits",), 10, wait_s=60)
     assert [(lease.job.id, lease.alone) for lease in leases] == [("second", False)]
 
