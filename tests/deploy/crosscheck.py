@@ -172,7 +172,7 @@ def _route(document: Object) -> Iterator[str]:
 @cache
 def slow_paths() -> frozenset[str]:
     """Of every POST, stream of events and file."""
-    service: Any = SimpleNamespace(metrics=None, store=None, readiness=None)
+    service: Any = SimpleNamespace(metrics=None, store=None, readiness=None, settings=Settings())
     routes = (route for part in routers(service) for route in part.routes if isinstance(route, APIRoute))
     slow = ("/events", "/files", "/images")
     return frozenset(
@@ -192,5 +192,6 @@ def path_settings() -> frozenset[str]:
 @cache
 def operations_paths() -> frozenset[str]:
     """Paths of the probes and the metrics."""
-    needed = inspect.signature(operations_routes).parameters
-    return frozenset(route.path for route in operations_routes(*[None] * len(needed)).routes)  # type: ignore[arg-type,attr-defined]
+    told = inspect.signature(operations_routes).parameters.values()
+    needed = [None for each in told if each.default is each.empty]
+    return frozenset(route.path for route in operations_routes(*needed).routes)  # type: ignore[arg-type,attr-defined]
