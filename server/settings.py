@@ -123,7 +123,9 @@ class Settings(BaseSettings):
         description="predicted seconds of accepted work for each worker beyond which 503. It bounds the wait; "
         "`python -m server plan` shows what is refused.",
     )
-    max_queued_rows: int = Field(2048, ge=10, description="accepted, unfinished images beyond which 503")
+    max_queued_rows: int = Field(
+        2048, ge=10, description="accepted, unfinished images, of models that share workers, beyond which 503"
+    )
     tenant_share: float = Field(
         0.5,
         gt=0,
