@@ -52,7 +52,8 @@ def component(schema: type[BaseModel]) -> dict[str, str]:
 
 def events_content(events: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     """Server-sent events by name, as OpenAPI 3.2 tells of them; ``data`` is JSON, and an error has no name."""
-    bodies = [component(schema) for schema in (*dict.fromkeys(events.values()), ErrorResponse)]
+    schemas: list[type[BaseModel]] = [*dict.fromkeys(events.values()), ErrorResponse]
+    bodies = [component(schema) for schema in schemas]
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": bodies}}
     properties = {"event": {"enum": list(events)}, "id": {"type": "string"}, "data": data}
     event = {"type": "object", "properties": properties, "required": ["data"]}
