@@ -20,9 +20,6 @@ CLEAN = -1
 """Table index of the clean end, t = 0."""
 
 
-_OF_BETAS = ("beta_start", "beta_end", "rescale_zero_terminal_snr")
-
-
 class ScheduleSpec(BaseModel):
     """A schedule as it stands in recipes and manifests.
 
@@ -46,12 +43,6 @@ class ScheduleSpec(BaseModel):
         low, high = self.log_snr_min, self.log_snr_max
         if self.kind != "cosine" and (low is not None or high is not None):
             raise ValueError("log_snr_min and log_snr_max belong to kind: cosine")
-        of_betas = ("beta_start", "beta_end", "rescale_zero_terminal_snr")
-        defaults = ScheduleSpec.model_fields
-        if self.kind == "cosine" and any(getattr(self, name) != defaults[name].default for name in of_betas):
-            raise ValueError(
-                f"{', '.join(of_betas)} are not for kind: cosine, which ends at zero SNR without bounds"
-            )
         if low is not None and high is not None and low >= high:
             raise ValueError("log_snr_min must be below log_snr_max")
         return self

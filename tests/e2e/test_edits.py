@@ -150,7 +150,7 @@ def test_models_list_the_tasks(http: httpx.Client) -> None:
         ({}, {"image": PHOTO, "mask": mask_file((0, 0, 0, 0))}, 400, "empty_mask", "mask"),
         ({}, {"image": PHOTO, "mask": mask_file(BOX, (32, 32))}, 400, "mask_size_mismatch", "mask"),
         ({}, {"image": PHOTO, "mask": PHOTO}, 400, "opaque_mask", "mask"),
-        ({"user": "x" * (MAX_TEXT_BYTES + 1)}, None, 413, "payload_too_large", None),
+        ({"user": "x" * (MAX_TEXT_BYTES + 1)}, None, 413, "payload_too_large", "user"),
         ({f"f{k}": "1" for k in range(MAX_PARTS)}, None, 413, "too_many_parts", None),
     ],
 )

@@ -98,10 +98,10 @@ def test_solvers_of_diffusers_are_rows_of_the_teacher(copy: EvaluatedRun, measur
     )
     report = evaluate_run(copy.path, recipe)
     assert len(measured) == 2 * 2 * 2 * 2
-    rows = {(row.model, row.evaluations, row.guidance_scale): row.metrics for row in report.evaluation.rows}
+    rows = {(row.model, row.steps, row.guidance_scale): row.metrics for row in report.evaluation.rows}
     for scale in (1.0, 2.0):
-        ours, stock = rows["teacher", 4, scale], rows[f"teacher, {TITLES['ddim']}", 4, scale]
+        ours, stock = rows["teacher", 2, scale], rows[f"teacher, {TITLES['ddim']}", 2, scale]
         for name, value in ours.items():
             assert stock[name].mean == pytest.approx(value.mean, rel=1e-3, abs=1e-3), name
-        of_four = [rows[f"teacher, {name}", 8, scale]["paired_distance"].mean for name in TITLES.values()]
+        of_four = [rows[f"teacher, {name}", 4, scale]["paired_distance"].mean for name in TITLES.values()]
         assert of_four[0] != pytest.approx(of_four[1], rel=1e-3)
