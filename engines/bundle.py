@@ -69,6 +69,7 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
     target = staging / MANIFEST_NAME
     target.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (staging / SEAL_NAME).write_text(_sha256(target) + "\n", encoding="utf-8")
+    staging.chmod(0o755)  # temporary folders are their owner's alone, and servers run as somebody else
     for path in (*staging.rglob("*"), staging):
         _fsync(path)
     written = verify_bundle(staging)

@@ -177,6 +177,7 @@ def test_several_sizes_are_calibrated_and_held_out(tmp_path: Path) -> None:
     steps_of_one_batch_each = 2 * len(bundle.manifest.sizes)
     assert (spec.dtype, spec.parity.rows) == ("int8", steps_of_one_batch_each * BATCH)
     assert spec.parity_by_size == {}
+    assert made.path.stat().st_mode & 0o777 == 0o755, "a server that runs as somebody else reads it"
     engine, reference = load_backend("auto", made, "step_2"), load_backend("auto", bundle, "step_2")
     errors = []
     for size in bundle.manifest.sizes:
