@@ -197,10 +197,8 @@ def write_surroundings(
 ) -> dict[str, GraphSpec]:
     """The graphs around the steps, and the tokenizer's file. weights: what the files keep them in."""
     condition, decode, encode = around.condition, around.decode, around.encode
-    if weights == "float16":
-        decode = copy.deepcopy(
-            decode
-        )  # with an autoencoder of its own: rounding it must not round the encoder, too
+    if weights == "float16":  # on an autoencoder of its own: rounding the decoder must not round the encoder
+        decode = copy.deepcopy(decode)
 
     def latents_of(shape: Shape) -> list[Tensor]:
         return [parity_latents(PARITY_ROWS, shape)]

@@ -73,6 +73,15 @@ class Stage:
     async def until_change(self, what: str, outcome: str) -> None:
         await until(lambda: self.changes(what, outcome) > 0)
 
+    async def at_work(self, built: SpawnedThread) -> None:
+        """Take up the built engine, and hold it in the steps of the jobs a, b and c."""
+        self.built.set()
+        await self.until_change("engine", "taken_up")
+        built.bench.hold()
+        for name in "abc":
+            await self.submit(name, "one", steps=8)
+        await until(lambda: built.bench.batches[-1][0] == "step_8")
+
 
 @asynccontextmanager
 async def stage(bundle: Path, *makes: SpawnedThread, start: bool = True) -> AsyncIterator[Stage]:
@@ -161,12 +170,7 @@ async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_fi
 ) -> None:
     built, again = SpawnedThread(toy_bundle, BUILT), SpawnedThread(toy_bundle, LATER)
     async with stage(toy_bundle, built, again) as on:
-        on.built.set()
-        await on.until_change("engine", "taken_up")
-        built.bench.hold()
-        for name in "abc":
-            await on.submit(name, "one", steps=8)
-        await until(lambda: built.bench.batches[-1][0] == "step_8")
+        await on.at_work(built)
         built.bench.factor = float("nan") if fault in ("nan", "dies") else 0.5
         built.bench.poison = 1 if fault == "raises" else None
         if fault == "dies":
@@ -187,12 +191,7 @@ async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_fi
 async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(toy_bundle: Path) -> None:
     built = SpawnedThread(toy_bundle, BUILT)
     async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal="no such device")) as on:
-        on.built.set()
-        await on.until_change("engine", "taken_up")
-        built.bench.hold()
-        for name in "abc":
-            await on.submit(name, "one", steps=8)
-        await until(lambda: built.bench.batches[-1][0] == "step_8")
+        await on.at_work(built)
         built.bench.factor = float("nan")
         built.bench.allow()
         found: set[str] = set()
