@@ -16,7 +16,7 @@ from distill_jobs.curves import picture_links, write_comparison_curves
 from distill_jobs.errors import JobError
 from distill_jobs.glyph_encoder import WEIGHTS
 from distill_jobs.latent_sections import LatentTeacher
-from distill_jobs.pipelines.glyphs import GLYPHS, TOP_1
+from distill_jobs.pipelines.glyphs import DATA, GLYPHS, TOP_1
 from distill_jobs.pipelines.report import LatentReport
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import JSON_NAME, Report, RunReport
@@ -27,7 +27,7 @@ from distill_jobs.task_tables import task_lines
 from engines.manifest import EvaluationRow
 
 COMPARISON_JSON, COMPARISON_MARKDOWN = "comparison.json", "comparison.md"
-_OF_TEACHER = {TEACHER, *(f"{TEACHER}, {title}" for title in TITLES.values())}
+_OF_TEACHER = {DATA, TEACHER, *(f"{TEACHER}, {title}" for title in TITLES.values())}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _difference(what: str, here: object, there: object) -> str:
 
 
 def _joined(tables: Mapping[str, Sequence[EvaluationRow]]) -> tuple[EvaluationRow, ...]:
-    """The table of several runs: every row of the teacher that any has, once, then the runs' own under their names.
+    """The table of several runs: every row of teacher and data that any has, once, then the runs' own by name.
 
     Plain students bear their run's name alone, others keep theirs behind it.
     """

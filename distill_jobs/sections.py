@@ -33,18 +33,23 @@ class Training(Section):
         return self
 
 
-class TeacherSection(Training):
-    """Teaching a network to denoise the data.
+class Denoising(Training):
+    """Training at all timesteps.
 
     late_share: share of rows whose timestep is drawn from the noisiest ones alone, where the prompt decides what is
     drawn; those of the others are uniform.
     """
 
-    condition_dropout: float = Field(0.1, gt=0, lt=1)
     late_share: float = Field(0.0, ge=0, lt=1)
 
 
-class StageOneSection(Training):
+class TeacherSection(Denoising):
+    """Teaching a network to denoise the data."""
+
+    condition_dropout: float = Field(0.1, gt=0, lt=1)
+
+
+class StageOneSection(Denoising):
     """Folding guidance into one network.
 
     unguided_share: share of rows drawn at the range's lowest guidance exactly. w_power: each row's loss is

@@ -121,7 +121,7 @@ def train_stage_one(phases: Phases) -> None:
     teacher = phases.frozen(folder.teacher)
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-        rows = phases.noisy(draws, update, batch)
+        rows = phases.noisy(draws, update, batch, late_share=section.late_share)
         w = phases.weights(draws, update, batch, section.unguided_share)
         return RowLoss(stage_one_loss(network, teacher, phases.tables, rows, w) / (1 + w) ** section.w_power, w)
 

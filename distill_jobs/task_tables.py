@@ -39,7 +39,8 @@ TABLES = {
         "image encoder that the recipe trains on the glyphs. Top 1, top 5: share of pictures to which the prompted "
         "glyph is the nearest, or among the nearest five. Fréchet distance, in those features, to real pictures of "
         "the same glyphs. Diversity: RMS distance of the two pictures of a name. Recoloured: held-out glyphs in a "
-        "colour, share of the right one in the right colour; pairs: held-out, share of right glyphs in their half.",
+        "colour, share of the right one in the right colour; pairs: held-out, share of right glyphs in their half. "
+        "The data's row is of its own pictures for the same prompts: what the encoder makes of right ones.",
         {
             "glyph_top_1": "top 1",
             "glyph_top_5": "top 5",
@@ -106,6 +107,7 @@ def _lines(table: TaskTable, rows: Sequence[EvaluationRow]) -> list[str]:
     for row in rows:
         cells = (f"{row.metrics[name].mean:.3f}" if name in row.metrics else "–" for name in columns)
         model = row.model if row.sampler == "deterministic" else f"{row.model}, {row.sampler}"
-        head = f"| {row.guidance_scale:g} | {model} | {row.steps} | {row.evaluations} |"
+        made = (f"{row.guidance_scale:g}", model, str(row.steps), str(row.evaluations))
+        head = f"| {' | '.join(made if row.steps else ('–', model, '–', '–'))} |"
         lines.append(f"{head} {' | '.join(cells)} |")
     return [*lines, ""]

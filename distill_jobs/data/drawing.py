@@ -15,7 +15,7 @@ from distill_jobs.data.scenes import Held, Scene, Scenes
 from distill_jobs.latent_sections import GlyphData
 
 SHARD_PICTURES = 2000
-DRAWN = 2
+DRAWN = 4
 """Raise it when the same settings draw other pictures."""
 
 

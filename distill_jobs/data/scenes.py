@@ -21,12 +21,13 @@ from distill_jobs.errors import DataError
 
 T = TypeVar("T")
 
-PLAIN, PLACED, RECOLOURED = 0.5, 0.1, 0.2
+PLAIN, PLACED, RECOLOURED = 0.3, 0.06, 0.26
 """Shares of the kinds of scene; the rest are pairs."""
 
 STILL = 0.75
-"""Share of the glyphs alone, as they are or in another colour, that stand where the reference does: a shape that is
-always the same is learned sharp, one that never is stays an average."""
+"""Share of the glyphs alone, as they are or in another colour, that stand where the reference does, and of the
+pairs that stand in the middles of their halves: a shape that is always the same is learned sharp, one that never is
+stays an average."""
 
 PHRASES = ("{}", "{}", "{} emoji", "an emoji of {}", "a picture of {}", "emoji, {}")
 PAIR_PHRASES = ("{} and {}", "{} next to {}", "{} beside {}", "{} on the left and {} on the right")
@@ -34,7 +35,7 @@ WITH_GROUP, WITH_COLOUR = 0.15, 0.1
 PLACES = (("top left", "top", "top right"), ("left", "", "right"), ("bottom left", "bottom", "bottom right"))
 """Words for a place, by row and column."""
 
-FULL, SMALL, HALF = (0.84, 0.96), (0.4, 0.62), (0.38, 0.47)
+FULL, SMALL, HALF = (0.84, 0.96), (0.4, 0.62), (0.42, 0.48)
 """Ranges of a glyph's longer side, as a share of the picture's, alone, placed, and in a pair."""
 
 
@@ -100,11 +101,13 @@ class Scenes:
         return self.pair(glyph, _one(rng, fits), rng) if fits else self.plain(glyph, rng)
 
     def single(self, glyph: Glyph, rng: np.random.Generator) -> Scene:
-        """One glyph alone: as it is, placed, or in any colour that it can have."""
-        colours = colours_for(glyph)
-        if rng.random() < RECOLOURED and colours:
-            return self.recoloured(glyph, _one(rng, colours), rng)
-        return self._placed(glyph, rng) if rng.random() < 0.5 else self.plain(glyph, rng)
+        """One glyph alone: as it is, in any colour that it can have, placed, or as one half of a pair shows it."""
+        colours, kind = colours_for(glyph), rng.random()
+        if kind < 0.25:
+            return self.recoloured(glyph, _one(rng, colours), rng) if colours else self.plain(glyph, rng)
+        if kind < 0.5:
+            return self._placed(glyph, rng)
+        return self._halved(glyph, rng) if kind < 0.75 else self.plain(glyph, rng)
 
     def reference(self, glyph: Glyph) -> Image.Image:
         """A glyph as it is, in the middle."""
@@ -123,9 +126,10 @@ class Scenes:
         return Scene(self._alone(recoloured(glyph.picture, colour), rng), caption, (glyph.name,), colour)
 
     def pair(self, left: Glyph, right: Glyph, rng: np.random.Generator) -> Scene:
-        canvas = self._canvas()
-        for glyph, x in ((left, 0.26), (right, 0.74)):
-            self._paste(canvas, glyph.picture, rng.uniform(*HALF), x, 0.5 + rng.uniform(-0.05, 0.05))
+        canvas, still = self._canvas(), rng.random() < STILL
+        for glyph, x in ((left, 0.25), (right, 0.75)):
+            size, y = (sum(HALF) / 2, 0.5) if still else (rng.uniform(*HALF), 0.5 + rng.uniform(-0.05, 0.05))
+            self._paste(canvas, glyph.picture, size, x, y)
         caption = _one(rng, PAIR_PHRASES).format(left.name, right.name)
         return Scene(canvas, caption, (left.name, right.name))
 
@@ -136,6 +140,11 @@ class Scenes:
         self._paste(canvas, glyph.picture, size, *middles)
         words = [f"small {glyph.name}", *([place] if (place := PLACES[y][x]) else ())]
         return Scene(canvas, ", ".join(words), (glyph.name,))
+
+    def _halved(self, glyph: Glyph, rng: np.random.Generator) -> Scene:
+        canvas = self._canvas()
+        self._paste(canvas, glyph.picture, rng.uniform(*HALF), *(0.5 + rng.uniform(-0.05, 0.05, size=2)))
+        return Scene(canvas, glyph.name, (glyph.name,))
 
     def _told(self, words: str, glyph: Glyph, rng: np.random.Generator) -> str:
         phrase = _one(rng, PHRASES).format(words)

@@ -23,9 +23,9 @@ from distill_jobs.glyph_encoder import GlyphEncoder, as_tensor
 from distill_jobs.metrics import frechet_distance
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.sheet import levels
-from engines.manifest import EvaluationRow
+from engines.manifest import EvaluationRow, Measured
 
-GLYPHS = "glyphs"
+GLYPHS, DATA = "glyphs", "data"
 TOP_1, TOP_5, FRECHET, DIVERSITY = "glyph_top_1", "glyph_top_5", "frechet_distance", "glyph_diversity"
 RECOLOURED, PAIRED = "recoloured_agreement", "pair_agreement"
 COMPOSITIONS = 100
@@ -58,6 +58,19 @@ class Asking:
     def prompts(self) -> list[str]:
         return [asked.prompt for asked in (*self.twins, *self.recoloured, *self.pairs)]
 
+    def drawn(self, scenes: Scenes, seed: int) -> list[Image.Image]:
+        """What every prompt asks for, as ``scenes`` draws it."""
+        by_name = {glyph.name: glyph for glyph in scenes.seen}
+        rng = np.random.default_rng(seed)
+
+        def picture(asked: Asked) -> Image.Image:
+            first, *second = (by_name[name] for name in asked.names)
+            if asked.colour:
+                return scenes.recoloured(first, asked.colour, rng).picture
+            return (scenes.pair(first, second[0], rng) if second else scenes.plain(first, rng)).picture
+
+        return [picture(asked) for asked in (*self.twins, *self.recoloured, *self.pairs)]
+
     @property
     def shown(self) -> list[int]:
         """Which prompts to show people: SHOWN_NAMES names, once each, and SHOWN_COMPOSITIONS of either kind."""
@@ -88,6 +101,7 @@ class GlyphJudge:
 
     def __init__(self, asking: Asking, scenes: Scenes, encoder: GlyphEncoder) -> None:
         self.asking, self._encoder = asking, encoder
+        self._right = as_tensor(asking.drawn(scenes, scenes.held.seed + 1))
         self._places = {glyph.name: place for place, glyph in enumerate(scenes.seen)}
         rng = np.random.default_rng(scenes.held.seed)
         self._references = self._features(as_tensor([scenes.reference(glyph) for glyph in scenes.seen]))
@@ -107,6 +121,11 @@ class GlyphJudge:
             DIVERSITY: float((features[::2] - features[1::2]).square().sum(1).mean().sqrt()),
         }
         return {**found, RECOLOURED: self._recoloured(recoloured), PAIRED: self._paired(pairs)}
+
+    def ceiling(self) -> EvaluationRow:
+        """The row of the data's own pictures of the prompts: no network's can be expected to be judged better."""
+        metrics = {name: Measured.of([value]) for name, value in self.measure(self._right).items()}
+        return EvaluationRow(model=DATA, steps=0, evaluations=0, guidance_scale=0, metrics=metrics)
 
     def _recoloured(self, pictures: Tensor) -> float:
         """Share of right glyphs in the right colour."""
@@ -147,11 +166,12 @@ def measure_glyphs(
     show: Callable[[Contender, Tensor], None],
     advance: Callable[[], None],
 ) -> tuple[EvaluationRow, ...]:
-    """A row for each contender and guidance scale. sampler: with the judge's prompts; decode: latents to pictures.
+    """The data's row, and one for each contender and guidance scale.
 
-    show: given the pictures of the first seed at the default guidance.
+    sampler: with the judge's prompts; decode: latents to pictures; show: given the pictures
+    of the first seed at the default guidance.
     """
-    rows, settings = [], sampler.recipe.evaluation
+    rows, settings = [judge.ceiling()], sampler.recipe.evaluation
     for contender in everyone:
         for scale in contender.scales_of(settings):
             found: list[Mapping[str, float]] = []

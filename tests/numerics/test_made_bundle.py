@@ -116,9 +116,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_has_a_table_of_glyphs(work: Path) -> None:
     report = LatentReport.read(work / "run")
     models = {(row.model, row.steps) for row in report.tasks[GLYPHS]}
-    assert models == {("teacher", n) for n in (8, 4, 2, 1)} | {("stage one", 8)} | {
-        ("student", n) for n in (8, 4, 2, 1)
-    }
+    students = {("student", n) for n in (8, 4, 2, 1)}
+    assert models == {("data", 0), ("stage one", 8)} | {("teacher", n) for n in (8, 4, 2, 1)} | students
     assert "## Glyphs" in report.markdown()
     for shown in ("teacher-8", "student-4", "student-1"):
         assert (work / "run" / "sheets" / f"glyphs-{shown}.png").is_file()

@@ -19,6 +19,7 @@ from distill_jobs.pipelines.sheet import contact_sheet
 from distill_jobs.processes import Processes
 from distill_jobs.sections import ComputeSection
 from distill_jobs.signals import StopSignal
+from distill_jobs.task_tables import task_lines
 from engines.manifest import EvaluationRow, Measured
 from tests.support.glyphs import glyphs
 
@@ -52,16 +53,7 @@ def judge(scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> GlyphJudge:
 
 def drawn(judge: GlyphJudge, scenes: Scenes) -> Tensor:
     """What every prompt asks for."""
-    by_name, rng = {glyph.name: glyph for glyph in scenes.glyphs}, np.random.default_rng(0)
-    asking, pictures = judge.asking, []
-    for asked in (*asking.twins, *asking.recoloured, *asking.pairs):
-        shown = [by_name[name] for name in asked.names]
-        if asked.colour:
-            pictures.append(scenes.recoloured(shown[0], asked.colour, rng).picture)
-        else:
-            made = scenes.plain(shown[0], rng) if len(shown) == 1 else scenes.pair(shown[0], shown[1], rng)
-            pictures.append(made.picture)
-    return as_tensor(pictures)
+    return as_tensor(judge.asking.drawn(scenes, 0))
 
 
 def test_prompts_are_names_twice_and_held_out_compositions(judge: GlyphJudge, scenes: Scenes) -> None:
@@ -81,6 +73,14 @@ def test_pictures_of_what_was_asked_for_agree(judge: GlyphJudge, scenes: Scenes)
     measures = (table.TOP_1, table.TOP_5, table.RECOLOURED, table.PAIRED)
     assert [found[name] for name in measures] == [1, 1, 1, 1]
     assert found[table.FRECHET] < 0.05
+
+
+def test_the_row_of_the_data_says_what_right_pictures_are_worth(judge: GlyphJudge) -> None:
+    row = judge.ceiling()
+    assert (row.model, row.steps, row.evaluations) == ("data", 0, 0)
+    assert [row.metrics[name].mean for name in (table.TOP_1, table.RECOLOURED, table.PAIRED)] == [1, 1, 1]
+    shown = next(line for line in task_lines({"glyphs": (row,)}) if "| data |" in line)
+    assert shown.startswith("| – | data | – | – | 1.000 |")
 
 
 def test_pictures_of_something_else_do_not(judge: GlyphJudge, scenes: Scenes) -> None:
