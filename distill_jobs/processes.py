@@ -38,6 +38,9 @@ class Processes:
             log_with="tensorboard",
             project_dir=str(out),
         )
+        if compute.precision == "bf16" and self.device.type == "cpu":
+            # Its backward pass for a CPU takes longer in bfloat16 than all convolutions together.
+            torch.backends.cuda.enable_flash_sdp(False)
         if compute.shard and self.count == 1:
             raise RecipeError("compute.shard needs several processes; start the job with torchrun")
 

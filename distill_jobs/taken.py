@@ -112,8 +112,11 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
 
 
 def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
-    """The phases that make the teacher; a folder's network that is taken as it is comes from there again."""
-    section = recipe.teacher
+    """The phases that make the teacher; a folder's network that is taken as it is comes from there again.
+
+    How a teacher was computed does not matter to those who learn from it.
+    """
+    section, fields = recipe.teacher, {name: field for name, field in fields.items() if name != "compute"}
     if isinstance(section, FolderTeacher):
         if section.v_finetune is not None:
             yield Past("v_finetune", ("teacher",), "teacher/phase.json", dict(fields))
@@ -124,14 +127,14 @@ def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
     yield _autoencoder(fields)
     if section.text.training is not None:
         own = {name: fields["teacher"][name] for name in ("autoencoder", "text")}
-        seen = {name: fields[name] for name in ("seed", "data", "compute", "unet")}
+        seen = {name: fields[name] for name in ("seed", "data", "unet")}
         yield Past("text_encoder", ("text_encoder",), "text_encoder/phase.json", {**seen, "teacher": own})
     yield Past("teacher", ("teacher",), "teacher/phase.json", dict(fields))
 
 
 def _autoencoder(fields: dict[str, Any]) -> Past:
     """It sees the pictures, at their size, and nothing else."""
-    seen = {name: fields[name] for name in ("seed", "data", "compute")}
+    seen = {name: fields[name] for name in ("seed", "data")}
     size, own = fields["unet"]["sample_size"], fields["teacher"]["autoencoder"]
     past = {**seen, "unet": {"sample_size": size}, "teacher": {"autoencoder": own}}
     return Past("autoencoder", ("autoencoder",), "autoencoder/phase.json", past)

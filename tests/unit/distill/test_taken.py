@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ("guidance.max=4", {"teacher"}),
         ("stage_one.lr=0.1", {"teacher"}),
         ("teacher.lr=0.1", set()),
-        ("compute.precision=bf16", set()),
+        ("compute.precision=bf16", {"teacher"}),
         ("seed=1", set()),
     ],
 )
