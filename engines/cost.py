@@ -6,7 +6,7 @@ The batcher asks it which batch size to run; the bundle cannot say, for it depen
 from __future__ import annotations
 
 import math
-import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path,
     for call, key in keys.items():
         record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]))
         folder = key.folder(cache_dir)
-        partial = folder / f"{COST_FILE}.{os.getpid()}"
+        partial = folder / f"{COST_FILE}.{secrets.token_hex(8)}"  # pids repeat from container to container
         try:
             folder.mkdir(parents=True, exist_ok=True)
             partial.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")

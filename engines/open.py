@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from engines.bundle import Bundle, verify_bundle
 from engines.cache import EngineKey
 from engines.calls import calls
 from engines.cost import CostTable, load_costs, save_costs
+from engines.errors import BackendError
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
+
+_log = logging.getLogger(__name__)
 
 QUICK_REPEATS = 3
 """Times that each call is timed where nothing was measured before; ``python -m engines build`` takes more."""
@@ -99,13 +103,19 @@ def know_costs(
 ) -> None:
     """Give a pipeline its cost table: the kept one, or a fresh measurement that is then kept.
 
-    again: measure even where a table is kept.
+    again: measure even where a table is kept, to keep this one. Raises: BackendError where it then cannot be kept.
     """
     bundle = pipeline.bundle
     kept = None if again else kept_costs(bundle, backend, precision, threads, cache_dir, pipeline.rungs)
     pipeline.costs = kept or measure_costs(pipeline, repeats, progress)
-    if kept is None and cache_dir is not None:
+    if kept is not None or cache_dir is None:
+        return
+    try:
         save_costs(pipeline.costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)
+    except BackendError as error:
+        if again:
+            raise
+        _log.warning("%s; measured again at the next start", error)
 
 
 def kept_costs(

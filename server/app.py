@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+import structlog
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -27,10 +28,12 @@ from server.api.jobs import job_routes
 from server.api.openai import openai_routes
 from server.api.operations import operations_routes
 from server.api.pages import page_routes
-from server.errors import ApiError, result_store_away, store_away
+from server.errors import ApiError, result_store_away, store_away, unreadable_job
 from server.service import Service
 from server.storage import ResultStoreError
-from server.stores.base import StoreUnavailableError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
+
+_log = structlog.get_logger()
 
 _STATUS_ERRORS = {
     404: ("not_found", "There is nothing here; GET /docs lists what there is."),
@@ -88,6 +91,11 @@ def create_api(service: Service) -> FastAPI:
     async def store_unavailable(request: Request, _: StoreUnavailableError) -> Response:
         service.metrics.rejected.labels("store_unavailable").inc()
         return _response(request, store_away())
+
+    @app.exception_handler(UnreadableJobError)
+    async def unreadable(request: Request, error: UnreadableJobError) -> Response:
+        _log.error("job_unreadable", reason=str(error))
+        return _response(request, unreadable_job())
 
     @app.exception_handler(ResultStoreError)
     async def result_store_unavailable(request: Request, _: ResultStoreError) -> Response:

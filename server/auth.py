@@ -72,9 +72,15 @@ class KeyFile(Frozen):
 
     @field_validator("keys")
     @classmethod
-    def _ids_differ(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    def _agree(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
         if len({key.id for key in keys}) < len(keys):
             raise ValueError("two keys have the same id")
+        quotas: dict[str, str | None] = {}
+        for key in keys:
+            counts = Scope.GENERATE in key.scopes and not key.expired
+            if counts and quotas.setdefault(key.tenant, key.quota) != key.quota:
+                message = "a quota is the tenant's: give all its keys that generate the same, or revoke the others"
+                raise ValueError(f"the keys of tenant {key.tenant} have different quotas; {message}")
         return keys
 
 

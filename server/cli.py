@@ -17,6 +17,7 @@ from server.generate_cli import generate
 from server.keys_cli import keys_app
 from server.logs import configure_logs
 from server.plan_cli import plan
+from server.renewal import heed_early
 from server.settings import unknown_variables
 from server.tracing import start_tracing
 
@@ -102,7 +103,9 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _run(command: str, **given: Any) -> None:
     """Imports late, so that --help and wrong settings answer at once."""
-    former = signal.signal(signal.SIGTERM, _leave)  # until the server has handlers of its own
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, _leave)  # until the server has handlers of its own
+    heed_early()
     try:
         chosen = flags.read_settings(**given)
         configure_logs(chosen.log_level)
@@ -114,7 +117,8 @@ def _run(command: str, **given: Any) -> None:
     except HalfstepError as error:
         _fail(str(error))
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
     if fault:
         _fail(fault)
 

@@ -23,6 +23,7 @@ class RequestCounts:
         self._metrics = metrics
         self._store = store
         self._followed: dict[str, Job] = {}
+        self._unwanted: set[str] = set()
 
     @property
     def followed(self) -> frozenset[str]:
@@ -44,6 +45,10 @@ class RequestCounts:
         """Count the end of a job when ``run`` finds it."""
         self._followed[job.id] = job
 
+    def unwanted(self, job: Job) -> None:
+        """Cancel a job as soon as the store, which is away, can be told: its caller has been answered already."""
+        self._unwanted.add(job.id)
+
     async def run(self) -> None:
         """Look for ends until cancelled."""
         while True:
@@ -52,7 +57,10 @@ class RequestCounts:
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
-        """Count what has ended. Raises: StoreUnavailableError."""
+        """Cancel what is unwanted, and count what has ended. Raises: StoreUnavailableError."""
+        for job_id in tuple(self._unwanted):
+            await self._store.cancel(job_id)
+            self._unwanted.discard(job_id)
         for job_id, end in (await self._store.ends(self.followed)).items():
             job = self._followed.pop(job_id, None)
             if job is not None:

@@ -63,7 +63,7 @@ class EngineThread:
 
     def join_job(self, lease: Lease) -> None:
         """Take a job in at the next step. From any thread."""
-        self._inbox.put(Work(lease, time.perf_counter()))
+        self._inbox.put(Work(lease, lease.claimed_s))
 
     def stop_job(self, token: str) -> None:
         """Drop a lease's rows at the next step; no event follows. From any thread."""

@@ -93,6 +93,12 @@ def store_away() -> OverloadedError:
     return OverloadedError("store_unavailable", message, retry_after_s=1.0)
 
 
+def unreadable_job() -> ApiError:
+    """What a request about a job gets that another version wrote; another process may be of that version."""
+    message = "This server runs another version than the one that wrote this job, and cannot read it; ask again."
+    return ApiError(500, "unreadable_job", message)
+
+
 def result_store_away() -> OverloadedError:
     """What a request gets while the result store does not answer."""
     message = "The result store does not answer; send the request again."

@@ -11,6 +11,7 @@ can then no longer finish the job (the fence). A job that took its worker down o
 
 from __future__ import annotations
 
+import time
 from enum import StrEnum
 from typing import Literal
 
@@ -158,9 +159,10 @@ class JobState(Frozen):
 
 
 class Lease(Frozen):
-    """A worker's hold on a job. queued_ms: how long it waited; attempt: the fence of every later call.
+    """A worker's hold on a job. queued_ms: from acceptance to the claim; attempt: the fence of every later call.
 
-    alone: run nothing else beside it; left_ms: until its deadline, as of the claim.
+    alone: run nothing else beside it; left_ms: until its deadline, as of the claim; claimed_s: when that was, by
+    time.perf_counter, which all processes of a machine share.
     """
 
     job: Job
@@ -169,6 +171,7 @@ class Lease(Frozen):
     queued_ms: float = Field(ge=0)
     alone: bool = False
     left_ms: float | None = None
+    claimed_s: float = Field(default_factory=time.perf_counter)
 
     @property
     def token(self) -> str:

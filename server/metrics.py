@@ -194,6 +194,7 @@ class Metrics:
         """
         self.store_up.set(takes_work)
         self.queued_s.set(backlog.seconds)
+        self.model_queued_s.clear()
         for model, own in (of_each or {}).items():
             self.model_queued_s.labels(model).set(own.seconds)
         self._totals.read(totals)

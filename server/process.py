@@ -232,11 +232,15 @@ class Process(DrainingServer):
         self._service.draining.set()
 
     async def _hear_offers(self) -> None:
-        """What the workers have measured is what admission predicts with. An outage of the store is logged once."""
+        """What the workers have measured is what admission predicts with; and late jobs end, workers or none.
+
+        An outage of the store is logged once.
+        """
         away = False
         while True:
             try:
                 self._service.costs.update(await self._service.store.offers())
+                await self._service.store.expire_late()
             except OSError as error:
                 if not away:
                     _log.warning("store_away", call="offers", error=str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -18,6 +19,14 @@ Renew = Callable[[], Awaitable[None]]
 STDIN = 0
 
 _log = structlog.get_logger()
+_early = threading.Event()
+"""Set where the signal came before anything could be renewed."""
+
+
+def heed_early() -> None:
+    """Remember the signal from now on, for ``Renewals`` to heed once they start; it would end the process."""
+    if not os.isatty(STDIN):
+        signal.signal(signal.SIGHUP, lambda *_: _early.set())
 
 
 class Renewals:
@@ -34,6 +43,9 @@ class Renewals:
         if os.isatty(STDIN):
             return
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._told.set)
+        if _early.is_set():
+            _early.clear()
+            self._told.set()
         self._task = asyncio.create_task(self._run(), name="renewals")
 
     async def close(self) -> None:

@@ -6,18 +6,19 @@ import asyncio
 import math
 import time
 from asyncio import Lock
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from server.admission import Admission
+from server.admission import Admission, Arrivals, work_of
 from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
 from server.counting import RequestCounts
-from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError, not_worth_a_retry
+from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError, not_worth_a_retry, store_away
 from server.jobs import (
+    Backlog,
     EncodedImage,
     End,
     IdempotencyConflictError,
@@ -36,7 +37,7 @@ from server.schemas import Readiness
 from server.settings import Settings
 from server.signing import Signer
 from server.storage import FileGoneError, ResultStore, ResultStoreError
-from server.stores.base import JobStore, StoreUnavailableError
+from server.stores.base import JobStore, StoreUnavailableError, UnreadableJobError
 from server.tracing import carrier
 from server.webhooks import Webhooks
 
@@ -85,6 +86,7 @@ class Service:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
+    _arrivals: Arrivals = field(default_factory=Arrivals)
     _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
     """By idempotency key: its submissions, one after another."""
 
@@ -115,13 +117,21 @@ class Service:
             try:
                 await self.store.cancel(job.id)
                 state = await self.store.get(job.id)
-            except StoreUnavailableError:  # the job ends by itself, and is dropped after its time
+            except (StoreUnavailableError, UnreadableJobError):
+                self.counts.unwanted(job)
                 self.counts.await_end(job)
             else:
                 status = JobStatus.CANCELLED if state is None else state.status
                 self.counts.ended(job, End(status=status, seconds=time.monotonic() - started))
                 with suppress(StoreUnavailableError):
                     await self.store.forget(job.id)
+
+    async def result(self, job_id: str) -> JobState:
+        """An accepted job once it has ended. Raises: OverloadedError when the store came back without it."""
+        try:
+            return await self.store.wait(job_id)
+        except KeyError:
+            raise store_away() from None
 
     async def submit(
         self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
@@ -144,6 +154,22 @@ class Service:
         if first != key:
             raise _key_reused()
         return job_id
+
+    async def until_ended(self, job_id: str) -> JobState | None:
+        """A job once it has ended; None when this process is about to and another finishes the job.
+
+        Raises: KeyError when the job is unknown or forgotten.
+        """
+        if not self.store.outlives_process:
+            return await self.store.wait(job_id)
+        end, leaving = (asyncio.ensure_future(each) for each in (self.store.wait(job_id), self.draining.wait()))
+        try:
+            await asyncio.wait((end, leaving), return_when=asyncio.FIRST_COMPLETED)
+            return end.result() if end.done() else None
+        finally:
+            end.cancel()
+            leaving.cancel()
+            await asyncio.gather(end, leaving, return_exceptions=True)
 
     async def links_of(self, state: JobState, base_url: str) -> list[Link | None]:
         """The addresses of a job's stored files; None for what came inside its result. Raises: ResultStoreError."""
@@ -219,11 +245,6 @@ class Service:
             raise _refusal(ENGINE_DOWN)
         if self.draining.is_set():
             raise _refusal(DRAINING)
-        if self.keyring is not None and len(self.keyring.tenants) > 1:
-            self.admission.check_share(await self.store.backlog(caller.tenant), request, self.costs.workers)
-        workers, models = self.costs.sharing(request.model)
-        self.admission.check(await self.store.backlog(models=models), request, options.deadline_ms, workers)
-        await self._spend_quota(caller, request.n)
         job = Job(
             id=self.signer.new_job_id(caller.tenant),
             request=request,
@@ -236,9 +257,35 @@ class Service:
             trace=carrier(),
         )
         try:
-            return job, await self.store.submit(job, key)
+            with self._arrivals.looking() as unseen:
+                own, work = await self._backlogs(job)
+                # From here to where the job is known to be entering nothing waits.
+                self._check_room(job, own, work, unseen())
+                entering = self._arrivals.entering(job)
+            with entering:
+                await self._spend_quota(caller, request.n)
+                return job, await self.store.submit(job, key)
         except IdempotencyConflictError:
             raise _key_reused() from None
+        except StoreUnavailableError:
+            if key is None:  # it may have arrived for all that, and nobody has its id
+                self.counts.unwanted(job)
+            raise
+
+    async def _backlogs(self, job: Job) -> tuple[Backlog | None, Backlog]:
+        """Of the job's tenant, None where there is but one; and of the workers that would do it."""
+        shared = self.keyring is not None and len(self.keyring.tenants) > 1
+        own = await self.store.backlog(job.tenant) if shared else None
+        return own, await self.store.backlog(models=self.costs.sharing(job.request.model)[1])
+
+    def _check_room(self, job: Job, own: Backlog | None, work: Backlog, unseen: Sequence[Job]) -> None:
+        """unseen: jobs to be added. Raises: OverloadedError; RateError where the tenant's share is full."""
+        workers, models = self.costs.sharing(job.request.model)
+        if own is not None:
+            own = sum((work_of(each) for each in unseen if each.tenant == job.tenant), own)
+            self.admission.check_share(own, job.request, self.costs.workers)
+        work = sum((work_of(each) for each in unseen if each.request.model in models), work)
+        self.admission.check(work, job.request, job.deadline_ms, workers)
 
     async def _spend_quota(self, caller: Caller, images: int) -> None:
         wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)

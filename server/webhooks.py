@@ -24,7 +24,7 @@ import structlog
 from server.errors import InvalidRequestError
 from server.jobs import Delivery
 from server.links import FileLinks
-from server.stores.base import JobStore, StoreUnavailableError
+from server.stores.base import JobStore, StoreUnavailableError, UnreadableJobError
 
 MAX_ATTEMPTS = 12
 TIMEOUT_S = 10.0
@@ -123,7 +123,7 @@ class Webhooks:
                     status = response.status_code
         except InvalidRequestError:
             return "not_allowed"
-        except (httpx.HTTPError, OSError, RefusedAddressError) as error:
+        except (httpx.HTTPError, OSError, RefusedAddressError, UnreadableJobError) as error:
             return type(error).__name__
         return None if 200 <= status < 300 else f"status_{status}"
 

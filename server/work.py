@@ -154,7 +154,10 @@ class Image:
 
 @dataclass(eq=False)
 class Work:
-    """A job on the engine thread. arrived_s, started_s: seconds of time.perf_counter."""
+    """A job on the engine thread.
+
+    arrived_s, started_s: time.perf_counter when its worker claimed it, and when its condition stage began.
+    """
 
     lease: Lease
     arrived_s: float

@@ -28,8 +28,9 @@ IDLE_CLAIM_S = 1.0
 RESTART_S = 30.0
 """Most time that jobs wait for an engine that is started again; where it does not start, they leave at once."""
 
-BEATS_BEFORE_REAPING = 2
-"""Heartbeats in a row that the store answered before silent leases are taken back."""
+BEATS_BEFORE_REAPING = 8
+"""Heartbeats in a row that the store answered before silent leases are taken back: other workers may find it again
+some seconds later, when what they were waiting for has timed out and names are looked up anew."""
 
 _log = structlog.get_logger()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ class PlanStore:
     def save(self, kind: Kind, data: bytes) -> None:
         """Keep ``data``, replacing what was there in one move. Raises: BackendError when it cannot be written."""
         file = self.file(kind)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")  # pids repeat across containers
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as opened:

@@ -83,7 +83,7 @@ class _Drawings:
         async with service.accepted(wanted) as job_id, cancelled_when_gone(service, request, job_id):
             jobs.add(job_id)
             try:
-                state = await service.store.wait(job_id)
+                state = await service.result(job_id)
             finally:
                 jobs.discard(job_id)
             return images_answer(state, adjusted, send=send)

@@ -14,13 +14,19 @@ KEEP_ALIVE_S = 15.0
 _COMMENT = ": still there\n\n"
 
 
-async def kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The lines, with a comment, which clients skip, whenever none has come for a while."""
+async def kept_alive(lines: AsyncIterator[str], leaving: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """The lines, with a comment, which clients skip, whenever none has come for a while.
+
+    leaving: when it is set, the lines end with what has come.
+    """
     coming = asyncio.create_task(_next(lines))
+    left = asyncio.create_task((leaving or asyncio.Event()).wait())
     try:
         while True:
-            done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_S)
-            if not done:
+            await asyncio.wait((coming, left), timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                if left.done():
+                    return
                 yield _COMMENT
                 continue
             line = coming.result()
@@ -29,6 +35,7 @@ async def kept_alive(lines: AsyncIterator[str]) -> AsyncIterator[str]:
             yield line
             coming = asyncio.create_task(_next(lines))
     finally:
+        left.cancel()
         if not coming.done():
             coming.cancel()
             with suppress(asyncio.CancelledError):

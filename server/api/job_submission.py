@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -86,11 +86,10 @@ async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, b
 
 async def _ended_or_now(service: Service, job_id: str, wait_s: int) -> JobState:
     if wait_s:
-        try:
+        with suppress(TimeoutError, KeyError):  # an answer without the end; or the job is gone, which is said below
             async with asyncio.timeout(wait_s):
-                return await service.store.wait(job_id)
-        except TimeoutError:
-            pass
+                if (ended := await service.until_ended(job_id)) is not None:
+                    return ended
     return await find_job(service, job_id)
 
 

@@ -65,7 +65,9 @@ def job_routes(service: Service) -> APIRouter:
         if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
         lines = job_events(service, request, job_id, last_event_id)
-        return StreamingResponse(kept_alive(lines), media_type=EVENT_STREAM, headers=HEADERS)
+        # Where other processes go on, one of them replays from the last id.
+        leaving = service.draining if service.store.outlives_process else None
+        return StreamingResponse(kept_alive(lines, leaving), media_type=EVENT_STREAM, headers=HEADERS)
 
     return router
 

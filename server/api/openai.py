@@ -26,7 +26,7 @@ from server.api.reference import (
 )
 from server.api.validation import form_values, validate
 from server.catalogue import Model
-from server.errors import ApiError, InvalidRequestError, result_store_away, store_away
+from server.errors import ApiError, InvalidRequestError, result_store_away, store_away, unreadable_job
 from server.fitting import alpha_is_edit
 from server.jobs import JobStatus
 from server.request import DenoiseRequest
@@ -43,7 +43,7 @@ from server.schemas import (
 )
 from server.service import Service
 from server.storage import ResultStoreError
-from server.stores.base import StoreUnavailableError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -87,7 +87,7 @@ async def _answer(service: Service, request: Request, wanted: DenoiseRequest, *,
     if stream:
         return await _stream(service, request, wanted)
     async with service.accepted(wanted) as job_id, cancelled_when_gone(service, request, job_id):
-        state = await service.store.wait(job_id)
+        state = await service.result(job_id)
         if state.status is JobStatus.CANCELLED:
             raise client_gone()
         answer = images_response(state, service.catalogue, await service.links_of(state, base_url(request)))
@@ -130,6 +130,8 @@ async def _events(service: Service, job_id: str, wanted: DenoiseRequest, base: s
         yield _error(result_store_away())
     except (StoreUnavailableError, KeyError):  # away; or it came back without what it held
         yield _error(store_away())
+    except UnreadableJobError:
+        yield _error(unreadable_job())
     except ApiError as error:
         yield _error(error)
 

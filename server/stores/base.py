@@ -28,8 +28,12 @@ class StoreUnavailableError(OSError):
     """The store cannot be reached, does not answer in time, or refuses to take anything in."""
 
 
+class UnreadableJobError(ValueError):
+    """A job, or its end, as another version of this program wrote it."""
+
+
 class JobStore(Protocol):
-    """Every call may raise StoreUnavailableError; none is done by half.
+    """Every call may raise StoreUnavailableError, and UnreadableJobError where it reads jobs; none is done by half.
 
     Jobs, keys and events live until ``result_ttl_s`` after the job's end. outlives_process: another process can
     finish what this one accepted.
@@ -127,6 +131,10 @@ class JobStore(Protocol):
 
     async def totals(self) -> list[Total]:
         """Jobs accepted and ended since the store began; a job that ended was counted as accepted."""
+        ...
+
+    async def expire_late(self) -> None:
+        """End what is past its deadline, as ``reap`` does too: while there is no worker, nobody else would."""
         ...
 
     async def reap(self) -> int:

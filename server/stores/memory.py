@@ -171,6 +171,9 @@ class MemoryStore:
     async def totals(self) -> list[Total]:
         return self.jobs.counts.totals()
 
+    async def expire_late(self) -> None:
+        self.jobs.expire_late()
+
     async def reap(self) -> int:
         if queued := self.jobs.reap():
             self._arrived.set()

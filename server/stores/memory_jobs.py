@@ -120,13 +120,17 @@ class MemoryJobs:
             self.outbox.add(job, status, self._epoch + record.since)
         record.tell(status.value)
 
+    def expire_late(self) -> None:
+        """End the jobs whose deadline has passed."""
+        for record in list(self.records.values()):
+            self.expire(record)
+
     def reap(self) -> int:
         """Queue silent jobs again, end and drop late ones; returns how many were queued."""
+        self.expire_late()
         now, queued = self._clock(), 0
         for record in list(self.records.values()):
-            if record.past(now):
-                self.expire(record)
-            elif record.status is JobStatus.RUNNING and now - record.since > self._lease_s:
+            if record.status is JobStatus.RUNNING and now - record.since > self._lease_s:
                 record.lost += 1
                 queued += self.requeue(record)
             elif record.status.terminal and now - record.since > self._result_ttl_s:

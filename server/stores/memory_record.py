@@ -78,7 +78,7 @@ class Record:
     def lease(self, now: float) -> Lease:
         """The hold its worker has from now on."""
         left_ms = None if self.deadline is None else (self.deadline - now) * 1000
-        queued_ms = (now - self.since) * 1000
+        queued_ms = (now - self.accepted) * 1000
         self.since = now
         return Lease(
             job=self.job,

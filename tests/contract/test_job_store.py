@@ -52,6 +52,21 @@ async def test_the_time_in_the_queue_is_reported(lab: Lab) -> None:
     await lab.pass_time(2.0)
     (lease,) = await lab.store.claim("w", MODELS, 10)
     assert 2000 <= lease.queued_ms < 60_000
+    await lab.pass_time(3.0)
+    await lab.store.give_back(lease)
+    (again,) = await lab.store.claim("w", MODELS, 10)
+    assert 5000 <= again.queued_ms < 60_000, "its caller has waited since it was accepted"
+
+
+async def test_late_jobs_end_without_a_worker(lab: Lab) -> None:
+    await lab.store.submit(job("late", deadline_ms=1000))
+    await lab.store.submit(job("early", deadline_ms=5000))
+    await lab.store.submit(job("patient"))
+    await lab.pass_time(2.0)
+    await lab.store.expire_late()
+    assert await status(lab, "late") is JobStatus.EXPIRED
+    assert await status(lab, "early") is await status(lab, "patient") is JobStatus.QUEUED
+    assert (await lab.store.backlog()).jobs == 2
 
 
 async def test_the_same_id_twice_is_refused(lab: Lab) -> None:

@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from server.jobs import IdempotencyKey, JobStatus
+from server.stores.base import UnreadableJobError
 from server.stores.redis.store import RedisStore
-from server.stores.redis.wire import UnreadableJobError
 from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
 from tests.contract.redis_lab import PREFIX, SLOW_MACHINE_S, make_older
 from tests.support.redis_server import BINARIES, RedisServer

@@ -13,10 +13,11 @@ import pytest
 
 from server.app import create_app
 from server.auth import Keyring
+from server.jobs import JobStatus
 from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
-from server.stores.base import StoreUnavailableError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
 from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
 from tests.support.keys import bearer, write_key_file
 from tests.support.offline import offline_service
@@ -194,21 +195,130 @@ async def test_an_end_that_nobody_saw_is_counted_all_the_same(serve: Serve, lab:
     assert not service.counts.followed
 
 
+# ---- outages, bursts, and processes that end
+
+REQUEST = DenoiseRequest(model="toy-digits", prompt="one", seed=1, guidance_scale=2.0, steps=4, width=64, height=64)
+
+
+async def away(*_: Any) -> Any:
+    raise StoreUnavailableError("away")
+
+
 async def test_an_end_that_an_outage_hid_is_counted_after_it(
     serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def away(_: str) -> bool:
-        raise StoreUnavailableError("away")
-
     service = serve()
-    request = DenoiseRequest(
-        model="toy-digits", prompt="one", seed=1, guidance_scale=2.0, steps=4, width=64, height=64
-    )
     with monkeypatch.context() as outage:
-        async with service.accepted(request):
+        async with service.accepted(REQUEST):
             outage.setattr(lab.store, "cancel", away)
     (lease,) = await lab.store.claim("w", MODELS, 1)
     await lab.store.finish(lease, RESULT)
     await service.counts.look()
     assert counted(service, "halfstep_requests_accepted_total") == {"text_to_image": 1}
     assert counted(service, "halfstep_requests_total") == {"succeeded": 1}
+
+
+async def test_what_an_outage_kept_from_being_cancelled_is_cancelled_after_it(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve()
+    with monkeypatch.context() as outage:
+        async with service.accepted(REQUEST) as job_id:
+            outage.setattr(lab.store, "cancel", away)
+        with pytest.raises(StoreUnavailableError):
+            await service.counts.look()
+    await service.counts.look()
+    state = await lab.store.get(job_id)
+    assert state is not None
+    assert state.status is JobStatus.CANCELLED
+    assert await lab.store.claim("w", MODELS, 1) == []
+
+
+async def test_a_job_whose_acceptance_was_never_heard_of_is_cancelled_unless_it_has_a_key(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = lab.store.submit
+
+    async def lost(*args: Any) -> Any:
+        await submit(*args)
+        raise StoreUnavailableError("the answer is lost")
+
+    service = serve()
+    async with asking(service) as client:
+        with monkeypatch.context() as outage:
+            outage.setattr(lab.store, "submit", lost)
+            assert outcome(await client.post(JOBS, json={"prompt": "one"})) == (503, "store_unavailable")
+            assert (await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))).status_code == 503
+        await service.counts.look()
+        (lease,) = await lab.store.claim("w", MODELS, 4)
+        assert lease.job.request.prompt == "two"
+        again = await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))
+        assert outcome(again) == (202, lease.job.id)
+
+
+async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, lab: Lab) -> None:
+    """All look at the queue before the first is in it."""
+    service = serve(max_queued_rows=10)
+    backlog, asked = lab.store.backlog, asyncio.Event()
+    waiting = 0
+
+    async def slow(*args: Any, **kwargs: Any) -> Any:
+        nonlocal waiting
+        found = await backlog(*args, **kwargs)
+        waiting += 1
+        if waiting == 8:
+            asked.set()
+        await asked.wait()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.store, "backlog", slow)
+        async with asking(service) as client:
+            posts = (client.post(JOBS, json={"prompt": "one", "n": 4}) for _ in range(8))
+            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
+    assert sorted(status for status, _ in answers) == [202] * 2 + [503] * 6
+    assert (await lab.store.backlog()).rows == 8
+
+
+async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab.store, "outlives_process", True)
+    service = serve()
+    async with asking(service) as client:
+        waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
+        (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
+        follows = asyncio.create_task(client.get(f"{JOBS}/{lease.job.id}/events"))
+        await asyncio.sleep(0.05)
+        service.draining.set()
+        assert outcome(await asyncio.wait_for(waits, PATIENCE_S)) == (202, lease.job.id)
+        told = (await asyncio.wait_for(follows, PATIENCE_S)).text
+    assert "event: queued" in told
+    assert "event: completed" not in told
+
+
+async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forgotten(job_id: str) -> Any:
+        raise KeyError(job_id)
+
+    monkeypatch.setattr(lab.store, "wait", forgotten)
+    async with asking(serve()) as client:
+        answer = await client.post("/v1/images/generations", json={"prompt": "one"})
+        assert outcome(answer) == (503, "store_unavailable")
+        drawn = await client.post("/sdapi/v1/txt2img", json={"prompt": "one"})
+        assert drawn.status_code == 503
+
+
+async def test_a_job_of_another_version_is_told_apart_from_a_fault(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreadable(_: str) -> Any:
+        raise UnreadableJobError("this version cannot read the job's added_later")
+
+    service = serve()
+    async with asking(service) as client:
+        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
+        monkeypatch.setattr(lab.store, "get", unreadable)
+        assert outcome(await client.get(f"{JOBS}/{job_id}")) == (500, "unreadable_job")

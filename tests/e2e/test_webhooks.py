@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from server.jobs import Job, JobStatus
 from server.request import DenoiseRequest
 from server.settings import Settings
+from server.stores.base import UnreadableJobError
 from server.stores.memory_outbox import MemoryOutbox
 from server.webhooks import Webhooks
 from tests.support.live import live
@@ -89,6 +90,31 @@ async def test_an_answer_without_an_end_is_heard_by_its_status() -> None:
             await asyncio.sleep(0.01)
     sending.cancel()
     server.close()
+
+
+@pytest.mark.anyio
+async def test_a_job_of_another_version_is_told_of_later_and_holds_up_no_other() -> None:
+    """Whoever can read it says where its files are."""
+    with receiver() as (origin, heard):
+        outbox = MemoryOutbox(30.0, time.monotonic)
+        request = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=8, height=8)
+        for name in ("foreign", "own"):
+            outbox.add(Job(id=name, request=request, cost_s=0, webhook_url=origin), JobStatus.FAILED, 1.0)
+
+        async def get(job_id: str) -> None:
+            if job_id == "foreign":
+                raise UnreadableJobError("this version cannot read the job's added_later")
+
+        store: Any = SimpleNamespace(
+            claim_deliveries=AsyncMock(side_effect=outbox.claim),
+            delivered=AsyncMock(side_effect=outbox.delivered),
+            retry_delivery=AsyncMock(side_effect=outbox.retry),
+            get=get,
+        )
+        links: Any = object()
+        await Webhooks((origin, LOOPBACK), SECRET, store, links).flush()
+        assert [json.loads(body)["id"] for _, body in heard] == ["own"]
+        assert store.retry_delivery.call_args.args[0].job_id == "foreign"
 
 
 def test_a_server_that_ends_tells_of_what_it_just_finished(toy_bundle: Path) -> None:

@@ -33,7 +33,7 @@ from server.jobs import (
     Submission,
     Total,
 )
-from server.stores.base import StoreUnavailableError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
 from server.stores.redis import wire
 from server.stores.redis.connections import ANSWER_S, connect
 from server.stores.redis.errors import translated
@@ -196,6 +196,9 @@ class RedisStore:
         counted = await _ask(self._redis.hgetall(self._key("totals")))
         return [wire.total_from(name, count) for name, count in counted.items()]
 
+    async def expire_late(self) -> None:
+        await self._scripts.run("expire_late")
+
     async def reap(self) -> int:
         return int(await self._scripts.run("reap", *_LIMITS))
 
@@ -249,7 +252,7 @@ class RedisStore:
         for reply in replies:
             try:
                 leases.append(wire.lease_from(reply, worker))
-            except wire.UnreadableJobError as error:
+            except UnreadableJobError as error:
                 job_id, attempt = reply[0].decode(), reply[3]
                 _log.error("job_unreadable", job=job_id, reason=str(error))
                 with suppress(StoreUnavailableError):  # then its lease runs out, and it is found again

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from server.jobs import (
     Delivery,
@@ -22,6 +22,7 @@ from server.jobs import (
     Preview,
     Total,
 )
+from server.stores.base import UnreadableJobError
 
 Reply = Sequence[Any]
 
@@ -63,18 +64,21 @@ def held_args(lease: Lease) -> tuple[str, str, int]:
     return lease.job.id, lease.worker, lease.attempt
 
 
-class UnreadableJobError(ValueError):
-    """A job as another version of this program wrote it; what it holds is not repeated."""
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def job_from(data: bytes, created_ms: bytes) -> Job:
     """Raises: UnreadableJobError."""
+    return _read(Job, data).model_copy(update={"created_s": int(created_ms) / 1000})
+
+
+def _read(kind: type[ModelT], data: bytes) -> ModelT:
+    """Raises: UnreadableJobError; what the job holds is not repeated."""
     try:
-        job = Job.model_validate_json(data)
+        return kind.model_validate_json(data)
     except ValidationError as error:
         wrong = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors(include_input=False)}))
         raise UnreadableJobError(f"this version cannot read the job's {wrong}") from None
-    return job.model_copy(update={"created_s": int(created_ms) / 1000})
 
 
 def lease_from(reply: Reply, worker: str) -> Lease:
@@ -91,6 +95,7 @@ def lease_from(reply: Reply, worker: str) -> Lease:
 
 
 def state_from(fields: Mapping[bytes, bytes], queue_position: int | None) -> JobState:
+    """Raises: UnreadableJobError."""
     result, failure = fields.get(b"result"), fields.get(b"failure")
     return JobState(
         job=job_from(fields[b"data"], fields[b"created"]),
@@ -98,8 +103,8 @@ def state_from(fields: Mapping[bytes, bytes], queue_position: int | None) -> Job
         attempt=int(fields[b"attempt"]),
         step=int(fields[b"step"]),
         queue_position=queue_position,
-        result=None if result is None else JobResult.model_validate_json(result),
-        failure=None if failure is None else JobFailure.model_validate_json(failure),
+        result=None if result is None else _read(JobResult, result),
+        failure=None if failure is None else _read(JobFailure, failure),
     )
 
 

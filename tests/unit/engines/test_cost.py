@@ -16,7 +16,7 @@ from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, load_costs, save_costs
 from engines.errors import BackendError
-from engines.open import open_pipeline
+from engines.open import know_costs, open_pipeline
 
 KEY = EngineKey(graph_sha256="a" * 64, engine="openvino 1.2 float32", machine="a CPU, 2 cores", threads=0)
 TABLE = CostTable({"step": {1: 5.0, 2: 6.0, 4: 8.5}})
@@ -116,3 +116,18 @@ def test_opening_measures_once_then_takes_the_kept_table(toy: Bundle, tmp_path: 
     again = open_pipeline(toy.path, "onnxruntime", rungs=(1, 2), cache_dir=tmp_path).costs
     assert again is not None
     assert again.ms["step_4"].keys() == {1, 2}
+
+
+def test_costs_that_cannot_be_kept_stop_no_server_but_a_build(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise BackendError("cannot keep costs: no space left")
+
+    monkeypatch.setattr("engines.open.save_costs", full)
+    pipeline = open_pipeline(toy_bundle, "onnxruntime", cache_dir=tmp_path, rungs=(1,))
+    assert pipeline.costs is not None
+    assert "no space left; measured again at the next start" in caplog.text
+    with pytest.raises(BackendError, match="no space left"):
+        know_costs(pipeline, "onnxruntime", "auto", 0, tmp_path, again=True)
+    pipeline.close()

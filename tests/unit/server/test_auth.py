@@ -101,6 +101,22 @@ def test_two_keys_of_one_id_cannot_be(path: Path, keys: dict[str, str]) -> None:
         KeyFile(keys=(*read_keys(path).keys, read_keys(path).keys[0]))
 
 
+def test_the_keys_of_a_tenant_have_one_quota(path: Path) -> None:
+    made = [["--tenant", "a", "--quota", "5/day"], ["--tenant", "a", "--scope", "read"], ["--tenant", "b"]]
+    for arguments in (*made, ["--tenant", "a", "--quota", "5/day"]):
+        ended = CliRunner().invoke(app, ["keys", "new", *arguments, "--api-keys", str(path)])
+        assert ended.exit_code == 0, ended.output
+    for arguments in (
+        ["--tenant", "a", "--quota", "9/day"],
+        ["--tenant", "a"],
+        ["--tenant", "b", "--quota", "1/day"],
+    ):
+        ended = CliRunner().invoke(app, ["keys", "new", *arguments, "--api-keys", str(path)])
+        assert ended.exit_code == 1
+        assert f"tenant {arguments[1]} have different quotas" in ended.output
+    assert len(read_keys(path).keys) == 4
+
+
 def test_wrong_commands_are_one_sentence(path: Path) -> None:
     for arguments in (["new", "--tenant", "a b"], ["new", "--tenant", "a", "--rate", "often"], ["revoke", "0"]):
         ended = CliRunner().invoke(app, ["keys", *arguments, "--api-keys", str(path)], env={"COLUMNS": "500"})

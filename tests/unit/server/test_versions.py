@@ -16,7 +16,7 @@ from engines.condition import LabelClass, LabelTokenizer, LabelVocabulary, load_
 from engines.errors import BundleError
 from server.metrics import Metrics
 from server.parity import Sample, UnlikeError, check_like, probe_requests
-from server.renewal import Renewals
+from server.renewal import Renewals, heed_early
 from server.settings import Settings
 from server.succession import start_settings
 from server.versions import Version, hashes, new_versions, offer
@@ -162,3 +162,25 @@ async def test_each_hangup_renews_and_what_is_refused_is_counted(monkeypatch: py
         assert metrics.registry.get_sample_value("halfstep_takeovers_total", labels) == count
     await renewals.close()
     asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+
+
+@pytest.mark.anyio
+async def test_a_hangup_while_bundles_are_loaded_renews_once_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.renewal.os.isatty", lambda _: False)
+    asked = asyncio.Event()
+
+    async def renew() -> None:
+        asked.set()
+
+    former = signal.getsignal(signal.SIGHUP)
+    heed_early()
+    os.kill(os.getpid(), signal.SIGHUP)
+    renewals = Renewals(renew, Metrics())
+    renewals.start()
+    async with asyncio.timeout(60):
+        await asked.wait()
+    await renewals.close()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, former)

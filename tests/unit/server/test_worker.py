@@ -19,7 +19,7 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.stores.base import StoreUnavailableError
 from server.stores.memory import MemoryStore
-from server.worker import Worker
+from server.worker import BEATS_BEFORE_REAPING, Worker
 from tests.support.fake_engines import Bench
 
 pytestmark = pytest.mark.anyio
@@ -285,4 +285,4 @@ async def test_leases_are_renewed_before_silent_ones_are_taken_back(
     store = _CountingStore(away)
     async with working(bench.pipeline, store):
         await until(lambda: store._beats > max(away, default=0) and "reap" in store.calls)
-    assert store.calls[:4] == ["heartbeat", "heartbeat", "heartbeat", "reap"]
+    assert store.calls[: BEATS_BEFORE_REAPING + 2] == ["heartbeat"] * (BEATS_BEFORE_REAPING + 1) + ["reap"]

@@ -33,7 +33,7 @@ local function lease(job)
   tell(job.id, 'running', 0)
   rows = rows - job.n
   local left = job.deadline ~= '' and job.deadline - NOW or ''
-  leases[#leases + 1] = { job.id, job.data, job.created, attempt, NOW - job.since, alone, left }
+  leases[#leases + 1] = { job.id, job.data, job.created, attempt, NOW - job.created, alone, left }
   return alone == 1
 end
 

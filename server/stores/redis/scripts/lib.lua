@@ -21,6 +21,7 @@
 local P, GROUP = KEYS[1], 'workers'
 local TTL, LEASE = tonumber(ARGV[1]), tonumber(ARGV[2])
 local PRIORITY_MS, MIN_COST_US = 60000, 1000
+local BATCH = 100
 local clock = redis.call('TIME')
 local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
@@ -164,6 +165,14 @@ local function finish(job, status, step, ...)
 end
 
 local function expire(job) finish(job, 'expired', job.step) end
+
+-- open jobs past their deadline
+local function expire_late()
+  for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', NOW, 'LIMIT', 0, BATCH)) do
+    local job = open(id)
+    if job then expire(job) else call('ZREM', P .. 'deadlines', id) end
+  end
+end
 
 local function fail(job, failure) finish(job, 'failed', job.step, 'failure', failure) end
 

@@ -1,11 +1,7 @@
 -- max_lost, max_crashes, poison: how many jobs were queued again
 local max_lost, max_crashes, poison = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local BATCH = 100
 
-for _, id in ipairs(call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', NOW, 'LIMIT', 0, BATCH)) do
-  local job = open(id)
-  if job then expire(job) else call('ZREM', P .. 'deadlines', id) end
-end
+expire_late()
 
 local silent = {}
 for _, stream in ipairs(call('SMEMBERS', P .. 'streams')) do
