@@ -162,7 +162,8 @@ class Service:
         """
         if not self.store.outlives_process:
             return await self.store.wait(job_id)
-        end, leaving = (asyncio.ensure_future(each) for each in (self.store.wait(job_id), self.draining.wait()))
+        end = asyncio.ensure_future(self.store.wait(job_id))
+        leaving = asyncio.ensure_future(self.draining.wait())
         try:
             await asyncio.wait((end, leaving), return_when=asyncio.FIRST_COMPLETED)
             return end.result() if end.done() else None
