@@ -15,7 +15,7 @@ from distill_jobs.data.scenes import Held, Scene, Scenes
 from distill_jobs.latent_sections import GlyphData
 
 SHARD_PICTURES = 2000
-DRAWN = 4
+DRAWN = 2
 """Raise it when the same settings draw other pictures."""
 
 

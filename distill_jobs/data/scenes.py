@@ -21,13 +21,12 @@ from distill_jobs.errors import DataError
 
 T = TypeVar("T")
 
-PLAIN, PLACED, RECOLOURED = 0.3, 0.06, 0.26
+PLAIN, PLACED, RECOLOURED = 0.5, 0.1, 0.2
 """Shares of the kinds of scene; the rest are pairs."""
 
 STILL = 0.75
-"""Share of the glyphs alone, as they are or in another colour, that stand where the reference does, and of the
-pairs that stand in the middles of their halves: a shape that is always the same is learned sharp, one that never is
-stays an average."""
+"""Share of the glyphs alone, as they are or in another colour, that stand where the reference does: a shape that is
+always the same is learned sharp, one that never is stays an average."""
 
 PHRASES = ("{}", "{}", "{} emoji", "an emoji of {}", "a picture of {}", "emoji, {}")
 PAIR_PHRASES = ("{} and {}", "{} next to {}", "{} beside {}", "{} on the left and {} on the right")
@@ -35,7 +34,7 @@ WITH_GROUP, WITH_COLOUR = 0.15, 0.1
 PLACES = (("top left", "top", "top right"), ("left", "", "right"), ("bottom left", "bottom", "bottom right"))
 """Words for a place, by row and column."""
 
-FULL, SMALL, HALF = (0.84, 0.96), (0.4, 0.62), (0.42, 0.48)
+FULL, SMALL, HALF = (0.84, 0.96), (0.4, 0.62), (0.38, 0.47)
 """Ranges of a glyph's longer side, as a share of the picture's, alone, placed, and in a pair."""
 
 
@@ -126,10 +125,9 @@ class Scenes:
         return Scene(self._alone(recoloured(glyph.picture, colour), rng), caption, (glyph.name,), colour)
 
     def pair(self, left: Glyph, right: Glyph, rng: np.random.Generator) -> Scene:
-        canvas, still = self._canvas(), rng.random() < STILL
-        for glyph, x in ((left, 0.25), (right, 0.75)):
-            size, y = (sum(HALF) / 2, 0.5) if still else (rng.uniform(*HALF), 0.5 + rng.uniform(-0.05, 0.05))
-            self._paste(canvas, glyph.picture, size, x, y)
+        canvas = self._canvas()
+        for glyph, x in ((left, 0.26), (right, 0.74)):
+            self._paste(canvas, glyph.picture, rng.uniform(*HALF), x, 0.5 + rng.uniform(-0.05, 0.05))
         caption = _one(rng, PAIR_PHRASES).format(left.name, right.name)
         return Scene(canvas, caption, (left.name, right.name))
 
