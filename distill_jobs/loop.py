@@ -32,7 +32,8 @@ class Trainer:
     progress: Progress
 
     def train(self, phase: Phase) -> tuple[dict[str, Tensor], float]:
-        """Train to the end, resuming where a checkpoint stands. Returns the finished weights and training seconds.
+        """Train to the end, resuming where a checkpoint stands. Returns the finished weights, which the first
+        process alone gets, and training seconds.
 
         An update whose loss or gradient is not finite is skipped; after MAX_BAD_UPDATES in a row, or when weights
         are not finite where a checkpoint is due, the phase goes back to its last checkpoint and on with half the

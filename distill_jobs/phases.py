@@ -44,7 +44,10 @@ def stands(folder: Path, processes: Processes) -> bool:
 def train_into(
     folder: Path, trainer: Trainer, phase: Phase, fill: Callable[[Path, dict[str, Tensor]], None]
 ) -> None:
-    """Train a phase to its end; ``fill`` writes the finished weights, and its network has them too."""
+    """Train a phase to its end; ``fill`` writes the finished weights, in the first process.
+
+    The phase's network has them too.
+    """
     weights, seconds = trainer.train(phase)
 
     def whole(staging: Path) -> None:

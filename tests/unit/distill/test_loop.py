@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from distill_jobs import state
 from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.errors import DivergedError, Interrupted, JobError
@@ -17,7 +18,7 @@ from distill_jobs.loop import Trainer
 from distill_jobs.processes import Processes
 from distill_jobs.sections import ComputeSection, Training
 from distill_jobs.signals import StopSignal
-from distill_jobs.state import Phase, RowLoss
+from distill_jobs.state import Phase, RowLoss, TrainingState
 
 WIDTH = 4
 BATCH = 8
@@ -25,14 +26,17 @@ BATCH = 8
 Row = Callable[[Tensor, int, Tensor], Tensor]
 
 
+def layer() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(WIDTH, 1, bias=False)
+
+
 def train(
     out: Path, row: Row, progress: Progress | None = None, stop: StopSignal | None = None, **training: Any
 ) -> dict[str, Tensor]:
     """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every 5."""
     settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network: Any = nn.Linear(WIDTH, 1, bias=False)
 
     def loss(layer: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
         output = layer(draws.normal(update, (rows, WIDTH)))[:, 0]
@@ -46,7 +50,7 @@ def train(
         stop=stop or StopSignal(),
         progress=progress or Progress(disable=True),
     )
-    return trainer.train(Phase("phase", settings, network, Draws(7, "phase"), loss))[0]
+    return trainer.train(Phase("phase", settings, layer(), Draws(7, "phase"), loss))[0]
 
 
 def square(output: Tensor, *_: object) -> Tensor:
@@ -178,6 +182,35 @@ def test_a_signal_ends_with_a_checkpoint_at_that_update(tmp_path: Path) -> None:
     newest = intact_checkpoint(out / "phase")
     assert newest is not None
     assert load_checkpoint(newest).update == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_tensors_are_gathered_by_all_and_kept_by_the_first_process(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(network: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
+        return RowLoss(square(network(draws.normal(update, (rows, WIDTH)))[:, 0]))
+
+    gathered: list[Tensor] = []
+
+    def whole(tensor: Tensor) -> Tensor:
+        gathered.append(tensor)
+        return tensor
+
+    phase = Phase("phase", Training(updates=9, batch_size=BATCH, ema=0.9), layer(), Draws(0, "phase"), loss)
+    training = TrainingState(phase, Processes(ComputeSection(), tmp_path))
+    training.advance()
+    monkeypatch.setattr(state, "whole", whole)
+    monkeypatch.setattr(Processes, "is_first", first)
+    names = {
+        "network.weight",
+        "ema.0",
+        "ema_step",
+        *(f"optimizer.0.{k}" for k in ("step", "exp_avg", "exp_avg_sq")),
+    }
+    assert training.tensors().keys() == (names if first else set())
+    assert len(gathered) == len(names)
+    assert training.finish().keys() == ({"weight"} if first else set())
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])

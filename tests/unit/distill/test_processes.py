@@ -91,7 +91,7 @@ def test_a_sharded_job_follows_one_process_and_resumes_after_a_signal_to_one_pro
 ) -> None:
     """FSDP2: the checkpoint holds whole tensors, each process takes up its own part of them again."""
     out = tmp_path / "run"
-    recipe = [*RECIPE, "compute.shard=true", "teacher.updates=12"]
+    recipe = [*RECIPE, "compute.shard=true", "teacher.updates=12", "teacher.accumulate=2"]
     first, second = together([JobRun(out, recipe)] * 2)
     while intact_checkpoint(out / "checkpoints" / "teacher") is None:
         assert first.exitcode is None
