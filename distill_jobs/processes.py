@@ -23,14 +23,24 @@ from distill_jobs.sharding import shard
 
 T = TypeVar("T")
 
+OF_LAUNCH = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""What ``accelerate launch`` tells its processes of a config, and what it is that they cannot train with."""
+
 
 class Processes:
     """This process among those of its job.
 
-    compute: how to run the networks; out: the run folder, for TensorBoard.
+    compute: how to run the networks; out: the run folder, for TensorBoard. Raises: RecipeError when they were
+    started in a way that it does not go with.
     """
 
     def __init__(self, compute: ComputeSection, out: Path) -> None:
+        _check_launch()
         self.compute = compute
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -106,6 +116,16 @@ class Processes:
     def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)
         return prepared
+
+
+def _check_launch() -> None:
+    """Raises: RecipeError when the accelerate config that the job was launched with shards networks its own way."""
+    found = [name for flag, name in OF_LAUNCH.items() if os.environ.get(flag, "false").lower() in ("1", "true")]
+    if found:
+        raise RecipeError(
+            f"the accelerate config sets {', '.join(found)}; start the job with torchrun, or with a config of "
+            "plain multi-GPU training: what splits networks over the processes is compute.shard"
+        )
 
 
 def launched_rank() -> int:

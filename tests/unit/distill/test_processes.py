@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from distill_jobs.checkpoint import intact_checkpoint
+from distill_jobs.errors import RecipeError
+from distill_jobs.processes import Processes
 from distill_jobs.run_folder import RunFolder
+from distill_jobs.sections import ComputeSection
 from tests.support.job_process import JobRun, ended, together
 from tests.support.losses import losses_of
 from tests.support.tiny_recipe import OVERRIDES
@@ -117,6 +120,15 @@ def test_what_goes_wrong_in_the_first_process_ends_all(tmp_path: Path) -> None:
 
 def test_sharding_alone_is_refused(tmp_path: Path) -> None:
     assert JobRun(tmp_path / "run", [*RECIPE, "compute.shard=true"]).exit_code() == 2
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_another_way_to_split_networks_is_refused(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(RecipeError, match=r"accelerate config sets \w.*torchrun.*compute\.shard"):
+        Processes(ComputeSection(), tmp_path)
 
 
 def test_bf16_runs_the_networks_lower_and_keeps_weights_and_targets(alone: Path, tmp_path: Path) -> None:
