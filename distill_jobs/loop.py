@@ -105,8 +105,9 @@ class _Run:
     def _rewind(self) -> None:
         state, failed_at, rewinds, seconds = self._state, self._state.update, self._state.rewinds, self._seconds()
         what = f"{self._phase.name}: loss, gradient or weights not finite up to update {failed_at}"
-        # Not to where a signal stopped the job: an uninterrupted one has no checkpoint there.
-        if rewinds == MAX_REWINDS or not self._restore(self._trainer.every):
+        # Not to where a signal stopped the job, as an uninterrupted one has no checkpoint there; unless there is no
+        # other, as after a resume with a larger ``every``.
+        if rewinds == MAX_REWINDS or not (self._restore(self._trainer.every) or self._restore()):
             raise DivergedError(
                 f"{what}, after {rewinds} rewinds, each with half the learning rate; "
                 f"start again with an lr well below {self._phase.training.lr:g} in a new folder, which takes the "

@@ -33,9 +33,14 @@ def layer() -> Any:
 
 
 def train(
-    out: Path, row: Row, progress: Progress | None = None, stop: StopSignal | None = None, **training: Any
+    out: Path,
+    row: Row,
+    progress: Progress | None = None,
+    stop: StopSignal | None = None,
+    every: int = 5,
+    **training: Any,
 ) -> dict[str, Tensor]:
-    """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every 5."""
+    """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every ``every``."""
     settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
 
     def loss(layer: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
@@ -45,7 +50,7 @@ def train(
     trainer = Trainer(
         Processes(ComputeSection(), out),
         checkpoints=out / "checkpoints",
-        every=5,
+        every=every,
         log_every=1,
         stop=stop or StopSignal(),
         progress=progress or Progress(disable=True),
@@ -133,6 +138,22 @@ def test_a_stop_between_two_checkpoints_moves_no_rewind(at: int, tmp_path: Path)
     with pytest.raises(Interrupted):
         train(tmp_path / "stopped", cliff, Stopping(disable=True), stop, **TOO_FAST)
     assert torch.equal(train(tmp_path / "stopped", cliff, **TOO_FAST)["weight"], whole["weight"])
+
+
+def test_a_rewind_after_a_resume_with_rarer_checkpoints_goes_back_to_the_newest(tmp_path: Path) -> None:
+    stop, said, losses = StopSignal(), list[str](), iter([float("nan")] * 3)
+    display = Progress(disable=True)
+    display.console.log = said.append  # type: ignore[method-assign]
+
+    class Stopping(Progress):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            stop.received |= kwargs.get("completed") == 12
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, square, Stopping(disable=True), stop)
+    kept = train(tmp_path, lambda output, *_: square(output) * next(losses, 1.0), display, every=200)
+    assert torch.isfinite(kept["weight"]).all()
+    assert [text for text in said if "back to update 12," in text]
 
 
 def test_too_little_memory_says_which_fields_need_less(tmp_path: Path) -> None:
