@@ -38,6 +38,7 @@ def train(
     progress: Progress | None = None,
     stop: StopSignal | None = None,
     every: int = 5,
+    name: str = "phase",
     **training: Any,
 ) -> dict[str, Tensor]:
     """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every ``every``."""
@@ -55,11 +56,15 @@ def train(
         stop=stop or StopSignal(),
         progress=progress or Progress(disable=True),
     )
-    return trainer.train(Phase("phase", settings, layer(), Draws(7, "phase"), loss))[0]
+    return trainer.train(Phase(name, settings, layer(), Draws(7, "phase"), loss))[0]
 
 
 def square(output: Tensor, *_: object) -> Tensor:
     return (output - 1).square()
+
+
+def too_large(*_: object) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def bad_at(*updates: int, value: float = float("nan")) -> Row:
@@ -156,14 +161,26 @@ def test_a_rewind_after_a_resume_with_rarer_checkpoints_goes_back_to_the_newest(
     assert [text for text in said if "back to update 12," in text]
 
 
-def test_too_little_memory_says_which_fields_need_less(tmp_path: Path) -> None:
-    def row(*_: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("teacher", "teacher"),
+        ("text_encoder", "teacher.text.training"),
+        ("decoder", "decoder"),
+        ("d8", "stage_two"),
+        ("u16", "stage_two"),
+        ("e4", "encoder"),
+    ],
+)
+def test_too_little_memory_says_which_fields_need_less(name: str, section: str, tmp_path: Path) -> None:
+    told = f"{name}: too little memory .* for 8 rows in 2 micro-batches .*--resume --set {section}.accumulate=4 or"
+    with pytest.raises(JobError, match=told):
+        train(tmp_path, too_large, name=name, accumulate=2)
 
-    with pytest.raises(
-        JobError, match=r"phase: too little memory .* for 8 rows in 1 micro-batches .*accumulate.*--from"
-    ):
-        train(tmp_path, row)
+
+def test_single_rows_that_need_too_much_memory_are_not_split_further(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"--resume --set compute\.gradient_checkpointing=true"):
+        train(tmp_path, too_large, accumulate=BATCH)
 
 
 def test_what_stays_infinite_stops_the_job_after_three_rewinds(tmp_path: Path) -> None:
