@@ -100,6 +100,7 @@ class Processes:
 
     def trained(self, network: nn.Module) -> nn.Module:
         """The network on its device, its gradients averaged over the processes, or itself sharded over them."""
+        self._forget()
         if self.compute.gradient_checkpointing:
             cast(ModelMixin, network).enable_gradient_checkpointing()
         if not self.compute.shard:
@@ -108,10 +109,15 @@ class Processes:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """A network that is only evaluated: on its device, in eval mode, sharded where the trained one is."""
+        self._forget()
         network = network.eval().requires_grad_(False)
         if self.compute.shard:
             network = shard(network, self.device)
         return self._prepared(network, evaluation_mode=True)
+
+    def _forget(self) -> None:
+        """Free the networks of phases before, which the accelerator lists, and whose layers refer to each other."""
+        self.accelerator.free_memory()
 
     def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)

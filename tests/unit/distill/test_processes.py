@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from distill_jobs.checkpoint import intact_checkpoint
 from distill_jobs.errors import RecipeError
@@ -129,6 +131,19 @@ def test_another_way_to_split_networks_is_refused(
     monkeypatch.setenv(flag, "true")
     with pytest.raises(RecipeError, match=r"accelerate config sets \w.*torchrun.*compute\.shard"):
         Processes(ComputeSection(), tmp_path)
+
+
+def test_a_network_that_nothing_uses_any_more_is_freed_before_the_next_is_prepared(tmp_path: Path) -> None:
+    processes = Processes(ComputeSection(), tmp_path)
+
+    def used() -> weakref.ref[nn.Module]:
+        network = nn.Linear(2, 2)
+        network.cycle = [network]  # type: ignore[assignment]
+        return weakref.ref(processes.frozen(network))
+
+    before = used()
+    processes.frozen(nn.Linear(2, 2))
+    assert before() is None
 
 
 def test_bf16_runs_the_networks_lower_and_keeps_weights_and_targets(alone: Path, tmp_path: Path) -> None:
