@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -97,6 +97,11 @@ class Processes:
         """(B·count, …) the rows of all processes, in the order of the whole batch."""
         whole: Tensor = self.accelerator.gather(rows) if self.count > 1 else rows
         return whole
+
+    def listed(self, items: list[T]) -> list[T]:
+        """The items of all processes, once each has its own."""
+        everyones: list[T] = gather_object(items) if self.count > 1 else items
+        return everyones
 
     def trained(self, network: nn.Module) -> nn.Module:
         """The network on its device, its gradients averaged over the processes, or itself sharded over them."""

@@ -82,7 +82,7 @@ def _latents(
             raise Interrupted("stopped while latents were computed, which are kept; go on with --resume")
 
     writer.write(load, advance, processes.index, processes.count)
-    processes.accelerator.wait_for_everyone()
+    writer.names |= dict(processes.listed(list(writer.names.items())))
     cache = writer.finished()
     if cache.skipped:
         told = f"{len(cache.skipped)} of {len(entries)} images cannot be read: {', '.join(cache.skipped[:NAMED])}"
