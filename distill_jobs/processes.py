@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, release_memory
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -123,6 +123,7 @@ class Processes:
     def _forget(self) -> None:
         """Free the networks of phases before, which the accelerator lists, and whose layers refer to each other."""
         self.accelerator.free_memory()
+        release_memory()  # again: the accelerator lets its list go after it has collected garbage
 
     def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)
