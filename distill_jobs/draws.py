@@ -7,6 +7,7 @@ whole batch, so several processes, or several micro-batches, each with its share
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -43,18 +44,38 @@ class Share:
         return slice(self.index * rows, (self.index + 1) * rows)
 
 
-class Draws:
-    """Random numbers of one training phase, for one share of every batch. Row counts are the share's own."""
+class _Batches:
+    """What was drawn for the whole batch of the last update, of which each share takes its rows."""
 
-    def __init__(self, seed: int, phase: str, share: Share | None = None) -> None:
+    def __init__(self) -> None:
+        self._update, self._drawn = -1, dict[tuple[object, ...], np.ndarray]()
+
+    def get(self, update: int, address: tuple[object, ...], draw: Callable[[], np.ndarray]) -> np.ndarray:
+        """What ``draw`` gives, drawn once an update and address; the update before is forgotten."""
+        if update != self._update:
+            self._update, self._drawn = update, {}
+        if address not in self._drawn:
+            self._drawn[address] = draw()
+        return self._drawn[address]
+
+
+class Draws:
+    """Random numbers of one training phase, for one share of every batch. Row counts are the share's own.
+
+    batches: those of the draws that this one is a share of.
+    """
+
+    def __init__(self, seed: int, phase: str, share: Share | None = None, batches: _Batches | None = None) -> None:
         self._seed, self._phase, self._share = seed, phase, share or Share()
+        self._batches = batches or _Batches()
         self._key = np.array([seed, zlib.crc32(phase.encode())], np.uint64)
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def share(self, index: int, of: int) -> Draws:
         """The same numbers, of one of ``of`` equal shares of each of this share's batches."""
         whole = self._share
-        return Draws(self._seed, self._phase, Share(whole.index * of + index, whole.of * of))
+        own = Share(whole.index * of + index, whole.of * of)
+        return Draws(self._seed, self._phase, own, self._batches)
 
     def indices(self, update: int, batch: int, rows: int) -> Tensor:
         """(batch,) int64 data rows of this update: every epoch is a fresh permutation of all ``rows``."""
@@ -66,30 +87,50 @@ class Draws:
     def normal(self, update: int, shape: tuple[int, ...], purpose: Draw = Draw.NOISE, step: int = 0) -> Tensor:
         """Standard normal float32; shape[0] counts rows. step: a number for each of several of one purpose."""
         rows, *rest = shape
-        shape = (rows * self._share.of, *rest)
-        whole = self._generator(update, purpose, step).standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(whole[self._share.slice(rows)])
+
+        def draw(whole: int) -> np.ndarray:
+            return self._generator(update, purpose, step).standard_normal((whole, *rest), dtype=np.float32)
+
+        return self._rows(update, rows, ("normal", purpose, step, *rest), draw)
 
     def uniform(self, update: int, rows: int, purpose: Draw) -> Tensor:
         """(rows,) float64 in [0, 1), independent."""
-        return torch.from_numpy(
-            self._generator(update, purpose).random(rows * self._share.of)[self._share.slice(rows)]
-        )
+
+        def draw(whole: int) -> np.ndarray:
+            return self._generator(update, purpose).random(whole)
+
+        return self._rows(update, rows, ("uniform", purpose), draw)
 
     def uniforms(self, update: int, shape: tuple[int, int], purpose: Draw) -> Tensor:
         """``shape`` float64 in [0, 1), independent; shape[0] counts rows."""
         rows, columns = shape
-        whole = self._generator(update, purpose).random((rows * self._share.of, columns))
-        return torch.from_numpy(whole[self._share.slice(rows)])
+
+        def draw(whole: int) -> np.ndarray:
+            return self._generator(update, purpose).random((whole, columns))
+
+        return self._rows(update, rows, ("uniforms", purpose, columns), draw)
 
     def stratified(self, update: int, rows: int, purpose: Draw) -> Tensor:
         """(rows,) float64 in [0, 1): over the whole batch one in each of as many equal cells, shuffled.
 
         Uniform, with less variance.
         """
-        generator, whole = self._generator(update, purpose), rows * self._share.of
-        values = (generator.permutation(whole) + generator.random(whole)) / whole
-        return torch.from_numpy(values[self._share.slice(rows)])
+
+        def draw(whole: int) -> np.ndarray:
+            generator = self._generator(update, purpose)
+            return (generator.permutation(whole) + generator.random(whole)) / whole
+
+        return self._rows(update, rows, ("stratified", purpose), draw)
+
+    def _rows(
+        self, update: int, rows: int, address: tuple[object, ...], draw: Callable[[int], np.ndarray]
+    ) -> Tensor:
+        """(rows, …) this share's part of what ``draw`` gives for the rows of the whole batch."""
+        of = self._share.of
+        if of == 1:
+            return torch.from_numpy(draw(rows))
+        whole = self._batches.get(update, (rows * of, *address), lambda: draw(rows * of))
+        return torch.from_numpy(whole[self._share.slice(rows)].copy())
 
     def _permutation(self, epoch: int, rows: int) -> np.ndarray:
         return self._generator(epoch, Draw.ORDER).permutation(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +20,14 @@ from distill_jobs.state import Phase, RowLoss, TrainingState
 MAX_BAD_UPDATES = 3
 MAX_REWINDS = 3
 
+SECTIONS = {
+    "autoencoder": "teacher.autoencoder",
+    "text_encoder": "teacher.text.training",
+    "v_finetune": "teacher.v_finetune",
+}
+CHAINS = {"d": "stage_two", "u": "stage_two", "e": "encoder"}
+"""Where a recipe has a phase's training, if not under its name; and that of a halving, by its prefix."""
+
 
 @dataclass
 class Trainer:
@@ -32,7 +41,8 @@ class Trainer:
     progress: Progress
 
     def train(self, phase: Phase) -> tuple[dict[str, Tensor], float]:
-        """Train to the end, resuming where a checkpoint stands. Returns the finished weights and training seconds.
+        """Train to the end, resuming where a checkpoint stands. Returns the finished weights, which the first
+        process alone gets, and training seconds.
 
         An update whose loss or gradient is not finite is skipped; after MAX_BAD_UPDATES in a row, or when weights
         are not finite where a checkpoint is due, the phase goes back to its last checkpoint and on with half the
@@ -81,10 +91,21 @@ class _Run:
             training = self._phase.training
             raise JobError(
                 f"{self._phase.name}: too little memory on the device for {training.batch_size} rows in "
-                f"{training.accumulate} micro-batches ({str(error).splitlines()[0]}); give this phase's section a "
-                "larger accumulate in a new folder, which takes the phases before it (--out NEW --from "
-                f"{self._trainer.checkpoints.parent}), or set compute.gradient_checkpointing=true for all phases"
+                f"{training.accumulate} micro-batches ({str(error).splitlines()[0]}); {self._with_less_memory()}"
             ) from None
+
+    def _with_less_memory(self) -> str:
+        """What lets the phase go on in less, if the recipe has anything left."""
+        training, name = self._phase.training, SECTIONS.get(self._phase.name, self._phase.name)
+        section = CHAINS.get(name[0], name) if name[1:].isdigit() else name
+        most = training.batch_size // self._processes.count
+        finer = (n for n in range(2 * training.accumulate, most + 1) if most % n == 0)
+        sets = [f"{section}.accumulate={n}" for n in islice(finer, 1)]
+        if not self._processes.compute.gradient_checkpointing:
+            sets.append("compute.gradient_checkpointing=true")
+        if not sets:
+            return "only a device with more memory helps, or several with compute.shard=true in a new folder"
+        return f"go on with --resume --set {' or --set '.join(sets)}, which change nothing but rounding"
 
     def _restore(self, every: int = 1) -> bool:
         """Take up the newest intact checkpoint at a multiple of ``every``, if there is one."""
@@ -104,8 +125,9 @@ class _Run:
     def _rewind(self) -> None:
         state, failed_at, rewinds, seconds = self._state, self._state.update, self._state.rewinds, self._seconds()
         what = f"{self._phase.name}: loss, gradient or weights not finite up to update {failed_at}"
-        # Not to where a signal stopped the job: an uninterrupted one has no checkpoint there.
-        if rewinds == MAX_REWINDS or not self._restore(self._trainer.every):
+        # Not to where a signal stopped the job, as an uninterrupted one has no checkpoint there; unless there is no
+        # other, as after a resume with a larger ``every``.
+        if rewinds == MAX_REWINDS or not (self._restore(self._trainer.every) or self._restore()):
             raise DivergedError(
                 f"{what}, after {rewinds} rewinds, each with half the learning rate; "
                 f"start again with an lr well below {self._phase.training.lr:g} in a new folder, which takes the "

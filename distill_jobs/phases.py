@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def stands(folder: Path, processes: Processes) -> bool:
 def train_into(
     folder: Path, trainer: Trainer, phase: Phase, fill: Callable[[Path, dict[str, Tensor]], None]
 ) -> None:
-    """Train a phase to its end; ``fill`` writes the finished weights, and its network has them too."""
+    """Train a phase to its end; ``fill`` writes the finished weights, in the first process.
+
+    The phase's network has them too.
+    """
     weights, seconds = trainer.train(phase)
 
     def whole(staging: Path) -> None:
@@ -122,10 +126,15 @@ class Phases:
         self.processes.first(lambda: write_folder(folder, lambda staging: self._save(staging, network)))
 
     def _save(self, staging: Path, network: UNet2DConditionModel) -> None:
-        """A stock folder; a whole pipeline where the teacher was one."""
+        """A stock folder; a whole pipeline where the teacher was one.
+
+        With the parts of the run's own teacher once that stands: another's may be on a disk that has no links here.
+        """
         save_stock(staging, network, self.schedule, self.recipe.clip)
-        if self.teacher is not None:
-            complete(staging, self.teacher)
+        if self.teacher is None:
+            return
+        own = self.folder.teacher
+        complete(staging, replace(self.teacher, path=own) if (own / "model_index.json").is_file() else self.teacher)
 
     def say(self, text: str) -> None:
         self.trainer.progress.console.log(text)

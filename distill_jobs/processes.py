@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object, release_memory
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -23,14 +23,24 @@ from distill_jobs.sharding import shard
 
 T = TypeVar("T")
 
+OF_LAUNCH = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""What ``accelerate launch`` tells its processes of a config, and what it is that they cannot train with."""
+
 
 class Processes:
     """This process among those of its job.
 
-    compute: how to run the networks; out: the run folder, for TensorBoard.
+    compute: how to run the networks; out: the run folder, for TensorBoard. Raises: RecipeError when they were
+    started in a way that it does not go with.
     """
 
     def __init__(self, compute: ComputeSection, out: Path) -> None:
+        _check_launch()
         self.compute = compute
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -88,8 +98,14 @@ class Processes:
         whole: Tensor = self.accelerator.gather(rows) if self.count > 1 else rows
         return whole
 
+    def listed(self, items: list[T]) -> list[T]:
+        """The items of all processes, once each has its own."""
+        everyones: list[T] = gather_object(items) if self.count > 1 else items
+        return everyones
+
     def trained(self, network: nn.Module) -> nn.Module:
         """The network on its device, its gradients averaged over the processes, or itself sharded over them."""
+        self._forget()
         if self.compute.gradient_checkpointing:
             cast(ModelMixin, network).enable_gradient_checkpointing()
         if not self.compute.shard:
@@ -98,14 +114,30 @@ class Processes:
 
     def frozen(self, network: nn.Module) -> nn.Module:
         """A network that is only evaluated: on its device, in eval mode, sharded where the trained one is."""
+        self._forget()
         network = network.eval().requires_grad_(False)
         if self.compute.shard:
             network = shard(network, self.device)
         return self._prepared(network, evaluation_mode=True)
 
+    def _forget(self) -> None:
+        """Free the networks of phases before, which the accelerator lists, and whose layers refer to each other."""
+        self.accelerator.free_memory()
+        release_memory()  # again: the accelerator lets its list go after it has collected garbage
+
     def _prepared(self, network: nn.Module, evaluation_mode: bool = False) -> nn.Module:
         prepared: nn.Module = self.accelerator.prepare_model(network, evaluation_mode=evaluation_mode)
         return prepared
+
+
+def _check_launch() -> None:
+    """Raises: RecipeError when the accelerate config that the job was launched with shards networks its own way."""
+    found = [name for flag, name in OF_LAUNCH.items() if os.environ.get(flag, "false").lower() in ("1", "true")]
+    if found:
+        raise RecipeError(
+            f"the accelerate config sets {', '.join(found)}; start the job with torchrun, or with a config of "
+            "plain multi-GPU training: what splits networks over the processes is compute.shard"
+        )
 
 
 def launched_rank() -> int:

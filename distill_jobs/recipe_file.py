@@ -26,6 +26,9 @@ GATE_LIMIT = "stage_one.max_relative_error"
 SAID_OR_KEPT = ("data.licence", "data.cache", "teacher.licence")
 """Nor on these: what a bundle says of itself, and where latents are kept (they are found by what made them)."""
 
+ROUNDING = {"accumulate", "gradient_checkpointing"}
+"""Nor, but for rounding, on fields of these names: how a batch fits a device, as the number of processes is."""
+
 
 class _EachKeyOnce(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not the last one's value."""
@@ -61,8 +64,16 @@ def shipped_recipes() -> list[str]:
 
 
 def without_effect(name: str) -> bool:
-    """Whether no phase's result depends on a field, by its dotted name."""
-    return name.split(".", maxsplit=1)[0] in WITHOUT_EFFECT or name in (GATE_LIMIT, *SAID_OR_KEPT)
+    """Whether no phase's result depends on a field, by its dotted name, but for rounding."""
+    parts = name.split(".")
+    return parts[0] in WITHOUT_EFFECT or parts[-1] in ROUNDING or name in (GATE_LIMIT, *SAID_OR_KEPT)
+
+
+def without_rounding(value: Any) -> Any:
+    """Nested mappings without the fields on which only rounding depends."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_rounding(each) for name, each in value.items() if name not in ROUNDING}
 
 
 def changed_fields(old: Recipe, new: Recipe) -> list[str]:

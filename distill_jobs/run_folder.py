@@ -142,7 +142,7 @@ class RunFolder:
             yield
 
     def take_up(self, recipe: Recipe, resume: bool) -> None:
-        """Start the recipe's run here, or go on with it, with other fields where no phase depends on them.
+        """Start the recipe's run here, or go on with it, with other fields where they change rounding at most.
 
         A run that ended before it made anything, as of data that are not there, is started afresh.
         Raises: RecipeError when the folder holds another's.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -22,12 +22,6 @@ def shard(network: nn.Module, device: torch.device) -> nn.Module:
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
     return network
-
-
-def synchronise(network: nn.Module, on: bool) -> None:
-    """Whether the next backward of a sharded network reduces its gradients over the processes."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(on)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -48,10 +42,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_of_local(shard_of: Tensor, like: Tensor) -> Tensor:
-    """The full tensor of which every process holds ``shard_of``, sharded as ``like`` is."""
+def sharded(shard_of: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which every process holds ``shard_of``, sharded as ``like`` is; nothing is gathered."""
     if not isinstance(like, DTensor):
         return shard_of
     return DTensor.from_local(
         shard_of, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    ).full_tensor()
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -162,19 +163,28 @@ def _known_errors(gate: Path) -> dict[float, float] | None:
 
 @torch.inference_mode()
 def guidance_errors(phases: Phases, student: nn.Module, teacher: nn.Module) -> dict[float, float]:
-    """|v_student - v_guided|² / |v_guided|² on the same rows, by guidance_scale."""
+    """|v_student - v_guided|² / |v_guided|² on the same rows, by guidance_scale.
+
+    Every process computes all rows, no more of them at a time than it trains on, whatever their split.
+    """
     section, allowed = phases.recipe.stage_one, phases.recipe.guidance
     seen = min(GATE_ROWS, GATE_BATCHES * section.batch_size)
-    batch = min(seen, section.batch_size // section.accumulate)
-    draws = Draws(phases.recipe.seed, "gate")
+    batch = min(seen, section.batch_size)
+    parts = equal_parts(batch, phases.processes.count * section.accumulate)
+    draws, size = Draws(phases.recipe.seed, "gate"), batch // parts
     sums = {scale: torch.zeros(2) for scale in torch.linspace(allowed.min, allowed.max, GATE_SCALES).tolist()}
-    for update in range(seen // batch):
-        rows = phases.noisy(draws, update, batch)
+    for update, k in product(range(seen // batch), range(parts)):
+        rows = phases.noisy(draws.share(k, parts), update, size)
         z_t, _ = phases.tables.noisy(rows)
         both = both_ways(teacher, z_t, rows)
         for scale, of_scale in sums.items():
-            w = torch.full((batch,), weight_from_scale(scale), device=phases.device)
+            w = torch.full((size,), weight_from_scale(scale), device=phases.device)
             target = guided(both, w)
             error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
             of_scale.add_(torch.stack([error.square().sum(), target.square().sum()]).cpu())
-    return {scale: float(error / size) for scale, (error, size) in sums.items()}
+    return {scale: float(error / norm) for scale, (error, norm) in sums.items()}
+
+
+def equal_parts(rows: int, least: int) -> int:
+    """The fewest equal parts of ``rows``, ``least`` at least where there are so many rows."""
+    return next((parts for parts in range(least, rows) if rows % parts == 0), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.processes import Processes
 from distill_jobs.sections import Training
-from distill_jobs.sharding import local, part, synchronise, whole, whole_of_local
+from distill_jobs.sharding import local, part, sharded, whole
 
 REWIND_LR = 0.5
 
@@ -102,22 +102,18 @@ class TrainingState:
         return not self._processes.any(not all(bool(torch.isfinite(tensor).all()) for tensor in held))[0]
 
     def finish(self) -> dict[str, Tensor]:
-        """The finished weights by name, on the CPU: the average's where there is one."""
+        """The finished weights by name, as ``tensors`` gives them: the average's where there is one."""
         if self._ema is not None:
             self._ema.copy_to(self._held())
         self._processes.accelerator.free_memory()
-        return {name: whole(tensor).cpu() for name, tensor in self._phase.network.state_dict().items()}
+        return self._gathered(self._phase.network.state_dict().items())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs, flat; sharded tensors whole."""
-        state = {f"network.{k}": whole(v) for k, v in self._kept().items()}
-        inner = self._optimizer.optimizer.state_dict()["state"]
-        state |= {f"optimizer.{i}.{k}": whole(v) for i, values in inner.items() for k, v in values.items()}
-        if self._ema is not None:
-            averages = zip(self._ema.shadow_params, self._parameters, strict=True)
-            state |= {f"ema.{i}": whole_of_local(p, like) for i, (p, like) in enumerate(averages)}
-            state["ema_step"] = torch.tensor(self._ema.optimization_step)
-        return state
+        """Everything a resume needs, flat and on the CPU, sharded tensors whole, in the first process.
+
+        All processes must ask; the others get nothing.
+        """
+        return self._gathered(self._resumed_from())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint's state."""
@@ -139,11 +135,32 @@ class TrainingState:
             self._show_average()
         self.update, self.rewinds, self.streak = checkpoint.update, checkpoint.rewinds, 0
 
+    def _resumed_from(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of ``tensors`` by name, as this process holds them."""
+        yield from ((f"network.{k}", v) for k, v in self._kept().items())
+        for i, values in self._optimizer.optimizer.state_dict()["state"].items():
+            yield from ((f"optimizer.{i}.{k}", v) for k, v in values.items())
+        if self._ema is not None:
+            for i, (average, like) in enumerate(zip(self._ema.shadow_params, self._parameters, strict=True)):
+                yield f"ema.{i}", sharded(average, like)
+            yield "ema_step", torch.tensor(self._ema.optimization_step)
+
+    def _gathered(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Those tensors whole, on the CPU of the first process; the device holds few whole ones at a time."""
+        kept = dict[str, Tensor]()
+        for name, tensor in tensors:
+            full = whole(tensor)
+            if self._processes.is_first:
+                kept[name] = full.cpu()
+        return kept
+
     def _backward(self, k: int) -> RowLoss:
-        """Loss and gradient of one micro-batch; the last one sums the gradients over the processes."""
+        """Loss and gradient of one micro-batch; the last one sums the gradients over the processes.
+
+        Those of a sharded network are summed and split after each: kept until the last, they would be whole.
+        """
         last = k == len(self._draws) - 1
         accelerator = self._processes.accelerator
-        synchronise(self._phase.network, last)
         with torch.enable_grad() if last else accelerator.no_sync(self._network):
             rows = self._phase.loss(self._network, self._draws[k], self.update, self._rows)
             accelerator.backward(rows.loss.mean() / len(self._draws))

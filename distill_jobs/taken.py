@@ -14,7 +14,7 @@ from typing import Any
 from distill_jobs.checkpoint import write_folder, write_text
 from distill_jobs.latent_sections import FolderTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
-from distill_jobs.recipe_file import SAID_OR_KEPT, WITHOUT_EFFECT, differences
+from distill_jobs.recipe_file import SAID_OR_KEPT, WITHOUT_EFFECT, differences, without_rounding
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection
 
@@ -81,7 +81,7 @@ def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> It
 
 def pasts(recipe: Recipe) -> tuple[Past, ...]:
     """The phases of a recipe in their order, each with its past."""
-    fields = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    fields = without_rounding(recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT))
     fields["guidance"].pop("default")
     for section, _, name in (dotted.partition(".") for dotted in SAID_OR_KEPT):
         if isinstance(fields[section], dict):

@@ -13,7 +13,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,12 +111,15 @@ class LatentCache:
 
 
 class CacheWriter:
-    """Fills a cache folder. skip_unreadable: leave out images that cannot be decoded, instead of an error."""
+    """Fills a cache folder. skip_unreadable: leave out images that cannot be decoded, instead of an error.
+
+    names: of the shards known so far, by their place; to find one, its images are read.
+    """
 
     def __init__(self, folder: Path, key: CacheKey, entries: Sequence[Captioned], skip_unreadable: bool) -> None:
         self._folder, self._key, self._skip = folder, key, skip_unreadable
         self._chunks = [entries[i : i + SHARD_ROWS] for i in range(0, len(entries), SHARD_ROWS)]
-        self._shard = cache(lambda chunk: self._file(key.shard(self._chunks[chunk])))
+        self.names: dict[int, str] = {}
 
     def write(self, load: Callable[[], Encoding], advance: Callable[[int], None], index: int, of: int) -> None:
         """Compute what is missing of every ``of``-th shard from ``index`` on. load: called if anything is missing.
@@ -137,7 +140,10 @@ class CacheWriter:
             advance(len(self._chunks[chunk]))
 
     def finished(self) -> LatentCache:
-        """The cache, once all shards are there. Raises: DataError when no image could be read."""
+        """The cache, once all shards are there; images of shards without a name are read.
+
+        Raises: DataError when no image could be read.
+        """
         files, ends, firsts, skipped, total = [], [], [], list[str](), 0
         for chunk, file in enumerate(map(self._shard, range(len(self._chunks)))):
             with safe_open(file, framework="pt") as opened:
@@ -154,6 +160,11 @@ class CacheWriter:
         null = load_file(self._file(self._key.null()))
         empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
         return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, tuple(skipped))
+
+    def _shard(self, chunk: int) -> Path:
+        if chunk not in self.names:
+            self.names[chunk] = self._key.shard(self._chunks[chunk])
+        return self._file(self.names[chunk])
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
@@ -18,6 +20,7 @@ from distill_jobs.errors import DataError, Interrupted
 from distill_jobs.latent_sections import CaptionedData, GlyphData, ImageFolderData
 from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.processes import Processes
 from distill_jobs.recipe import Recipe
 from distill_jobs.signals import StopSignal
@@ -49,8 +52,13 @@ def open_source(
     latents = _latents(recipe.data, entries, teacher, processes, progress, stop)
     if recipe.inpainting is None:
         return latents
-    encoders = Encoders.load(teacher, processes.device)
-    return MaskedLatentSource(latents, recipe.inpainting, lambda pixels: encoders.latents(pixels).mean)
+    autoencoder = Autoencoder.load(teacher).to(processes.device)
+
+    @torch.inference_mode()
+    def encode(pixels: Tensor) -> Tensor:
+        return autoencoder.encode(pixels.to(processes.device)).mean.cpu()
+
+    return MaskedLatentSource(latents, recipe.inpainting, encode)
 
 
 def _latents(
@@ -74,7 +82,7 @@ def _latents(
             raise Interrupted("stopped while latents were computed, which are kept; go on with --resume")
 
     writer.write(load, advance, processes.index, processes.count)
-    processes.accelerator.wait_for_everyone()
+    writer.names |= dict(processes.listed(list(writer.names.items())))
     cache = writer.finished()
     if cache.skipped:
         told = f"{len(cache.skipped)} of {len(entries)} images cannot be read: {', '.join(cache.skipped[:NAMED])}"

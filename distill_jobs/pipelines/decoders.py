@@ -23,15 +23,18 @@ DATA_PSNR = "decoder_data_psnr"
 
 WITH_TINY = "{}, tiny decoder"
 DECODED_ROWS = 64
+"""At most, of latents that are decoded at once: fewer where ``evaluation.batch_size`` is smaller."""
+
 LEAST_PSNR, MOST_LOST_DB, MOST_OF_DISTANCE, LEAST_OF_TOP_1 = 25.0, 0.5, 1.1, 0.98
 PEAK = 2.0
 """Between black and white in -1 … 1."""
 
 
-def decoded(decoder: Decoder, latents: Tensor, device: torch.device) -> Tensor:
-    """(n, 3, H, W) pictures on the CPU, of latents: (n, C, h, w)."""
+def decoded(decoder: Decoder, latents: Tensor, device: torch.device, batch_size: int) -> Tensor:
+    """(n, 3, H, W) pictures on the CPU, of latents: (n, C, h, w), at most ``batch_size`` of them at a time."""
+    parts = torch.split(latents, min(DECODED_ROWS, batch_size))
     with torch.inference_mode():
-        return torch.cat([decoder.decode(p.to(device)).cpu() for p in torch.split(latents, DECODED_ROWS)])
+        return torch.cat([decoder.decode(part.to(device)).cpu() for part in parts])
 
 
 def measure_decoders(
@@ -49,15 +52,19 @@ def measure_decoders(
     """
     rows, recipe = [], sampler.recipe
     default, seeds = recipe.served.default, recipe.evaluation.seeds
-    given_back = {d: compared(decoded(d, known[1], sampler.device), known[0])[PSNR] for d in (full, tiny)}
+
+    def decode(decoder: Decoder, latents: Tensor) -> Tensor:
+        return decoded(decoder, latents, sampler.device, recipe.evaluation.batch_size)
+
+    given_back = {decoder: compared(decode(decoder, known[1]), known[0])[PSNR] for decoder in (full, tiny)}
     students = [c for c in everyone if c.exported and c.steps == recipe.export.default_steps]
     for contender in (everyone[0], *students[:1]):
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
             latents = sampler.draw(contender, default, seed)
-            wanted = decoded(full, latents, sampler.device)
+            wanted = decode(full, latents)
             for title, decoder in ((contender.title, full), (WITH_TINY.format(contender.title), tiny)):
-                pictures = wanted if decoder is full else decoded(decoder, latents, sampler.device)
+                pictures = wanted if decoder is full else decode(decoder, latents)
                 of_glyphs = {} if judged is None else judged(pictures)
                 measures = {**compared(pictures, wanted), DATA_PSNR: given_back[decoder], **of_glyphs}
                 found.setdefault(title, []).append(measures)

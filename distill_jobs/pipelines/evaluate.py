@@ -120,7 +120,11 @@ def _judge(
     asked = [(draws, update, settings.batch_size) for update in range(-(-settings.samples // settings.batch_size))]
     batches = ((source.pixels(*each), source.captions(*each)) for each in asked)
     autoencoder = Autoencoder.load(teacher).to(device)
-    return PictureJudge.of(space, settings.samples, batches, lambda latents: decoded(autoencoder, latents, device))
+
+    def decode(latents: Tensor) -> Tensor:
+        return decoded(autoencoder, latents, device, settings.batch_size)
+
+    return PictureJudge.of(space, settings.samples, batches, decode)
 
 
 def _metric(judge: PictureJudge | None) -> str:

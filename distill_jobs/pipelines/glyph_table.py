@@ -81,7 +81,7 @@ def glyph_table(
     together: dict[str, Tensor] = {}
 
     def decode(latents: Tensor) -> Tensor:
-        return decoded(decoder, latents, sampler.device)
+        return decoded(decoder, latents, sampler.device, settings.batch_size)
 
     def show(contender: Contender, pictures: Tensor) -> None:
         contact_sheet(torch.split(pictures[shown], COLUMNS)).save(sheets / f"glyphs-{contender.key}.png")

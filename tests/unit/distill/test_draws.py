@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,42 @@ def test_the_shares_of_a_batch_are_the_batch(draw: Callable[[Draws, int], torch.
     sixths = [draw(draws.share(k, 2).share(m, 3), 4) for k in range(2) for m in range(3)]
     assert torch.equal(torch.cat(halves), draw(draws, 24))
     assert torch.equal(torch.cat(sixths), draw(draws, 24))
+
+
+def test_the_shares_of_a_batch_draw_it_once_and_keep_it_no_longer_than_its_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, Draw, int]] = []
+    generator = Draws._generator
+
+    def watched(self: Draws, update: int, purpose: Draw, step: int = 0) -> np.random.Generator:
+        asked.append((update, purpose, step))
+        return generator(self, update, purpose, step)
+
+    monkeypatch.setattr(Draws, "_generator", watched)
+    draws = Draws(5, "teacher")
+    shares = [draws.share(1, 2).share(k, 3) for k in range(3)]
+    for update in (3, 4, 3):
+        for share in shares:
+            share.normal(update, (4, 2))
+            share.normal(update, (4, 2), step=1)
+            share.stratified(update, 4, Draw.TIME)
+    once = [(Draw.NOISE, 0), (Draw.NOISE, 1), (Draw.TIME, 0)]
+    assert asked == [(update, *each) for update in (3, 4, 3) for each in once]
+
+
+def test_rows_that_are_changed_are_drawn_as_before_by_who_draws_them_again() -> None:
+    share = Draws(5, "teacher").share(1, 2)
+    first = share.normal(3, (4, 2))
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(share.normal(3, (4, 2)), expected)
+
+
+def test_shapes_and_kinds_of_one_purpose_are_drawn_apart() -> None:
+    share, alone = Draws(5, "teacher").share(0, 2), Draws(5, "teacher")
+    share.uniform(3, 4, Draw.MASK)
+    assert torch.equal(share.uniforms(3, (4, 2), Draw.MASK), alone.uniforms(3, (8, 2), Draw.MASK)[:4])
+    assert torch.equal(share.stratified(3, 4, Draw.MASK), alone.stratified(3, 8, Draw.MASK)[:4])
+    assert torch.equal(share.normal(3, (4, 2)), alone.normal(3, (8, 2))[:4])
+    assert torch.equal(share.normal(3, (4, 3)), alone.normal(3, (8, 3))[:4])

@@ -61,6 +61,8 @@ def test_what_no_phase_depends_on_may_change(recipe: Recipe, finished: RunFolder
     folder.recipe.write_bytes(finished.recipe.read_bytes())
     folder.teacher.mkdir()
     changes = ["export.description=two", "evaluation.samples=20", "stage_one.max_relative_error=9"]
+    changes += [f"{section}.accumulate=2" for section in ("teacher", "stage_one", "stage_two")]
+    changes += ["compute.gradient_checkpointing=true"]
     other = read_recipe("digits", [*OVERRIDES, *changes])
     folder.take_up(other, resume=True)
     assert stored_recipe(folder) == other != recipe

@@ -113,6 +113,20 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert len(writer(tmp_path, entries).finished()) == COUNT
 
 
+def test_no_process_reads_the_images_of_others_once_they_told_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    ours = [writer(tmp_path, entries) for _ in range(2)]
+    for index, made in enumerate(ours):
+        filled(made, index, 2)
+    assert [set(made.names) for made in ours] == [{0, 2}, {1}]
+    expected = writer(tmp_path, entries).finished()
+    ours[0].names |= ours[1].names
+    monkeypatch.setattr(Captioned, "read", None)
+    assert ours[0].finished().files == expected.files
+
+
 def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None:
     folder = images.image_folder(tmp_path / "a", COUNT)
     for index in (1, 3, 4, 5):

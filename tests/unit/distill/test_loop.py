@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from distill_jobs import state
 from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.errors import DivergedError, Interrupted, JobError
@@ -17,7 +18,7 @@ from distill_jobs.loop import Trainer
 from distill_jobs.processes import Processes
 from distill_jobs.sections import ComputeSection, Training
 from distill_jobs.signals import StopSignal
-from distill_jobs.state import Phase, RowLoss
+from distill_jobs.state import Phase, RowLoss, TrainingState
 
 WIDTH = 4
 BATCH = 8
@@ -25,14 +26,23 @@ BATCH = 8
 Row = Callable[[Tensor, int, Tensor], Tensor]
 
 
-def train(
-    out: Path, row: Row, progress: Progress | None = None, stop: StopSignal | None = None, **training: Any
-) -> dict[str, Tensor]:
-    """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every 5."""
-    settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
+def layer() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network: Any = nn.Linear(WIDTH, 1, bias=False)
+        return nn.Linear(WIDTH, 1, bias=False)
+
+
+def train(
+    out: Path,
+    row: Row,
+    progress: Progress | None = None,
+    stop: StopSignal | None = None,
+    every: int = 5,
+    name: str = "phase",
+    **training: Any,
+) -> dict[str, Tensor]:
+    """Fit one linear layer with ``row``: (output (B,), update, weight) → loss (B,), checkpoints every ``every``."""
+    settings = Training(**{"updates": 20, "batch_size": BATCH, "lr": 0.1, "warmup": 0, "ema": 0.9, **training})
 
     def loss(layer: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
         output = layer(draws.normal(update, (rows, WIDTH)))[:, 0]
@@ -41,16 +51,20 @@ def train(
     trainer = Trainer(
         Processes(ComputeSection(), out),
         checkpoints=out / "checkpoints",
-        every=5,
+        every=every,
         log_every=1,
         stop=stop or StopSignal(),
         progress=progress or Progress(disable=True),
     )
-    return trainer.train(Phase("phase", settings, network, Draws(7, "phase"), loss))[0]
+    return trainer.train(Phase(name, settings, layer(), Draws(7, "phase"), loss))[0]
 
 
 def square(output: Tensor, *_: object) -> Tensor:
     return (output - 1).square()
+
+
+def too_large(*_: object) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def bad_at(*updates: int, value: float = float("nan")) -> Row:
@@ -131,14 +145,42 @@ def test_a_stop_between_two_checkpoints_moves_no_rewind(at: int, tmp_path: Path)
     assert torch.equal(train(tmp_path / "stopped", cliff, **TOO_FAST)["weight"], whole["weight"])
 
 
-def test_too_little_memory_says_which_fields_need_less(tmp_path: Path) -> None:
-    def row(*_: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def test_a_rewind_after_a_resume_with_rarer_checkpoints_goes_back_to_the_newest(tmp_path: Path) -> None:
+    stop, said, losses = StopSignal(), list[str](), iter([float("nan")] * 3)
+    display = Progress(disable=True)
+    display.console.log = said.append  # type: ignore[method-assign]
 
-    with pytest.raises(
-        JobError, match=r"phase: too little memory .* for 8 rows in 1 micro-batches .*accumulate.*--from"
-    ):
-        train(tmp_path, row)
+    class Stopping(Progress):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            stop.received |= kwargs.get("completed") == 12
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, square, Stopping(disable=True), stop)
+    kept = train(tmp_path, lambda output, *_: square(output) * next(losses, 1.0), display, every=200)
+    assert torch.isfinite(kept["weight"]).all()
+    assert [text for text in said if "back to update 12," in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("teacher", "teacher"),
+        ("text_encoder", "teacher.text.training"),
+        ("decoder", "decoder"),
+        ("d8", "stage_two"),
+        ("u16", "stage_two"),
+        ("e4", "encoder"),
+    ],
+)
+def test_too_little_memory_says_which_fields_need_less(name: str, section: str, tmp_path: Path) -> None:
+    told = f"{name}: too little memory .* for 8 rows in 2 micro-batches .*--resume --set {section}.accumulate=4 or"
+    with pytest.raises(JobError, match=told):
+        train(tmp_path, too_large, name=name, accumulate=2)
+
+
+def test_single_rows_that_need_too_much_memory_are_not_split_further(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"--resume --set compute\.gradient_checkpointing=true"):
+        train(tmp_path, too_large, accumulate=BATCH)
 
 
 def test_what_stays_infinite_stops_the_job_after_three_rewinds(tmp_path: Path) -> None:
@@ -178,6 +220,35 @@ def test_a_signal_ends_with_a_checkpoint_at_that_update(tmp_path: Path) -> None:
     newest = intact_checkpoint(out / "phase")
     assert newest is not None
     assert load_checkpoint(newest).update == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_tensors_are_gathered_by_all_and_kept_by_the_first_process(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(network: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
+        return RowLoss(square(network(draws.normal(update, (rows, WIDTH)))[:, 0]))
+
+    gathered: list[Tensor] = []
+
+    def whole(tensor: Tensor) -> Tensor:
+        gathered.append(tensor)
+        return tensor
+
+    phase = Phase("phase", Training(updates=9, batch_size=BATCH, ema=0.9), layer(), Draws(0, "phase"), loss)
+    training = TrainingState(phase, Processes(ComputeSection(), tmp_path))
+    training.advance()
+    monkeypatch.setattr(state, "whole", whole)
+    monkeypatch.setattr(Processes, "is_first", first)
+    names = {
+        "network.weight",
+        "ema.0",
+        "ema_step",
+        *(f"optimizer.0.{k}" for k in ("step", "exp_avg", "exp_avg_sq")),
+    }
+    assert training.tensors().keys() == (names if first else set())
+    assert len(gathered) == len(names)
+    assert training.finish().keys() == ({"weight"} if first else set())
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])

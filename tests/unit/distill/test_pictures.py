@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_jobs.features import FeatureSpace
 from distill_jobs.pipelines import pictures
+from distill_jobs.pipelines.decoders import decoded
 from distill_jobs.pipelines.pictures import TEXT_AGREEMENT, PictureJudge
 
 SAMPLES = 24
@@ -56,6 +57,20 @@ def test_parts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = judge().measure(DATA[:SAMPLES])
     monkeypatch.setattr(pictures, "DECODED_ROWS", 5)
     assert judge().measure(DATA[:SAMPLES]) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(10, [10, 10, 4]), (100, [24])])
+def test_no_more_is_decoded_at_once_than_the_evaluation_draws(batch_size: int, parts: list[int]) -> None:
+    seen: list[int] = []
+
+    class Doubling(nn.Module):
+        def decode(self, latents: Tensor) -> Tensor:
+            seen.append(len(latents))
+            return 2 * latents
+
+    found = decoded(Doubling(), DATA[:SAMPLES], torch.device("cpu"), batch_size)
+    assert torch.equal(found, 2 * DATA[:SAMPLES])
+    assert seen == parts
 
 
 def test_a_space_without_words_measures_no_agreement() -> None:

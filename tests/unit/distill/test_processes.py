@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from distill_jobs.checkpoint import intact_checkpoint
+from distill_jobs.errors import RecipeError
+from distill_jobs.processes import Processes
 from distill_jobs.run_folder import RunFolder
+from distill_jobs.sections import ComputeSection
 from tests.support.job_process import JobRun, ended, together
 from tests.support.losses import losses_of
 from tests.support.tiny_recipe import OVERRIDES
@@ -91,7 +96,7 @@ def test_a_sharded_job_follows_one_process_and_resumes_after_a_signal_to_one_pro
 ) -> None:
     """FSDP2: the checkpoint holds whole tensors, each process takes up its own part of them again."""
     out = tmp_path / "run"
-    recipe = [*RECIPE, "compute.shard=true", "teacher.updates=12"]
+    recipe = [*RECIPE, "compute.shard=true", "teacher.updates=12", "teacher.accumulate=2"]
     first, second = together([JobRun(out, recipe)] * 2)
     while intact_checkpoint(out / "checkpoints" / "teacher") is None:
         assert first.exitcode is None
@@ -117,6 +122,28 @@ def test_what_goes_wrong_in_the_first_process_ends_all(tmp_path: Path) -> None:
 
 def test_sharding_alone_is_refused(tmp_path: Path) -> None:
     assert JobRun(tmp_path / "run", [*RECIPE, "compute.shard=true"]).exit_code() == 2
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_another_way_to_split_networks_is_refused(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(RecipeError, match=r"accelerate config sets \w.*torchrun.*compute\.shard"):
+        Processes(ComputeSection(), tmp_path)
+
+
+def test_a_network_that_nothing_uses_any_more_is_freed_before_the_next_is_prepared(tmp_path: Path) -> None:
+    processes = Processes(ComputeSection(), tmp_path)
+
+    def used() -> weakref.ref[nn.Module]:
+        network = nn.Linear(2, 2)
+        network.cycle = [network]  # type: ignore[assignment]
+        return weakref.ref(processes.frozen(network))
+
+    before = used()
+    processes.frozen(nn.Linear(2, 2))
+    assert before() is None
 
 
 def test_bf16_runs_the_networks_lower_and_keeps_weights_and_targets(alone: Path, tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ("stage_two.halvings=[{steps: 4, updates: 6}, {steps: 2, updates: 5}]", {"teacher", "stage_one", "d4"}),
         ("stage_two.lr=0.1", {"teacher", "stage_one"}),
         ("stage_two.weights=shared", {"teacher", "stage_one"}),
+        ("stage_one.accumulate=4", {"teacher", "stage_one", "d4", "d2", "d1"}),
+        ("stage_two.accumulate=2", {"teacher", "stage_one", "d4", "d2", "d1"}),
+        ("compute.gradient_checkpointing=true", {"teacher", "stage_one", "d4", "d2", "d1"}),
         ("guidance.default=3", {"teacher", "stage_one", "d4", "d2", "d1"}),
         ("guidance.max=4", {"teacher"}),
         ("stage_one.lr=0.1", {"teacher"}),
@@ -130,6 +133,19 @@ def test_shipped_variants_take_what_they_share_with_digits_separate(name: str, s
     theirs = {past.name: past.fields for past in pasts(read_recipe("digits-separate"))}
     mine = {past.name: past.fields for past in pasts(read_recipe(name))}
     assert {phase for phase in mine if mine[phase] == theirs.get(phase)} == shared
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("emoji", ("teacher", "teacher.autoencoder", "teacher.text.training", "stage_one", "stage_two", "decoder")),
+        ("digits-consistency", ("teacher", "consistency")),
+        ("digits-encoder", ("teacher", "encoder")),
+    ],
+)
+def test_no_past_depends_on_how_batches_fit_a_device(name: str, sections: tuple[str, ...]) -> None:
+    other = ["compute.gradient_checkpointing=true", *(f"{section}.accumulate=2" for section in sections)]
+    assert pasts(read_recipe(name)) == pasts(read_recipe(name, other))
 
 
 def test_variants_have_as_many_updates_as_the_chain_they_are_compared_with() -> None:
