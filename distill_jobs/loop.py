@@ -25,8 +25,9 @@ SECTIONS = {
     "text_encoder": "teacher.text.training",
     "v_finetune": "teacher.v_finetune",
 }
+OURS = {"classifier", "glyph_encoder"}
 CHAINS = {"d": "stage_two", "u": "stage_two", "e": "encoder"}
-"""Where a recipe has a phase's training, if not under its name; and that of a halving, by its prefix."""
+"""Where a recipe has a phase's training, if not under its name, or nowhere; and that of a halving, by its prefix."""
 
 
 @dataclass
@@ -100,6 +101,8 @@ class _Run:
         section = CHAINS.get(name[0], name) if name[1:].isdigit() else name
         most = training.batch_size // self._processes.count
         finer = (n for n in range(2 * training.accumulate, most + 1) if most % n == 0)
+        if name in OURS:
+            return "it takes a device with more memory, or none: a CPU does it in minutes"
         sets = [f"{section}.accumulate={n}" for n in islice(finer, 1)]
         if not self._processes.compute.gradient_checkpointing:
             sets.append("compute.gradient_checkpointing=true")
