@@ -25,9 +25,9 @@ SECTIONS = {
     "text_encoder": "teacher.text.training",
     "v_finetune": "teacher.v_finetune",
 }
-OURS = {"classifier", "glyph_encoder"}
+OURS = {"glyph_encoder"}
 CHAINS = {"d": "stage_two", "u": "stage_two", "e": "encoder"}
-"""Where a recipe has a phase's training, if not under its name, or nowhere; and that of a halving, by its prefix."""
+"""Where a recipe has a phase, if not under its name; phases that none has; where a halving is, by its prefix."""
 
 
 @dataclass
