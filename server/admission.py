@@ -70,7 +70,10 @@ class Admission:
 
 
 class Arrivals:
-    """Jobs let in here that a look at the queue may not have seen: of a burst, each is to see the others."""
+    """Jobs let in here that a look at the queue may not have seen: of a burst, each is to see the others.
+
+    A job that arrives while a look is under way may be counted twice: rather a refusal too many.
+    """
 
     def __init__(self) -> None:
         self._looks: dict[object, float] = {}

@@ -72,15 +72,9 @@ class KeyFile(Frozen):
 
     @field_validator("keys")
     @classmethod
-    def _agree(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    def _ids_differ(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
         if len({key.id for key in keys}) < len(keys):
             raise ValueError("two keys have the same id")
-        quotas: dict[str, str | None] = {}
-        for key in keys:
-            counts = Scope.GENERATE in key.scopes and not key.expired
-            if counts and quotas.setdefault(key.tenant, key.quota) != key.quota:
-                message = "a quota is the tenant's: give all its keys that generate the same, or revoke the others"
-                raise ValueError(f"the keys of tenant {key.tenant} have different quotas; {message}")
         return keys
 
 
@@ -180,7 +174,13 @@ class Keyring:
             raise ApiError(401, "invalid_api_key", "This API key is not valid here.", headers=_CHALLENGE)
         if kept.expired:
             raise ApiError(401, "expired_api_key", "This API key has expired.", headers=_CHALLENGE)
-        return Caller(tenant=kept.tenant, scopes=kept.scopes, key=kept.id, rate=kept.rate, quota=kept.quota)
+        quota = self._quota(kept.tenant)
+        return Caller(tenant=kept.tenant, scopes=kept.scopes, key=kept.id, rate=kept.rate, quota=quota)
+
+    def _quota(self, tenant: str) -> str | None:
+        """A tenant has one, whatever key it uses: that of the newest of its keys that has any."""
+        own = [key for key in self._current().values() if key.tenant == tenant and key.quota and not key.expired]
+        return max(own, key=lambda key: key.created).quota if own else None
 
     def _current(self) -> dict[str, ApiKey]:
         stamp = self._stamp()

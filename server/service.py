@@ -265,9 +265,13 @@ class Service:
                 entering = self._arrivals.entering(job)
             with entering:
                 await self._spend_quota(caller, request.n)
-                return job, await self.store.submit(job, key)
+                return job, await self._into_store(job, key)
         except IdempotencyConflictError:
             raise _key_reused() from None
+
+    async def _into_store(self, job: Job, key: IdempotencyKey | None) -> Submission:
+        try:
+            return await self.store.submit(job, key)
         except StoreUnavailableError:
             if key is None:  # it may have arrived for all that, and nobody has its id
                 self.counts.unwanted(job)

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import server.worker
 from server.engine_process import EngineProcess
 from server.loading import build_service, build_store
 from server.logs import configure_logs
@@ -50,6 +51,7 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
         service = build_service(settings, store, metrics, None)
         Process(service, None, sock, lambda url: None).run_until_told()
         return
+    server.worker.BEATS_BEFORE_REAPING = 2  # leases are short here, and workers live shorter than 8 s
     worker = Worker(own_name(), open_engine(settings), store, metrics, max_rows=settings.max_rows)
     WorkerProcess(settings, worker, store, metrics, sock, lambda url: None).run_until_told()
 
