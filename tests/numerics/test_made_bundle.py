@@ -66,6 +66,7 @@ LEARNING = {"updates": 15, "batch_size": 8, "ema": 0.5, "lr": 0.02, "warmup": 0}
 """Enough for words and guidance to matter."""
 SMALL: dict[str, Any] = {
     "base": "emoji",
+    "compute": {"precision": "fp32"},
     "unet": UNET,
     "teacher": {
         **LEARNING,
