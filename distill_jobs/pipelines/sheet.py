@@ -39,15 +39,17 @@ def prompt_sheet(prompts: Sequence[str], titles: Sequence[str], drawn: Sequence[
     """
     side, font = drawn[0].shape[-1], ImageFont.load_default(LABEL_FONT_PX)
     wide, high = len(drawn) * (side + GAP_PX) + 3 * GAP_PX, side + LABEL_PX + GAP_PX
-    size = (min(CELLS, len(prompts)) * wide, LABEL_PX + -(-len(prompts) // CELLS) * high)
+    top = 2 * LABEL_PX
+    size = (min(CELLS, len(prompts)) * wide, top + -(-len(prompts) // CELLS) * high)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column in range(min(CELLS, len(prompts))):
         for place, title in enumerate(titles):
-            draw.text((column * wide + place * (side + GAP_PX), 0), title, fill="gray", font=font)
+            told = title.replace(", ", ",\n", 1)
+            draw.text((column * wide + place * (side + GAP_PX), 0), told, fill="gray", font=font, spacing=0)
     of_models = [levels(pictures) for pictures in drawn]
     for index, prompt in enumerate(prompts):
-        x, y = index % CELLS * wide, LABEL_PX + index // CELLS * high
+        x, y = index % CELLS * wide, top + index // CELLS * high
         draw.text((x, y), _fitting(prompt, font, wide - 3 * GAP_PX), fill="black", font=font)
         for place, pictures in enumerate(of_models):
             sheet.paste(Image.fromarray(pictures[index]), (x + place * (side + GAP_PX), y + LABEL_PX))
