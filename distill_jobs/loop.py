@@ -102,7 +102,7 @@ class _Run:
         most = training.batch_size // self._processes.count
         finer = (n for n in range(2 * training.accumulate, most + 1) if most % n == 0)
         if name in OURS:
-            return "it takes a device with more memory, or none: a CPU does it in minutes"
+            return "run this command without the device: the CPU does this phase in minutes"
         sets = [f"{section}.accumulate={n}" for n in islice(finer, 1)]
         if not self._processes.compute.gradient_checkpointing:
             sets.append("compute.gradient_checkpointing=true")

@@ -155,15 +155,20 @@ class Service:
             raise _key_reused()
         return job_id
 
+    @property
+    def leaving(self) -> asyncio.Event | None:
+        """Set once callers need not wait here, as others finish what was accepted; None where nobody else does."""
+        return self.draining if self.store.outlives_process else None
+
     async def until_ended(self, job_id: str) -> JobState | None:
         """A job once it has ended; None when this process is about to and another finishes the job.
 
         Raises: KeyError when the job is unknown or forgotten.
         """
-        if not self.store.outlives_process:
+        if self.leaving is None:
             return await self.store.wait(job_id)
         end = asyncio.ensure_future(self.store.wait(job_id))
-        leaving = asyncio.ensure_future(self.draining.wait())
+        leaving = asyncio.ensure_future(self.leaving.wait())
         try:
             await asyncio.wait((end, leaving), return_when=asyncio.FIRST_COMPLETED)
             return end.result() if end.done() else None

@@ -66,8 +66,7 @@ def job_routes(service: Service) -> APIRouter:
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
         lines = job_events(service, request, job_id, last_event_id)
         # Where other processes go on, one of them replays from the last id.
-        leaving = service.draining if service.store.outlives_process else None
-        return StreamingResponse(kept_alive(lines, leaving), media_type=EVENT_STREAM, headers=HEADERS)
+        return StreamingResponse(kept_alive(lines, service.leaving), media_type=EVENT_STREAM, headers=HEADERS)
 
     return router
 

@@ -71,3 +71,15 @@ def test_a_store_that_is_full_is_down_and_its_queue_is_known(
     monkeypatch.setattr(service.store, "ping", full)
     assert client.get("/metrics").status_code == 200
     assert (value("halfstep_store_up"), value("halfstep_queued_seconds")) == (0, 0)
+
+
+def test_a_model_that_the_store_no_longer_holds_waits_for_nothing() -> None:
+    metrics = Metrics()
+
+    def queued() -> float | None:
+        return metrics.registry.get_sample_value("halfstep_model_queued_seconds", {"model": "m"})
+
+    metrics.store_holds(Backlog(jobs=1, rows=1, seconds=3.0), [], {"m": Backlog(jobs=1, rows=1, seconds=3.0)})
+    assert queued() == 3.0
+    metrics.store_holds(Backlog(), [], {})
+    assert queued() is None
