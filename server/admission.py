@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from server.catalogue import Catalogue
 from server.errors import OverloadedError, RateError
-from server.jobs import Backlog, Job
+from server.jobs import Backlog
 from server.request import DenoiseRequest
 
 
@@ -67,54 +65,3 @@ class Admission:
             return 0.0
         per_row_s = backlog.seconds / max(backlog.rows, 1)
         return max((waiting_s - max_s) / workers, (rows - max_rows) * per_row_s / workers, 0.001)
-
-
-class Arrivals:
-    """Jobs let in here that a look at the queue may not have seen: of a burst, each is to see the others.
-
-    A job that arrives while a look is under way may be counted twice: rather a refusal too many.
-    """
-
-    def __init__(self) -> None:
-        self._looks: dict[object, float] = {}
-        """When each look under way began."""
-        self._jobs: dict[str, tuple[Job, float]] = {}
-        """With the time from which a look sees the job."""
-        self._time = 0
-
-    @contextmanager
-    def looking(self) -> Iterator[Callable[[], list[Job]]]:
-        """Around the look; the call within it says which jobs may not have been seen."""
-        look, began = object(), self._tick()
-        self._looks[look] = began
-        try:
-            yield lambda: [job for job, seen in self._jobs.values() if seen > began]
-        finally:
-            del self._looks[look]
-            self._drop_seen()
-
-    @contextmanager
-    def entering(self, job: Job) -> Iterator[None]:
-        """From the decision to let it in until the queue has it; nothing where it comes to nothing."""
-        self._jobs[job.id] = (job, math.inf)
-        try:
-            yield
-        except BaseException:
-            del self._jobs[job.id]
-            raise
-        self._jobs[job.id] = (job, self._tick())
-        self._drop_seen()
-
-    def _tick(self) -> int:
-        self._time += 1
-        return self._time
-
-    def _drop_seen(self) -> None:
-        oldest = min(self._looks.values(), default=math.inf)
-        for name in [name for name, (_, seen) in self._jobs.items() if seen <= oldest and seen < math.inf]:
-            del self._jobs[name]
-
-
-def work_of(job: Job) -> Backlog:
-    """What it adds to the queue."""
-    return Backlog(jobs=1, rows=job.request.n, seconds=job.cost_s)

@@ -6,19 +6,19 @@ import asyncio
 import math
 import time
 from asyncio import Lock
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from server.admission import Admission, Arrivals, work_of
+from server.admission import Admission
 from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
 from server.counting import RequestCounts
+from server.entrance import Entrance
 from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError, not_worth_a_retry, store_away
 from server.jobs import (
-    Backlog,
     EncodedImage,
     End,
     IdempotencyConflictError,
@@ -86,7 +86,7 @@ class Service:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
-    _arrivals: Arrivals = field(default_factory=Arrivals)
+    _entrance: Entrance = field(init=False)
     _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
     """By idempotency key: its submissions, one after another."""
 
@@ -96,6 +96,7 @@ class Service:
         self.links = None if self.files is None else FileLinks(self.files, self.signer)
         self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store, self.links)
         self.counts = RequestCounts(self.metrics, self.store)
+        self._entrance = Entrance(self.admission, self.store, self.costs, self.keyring)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -263,12 +264,7 @@ class Service:
             trace=carrier(),
         )
         try:
-            with self._arrivals.looking() as unseen:
-                own, work = await self._backlogs(job)
-                # From here to where the job is known to be entering nothing waits.
-                self._check_room(job, own, work, unseen())
-                entering = self._arrivals.entering(job)
-            with entering:
+            async with self._entrance.open_to(job):
                 await self._spend_quota(caller, request.n)
                 return job, await self._into_store(job, key)
         except IdempotencyConflictError:
@@ -281,21 +277,6 @@ class Service:
             if key is None:  # it may have arrived for all that, and nobody has its id
                 self.counts.unwanted(job)
             raise
-
-    async def _backlogs(self, job: Job) -> tuple[Backlog | None, Backlog]:
-        """Of the job's tenant, None where there is but one; and of the workers that would do it."""
-        shared = self.keyring is not None and len(self.keyring.tenants) > 1
-        own = await self.store.backlog(job.tenant) if shared else None
-        return own, await self.store.backlog(models=self.costs.sharing(job.request.model)[1])
-
-    def _check_room(self, job: Job, own: Backlog | None, work: Backlog, unseen: Sequence[Job]) -> None:
-        """unseen: jobs to be added. Raises: OverloadedError; RateError where the tenant's share is full."""
-        workers, models = self.costs.sharing(job.request.model)
-        if own is not None:
-            own = sum((work_of(each) for each in unseen if each.tenant == job.tenant), own)
-            self.admission.check_share(own, job.request, self.costs.workers)
-        work = sum((work_of(each) for each in unseen if each.request.model in models), work)
-        self.admission.check(work, job.request, job.deadline_ms, workers)
 
     async def _spend_quota(self, caller: Caller, images: int) -> None:
         wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)

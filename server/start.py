@@ -133,6 +133,7 @@ def _worker(
         store,
         metrics,
         max_rows=settings.max_rows,
+        lease_s=settings.lease_s,
         encode_threads=settings.encode_threads,
         files=files,
         safety=safety,

@@ -28,15 +28,15 @@ IDLE_CLAIM_S = 1.0
 RESTART_S = 30.0
 """Most time that jobs wait for an engine that is started again; where it does not start, they leave at once."""
 
-BEATS_BEFORE_REAPING = 8
-"""Heartbeats in a row that the store answered before silent leases are taken back: other workers may find it again
-some seconds later, when what they were waiting for has timed out and names are looked up anew."""
+RENEWAL_SHARE = 0.25
+"""Of a lease: how long the store answers before silent leases are taken back. Other workers may find it again some
+seconds later, when what they were waiting for has timed out and names are looked up anew."""
 
 _log = structlog.get_logger()
 
 
 class Worker:
-    """max_rows: images in the making at once, encoding included.
+    """max_rows: images in the making at once, encoding included; lease_s: see Settings.
 
     files: where results go whose addresses are asked for; safety: what may withhold finished images.
     stuck: True once it ended while an engine call did not return.
@@ -52,6 +52,7 @@ class Worker:
         metrics: Metrics,
         *,
         max_rows: int = 64,
+        lease_s: float = 30.0,
         encode_threads: int = 2,
         files: ResultStore | None = None,
         safety: Safety | None = None,
@@ -62,6 +63,7 @@ class Worker:
         self._store = store
         self._metrics = metrics
         self._max_rows = max_rows
+        self._renewal_beats = max(2, round(RENEWAL_SHARE * lease_s / HEARTBEAT_S))
         self._holdings = Holdings(metrics)
         finisher = Finisher(encode_threads, files, safety)
         self._settling = Settling(engine, store, metrics, self._holdings, finisher)
@@ -172,7 +174,7 @@ class Worker:
             try:
                 self._settling.stop(await self._store.heartbeat(self._holdings.leases))
                 beats += 1
-                if beats > BEATS_BEFORE_REAPING:
+                if beats > self._renewal_beats:
                     self._metrics.retries.inc(await self._store.reap())
             except OSError as error:
                 beats = 0

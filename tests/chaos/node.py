@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-import server.worker
 from server.engine_process import EngineProcess
 from server.loading import build_service, build_store
 from server.logs import configure_logs
@@ -51,8 +50,7 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
         service = build_service(settings, store, metrics, None)
         Process(service, None, sock, lambda url: None).run_until_told()
         return
-    server.worker.BEATS_BEFORE_REAPING = 2  # leases are short here, and workers live shorter than 8 s
-    worker = Worker(own_name(), open_engine(settings), store, metrics, max_rows=settings.max_rows)
+    worker = Worker(own_name(), open_engine(settings), store, metrics, max_rows=settings.max_rows, lease_s=LEASE_S)
     WorkerProcess(settings, worker, store, metrics, sock, lambda url: None).run_until_told()
 
 
@@ -61,7 +59,7 @@ def serve(settings: Settings, port: int) -> None:
     sock, metrics = bind("127.0.0.1", port), Metrics()
     store = build_store(settings)
     engine = open_engine(settings)
-    worker = Worker(own_name(), engine, store, metrics, max_rows=settings.max_rows)
+    worker = Worker(own_name(), engine, store, metrics, max_rows=settings.max_rows, lease_s=LEASE_S)
     service = build_service(settings, store, metrics, files=None)
     service.costs.update({own_name(): engine.offers})
     Process(service, worker, sock, lambda url: None).run_until_told()

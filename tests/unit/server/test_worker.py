@@ -19,7 +19,7 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.stores.base import StoreUnavailableError
 from server.stores.memory import MemoryStore
-from server.worker import BEATS_BEFORE_REAPING, Worker
+from server.worker import Worker
 from tests.support.fake_engines import Bench
 
 pytestmark = pytest.mark.anyio
@@ -42,9 +42,9 @@ def job(name: str, digit: int = 1, **fields: Any) -> Job:
 
 @asynccontextmanager
 async def working(
-    pipeline: Pipeline, store: MemoryStore, max_rows: int = 64, metrics: Metrics | None = None
+    pipeline: Pipeline, store: MemoryStore, metrics: Metrics | None = None, **options: Any
 ) -> AsyncIterator[asyncio.Task[None]]:
-    worker = Worker("w", EngineThread({"toy-digits": pipeline}), store, metrics or Metrics(), max_rows=max_rows)
+    worker = Worker("w", EngineThread({"toy-digits": pipeline}), store, metrics or Metrics(), **options)
     task = asyncio.create_task(worker.run())
     yield task
     task.cancel()
@@ -277,12 +277,13 @@ class _CountingStore(MemoryStore):
         raise StoreUnavailableError("full")
 
 
-@pytest.mark.parametrize("away", [range(0), range(5, 8)], ids=["from the start", "after an outage"])
-async def test_leases_are_renewed_before_silent_ones_are_taken_back(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, away: range
+@pytest.mark.parametrize("away", [range(0), range(4, 7)], ids=["from the start", "after an outage"])
+@pytest.mark.parametrize(("lease_s", "beats"), [(0.16, 8), (0.1, 5), (0.01, 2)])
+async def test_leases_are_renewed_for_a_quarter_of_one_before_silent_ones_are_taken_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, away: range, lease_s: float, beats: int
 ) -> None:
     monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.005)
     store = _CountingStore(away)
-    async with working(bench.pipeline, store):
+    async with working(bench.pipeline, store, lease_s=lease_s):
         await until(lambda: store._beats > max(away, default=0) and "reap" in store.calls)
-    assert store.calls[: BEATS_BEFORE_REAPING + 2] == ["heartbeat"] * (BEATS_BEFORE_REAPING + 1) + ["reap"]
+    assert store.calls[: beats + 2] == ["heartbeat"] * (beats + 1) + ["reap"]
