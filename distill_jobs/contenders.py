@@ -149,12 +149,14 @@ class Contender:
 def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     """The reference first (teacher at the recipe's teacher_steps), then teacher, solvers, stage one and students.
 
+    The teacher is run in as many steps as each student, and in half as many, which with guidance cost as much.
     The students are those that go into the bundle: the ones on the way to them are teachers, not products.
     Raises: JobError naming a folder that is missing.
     """
     settings, students = recipe.evaluation, sorted(recipe.export.students, reverse=True)
     finished = sorted(recipe.consistency.students, reverse=True) if recipe.consistency else []
-    twins = sorted({*students, *finished} - {settings.teacher_steps}, reverse=True)
+    alike = {*students, *finished}
+    twins = sorted({*alike, *(max(1, n // 2) for n in alike)} - {settings.teacher_steps}, reverse=True)
     reference, solver_steps = settings.teacher_steps, sorted(settings.solver_steps, reverse=True)
     folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (

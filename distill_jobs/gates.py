@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
+from distill_jobs.contenders import CONSISTENCY, STUDENT, TEACHER
+from engines.guidance import weight_from_scale
 from engines.manifest import EvaluationRow
 
+EXPORTED = (STUDENT, CONSISTENCY)
+FRECHET = "frechet_distance"
 AGREEMENT_SLACK = 0.01
+FEW_STEPS = 4
+"""From which on a student is held to the limits below; with fewer to the one after them."""
+OFF_LIMIT, GUIDED_LIMIT = 1.5, 1.10
+"""Of a student's Fréchet distance over the teacher's: without guidance, where there is most variety, and with."""
+FEWEST_STEPS_LIMIT = 2.0
 _Rows = dict[tuple[str, int, float], EvaluationRow]
 
 
@@ -30,61 +40,68 @@ class Gate(BaseModel):
 def gates(rows: Sequence[EvaluationRow], reference_steps: int) -> tuple[Gate, ...]:
     """The targets that these rows can answer; those about a missing model or guidance are left out."""
     by_key = {(row.model, row.steps, row.guidance_scale): row for row in rows}
+    exported = [row for row in rows if row.model in EXPORTED]
+    exported.sort(key=lambda row: (EXPORTED.index(row.model), -row.steps, row.guidance_scale))
     return (
-        *_distance_gates(by_key, reference_steps),
-        *_agreement_gates(by_key, reference_steps),
-        *_cost_gates(by_key),
+        *_distance_gates(exported, by_key, reference_steps),
+        *_agreement_gates(exported, by_key, reference_steps),
+        *_cost_gates(exported, by_key),
         *_teacher_gates(by_key, reference_steps),
     )
 
 
-def _distance_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
+def title(row: EvaluationRow) -> str:
+    """A student in the name of a gate: ``4-step``, ``4-step consistency``."""
+    return f"{row.steps}-step {CONSISTENCY}" if row.model == CONSISTENCY else f"{row.steps}-step"
+
+
+def draws_afresh(row: EvaluationRow) -> bool:
+    """Whether fresh noise between its steps makes its images others than the teacher's of the same noise."""
+    return row.sampler != "deterministic" and row.steps > 1
+
+
+def _distance_gates(exported: Sequence[EvaluationRow], rows: _Rows, reference_steps: int) -> Iterator[Gate]:
     """Student over teacher distance at the same guidance."""
-    limits = {(4, 1.0): 1.5, (4, 2.0): 1.10, (4, 4.0): 1.10, (1, 1.0): 2.0, (1, 2.0): 2.0, (1, 4.0): 2.0}
-    for (steps, scale), limit in limits.items():
-        student, teacher = rows.get(("student", steps, scale)), rows.get(("teacher", reference_steps, scale))
-        if student is None or teacher is None:
+    for row in exported:
+        if (teacher := rows.get((TEACHER, reference_steps, row.guidance_scale))) is None:
             continue
-        ratio = _distance(student) / max(_distance(teacher), 1e-12)
-        yield Gate(name=f"{steps}-step distance / teacher's, guidance {scale:g}", value=ratio, limit=limit)
+        limit = FEWEST_STEPS_LIMIT if row.steps < FEW_STEPS else OFF_LIMIT if _off(row) else GUIDED_LIMIT
+        ratio = _distance(row) / max(_distance(teacher), 1e-12)
+        yield Gate(
+            name=f"{title(row)} distance / teacher's, guidance {row.guidance_scale:g}", value=ratio, limit=limit
+        )
 
 
-def _agreement_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
+def _agreement_gates(exported: Sequence[EvaluationRow], rows: _Rows, reference_steps: int) -> Iterator[Gate]:
     """Smallest lead of a student's class agreement over the teacher's, over all guidance scales."""
-    for steps in sorted({steps for model, steps, _ in rows if model == "student"}, reverse=True):
-        leads = [
-            _agreement(row) - _agreement(rows["teacher", reference_steps, scale])
-            for (model, n, scale), row in rows.items()
-            if (model, n) == ("student", steps)
-        ]
-        name = f"{steps}-step class agreement - teacher's, worst guidance"
+    for student, its in groupby(exported, title):
+        leads = (_agreement(row) - _agreement(rows[TEACHER, reference_steps, row.guidance_scale]) for row in its)
+        name = f"{student} class agreement - teacher's, worst guidance"
         yield Gate(name=name, value=min(leads), limit=-AGREEMENT_SLACK, at_least=True)
 
 
-def _cost_gates(rows: _Rows) -> Iterator[Gate]:
+def _cost_gates(exported: Sequence[EvaluationRow], rows: _Rows) -> Iterator[Gate]:
     """A student against the teacher run for as many evaluations, or in one step: nearer to the fine teacher."""
-    for steps in sorted({steps for model, steps, _ in rows if model == "student"}, reverse=True):
-        pairs = [
-            (row, twin)
-            for (model, n, _), row in rows.items()
-            if (model, n, row.sampler) == ("student", steps, "deterministic") and (twin := _twin(rows, row))
-        ]
-        if pairs:
-            name = f"{steps}-step distance to the teacher / the teacher's at as many evaluations, worst guidance"
-            value = max(_paired(row) / max(_paired(twin), 1e-12) for row, twin in pairs)
-            yield Gate(name=name, value=value, limit=1.0)
+    for student, its in groupby(exported, title):
+        judged = ((row, rows.get(_twin(row))) for row in its if not draws_afresh(row))
+        ratios = [_paired(row) / max(_paired(twin), 1e-12) for row, twin in judged if twin is not None]
+        if ratios:
+            name = f"{student} distance to the teacher / the teacher's at as many evaluations, worst guidance"
+            yield Gate(name=name, value=max(ratios), limit=1.0)
 
 
-def _twin(rows: _Rows, student: EvaluationRow) -> EvaluationRow | None:
-    """The teacher at the same guidance that costs what the student does; for a single step, its single step."""
-    of_teacher = (row for (model, _, s), row in rows.items() if (model, s) == ("teacher", student.guidance_scale))
-    fits = (row for row in of_teacher if row.evaluations == student.evaluations or row.steps == student.steps == 1)
-    return next(fits, None)
+def _twin(student: EvaluationRow) -> tuple[str, int, float]:
+    """The teacher at the same guidance that costs what the student does; where none does, the next cheaper one."""
+    return TEACHER, student.steps if _off(student) else max(1, student.steps // 2), student.guidance_scale
+
+
+def _off(row: EvaluationRow) -> bool:
+    return weight_from_scale(row.guidance_scale) == 0
 
 
 def _teacher_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
     """A teacher worth distilling: far better at its finest grid than in one step, and obedient."""
-    fine, one = rows.get(("teacher", reference_steps, 1.0)), rows.get(("teacher", 1, 1.0))
+    fine, one = rows.get((TEACHER, reference_steps, 1.0)), rows.get((TEACHER, 1, 1.0))
     if fine is None:
         return
     if one is not None:
@@ -97,7 +114,7 @@ def _teacher_gates(rows: _Rows, reference_steps: int) -> Iterator[Gate]:
 
 
 def _distance(row: EvaluationRow) -> float:
-    return row.metrics["frechet_distance"].mean
+    return row.metrics[FRECHET].mean
 
 
 def _paired(row: EvaluationRow) -> float:

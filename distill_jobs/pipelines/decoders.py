@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distill_jobs.contenders import STUDENT, Contender
-from distill_jobs.gates import Gate
+from distill_jobs.gates import FRECHET, Gate
 from distill_jobs.pipelines.drawing import LatentSampler
-from distill_jobs.pipelines.glyphs import FRECHET, TOP_1
+from distill_jobs.pipelines.glyphs import TOP_1
 from distill_jobs.pipelines.tiny_decoder import Decoder
 from engines.manifest import EvaluationRow
 

@@ -38,7 +38,7 @@ from distill_jobs.pipelines.inversion import LATENT_INVERSION, measure_latent_in
 from distill_jobs.pipelines.kept import KeptDraws, Networks
 from distill_jobs.pipelines.packing import whole_image
 from distill_jobs.pipelines.pictures import PictureJudge
-from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates
+from distill_jobs.pipelines.report import DISTANCE, LatentReport, distance_gates, fresh_gates
 from distill_jobs.pipelines.tiny_decoder import load_decoder
 from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.processes import Processes
@@ -98,6 +98,7 @@ def evaluate_latent_run(
         tasks=tasks,
         gates=(
             *distance_gates(rows),
+            *fresh_gates(rows, tasks.get(GLYPHS, rows)),
             *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
             *inversion_gates(tasks.get(LATENT_INVERSION, ())),
             *glyph_gates(tasks.get(GLYPHS, ()), recipe.served.default, settings.teacher_steps),

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill_jobs.contenders import STUDENT, TEACHER, Contender
 from distill_jobs.data.colours import colour_of
 from distill_jobs.data.scenes import Scenes, colours_for
-from distill_jobs.gates import Gate
+from distill_jobs.gates import EXPORTED, FRECHET, Gate, title
 from distill_jobs.glyph_encoder import GlyphEncoder, as_tensor
 from distill_jobs.metrics import frechet_distance
 from distill_jobs.pipelines.drawing import LatentSampler
@@ -26,7 +26,7 @@ from distill_jobs.pipelines.sheet import levels
 from engines.manifest import EvaluationRow, Measured
 
 GLYPHS, DATA = "glyphs", "data"
-TOP_1, TOP_5, FRECHET, DIVERSITY = "glyph_top_1", "glyph_top_5", "frechet_distance", "glyph_diversity"
+TOP_1, TOP_5, DIVERSITY = "glyph_top_1", "glyph_top_5", "glyph_diversity"
 RECOLOURED, PAIRED = "recoloured_agreement", "pair_agreement"
 COMPOSITIONS = 100
 """Held-out recolourings, and as many held-out pairs; fewer where there are not so many."""
@@ -187,28 +187,27 @@ def measure_glyphs(
 
 def glyph_gates(rows: Sequence[EvaluationRow], default: float, teacher_steps: int) -> Iterator[Gate]:
     """Four steps obey at the default guidance as the teacher does at its best; distances at every guidance."""
-    by_key = {(row.model, row.steps, row.guidance_scale): row.metrics for row in rows}
-    best = max((m[TOP_1].mean for (model, _, _), m in by_key.items() if model == TEACHER), default=0.0)
-    four = by_key.get((STUDENT, 4, default))
-    if four is not None:
-        named = f"4 steps, guidance {default:g}: "
+    by_key = {(row.model, row.steps, row.guidance_scale): row for row in rows}
+    best = max((row.metrics[TOP_1].mean for row in rows if row.model == TEACHER), default=0.0)
+    for model in EXPORTED:
+        if (four := by_key.get((model, 4, default))) is None:
+            continue
+        named = f"4 steps{'' if model == STUDENT else f' of {model}'}, guidance {default:g}: "
         for what, metric, least in (
             ("nearest glyph is the prompted one", TOP_1, LEAST_TOP_1),
             ("prompted glyph among the nearest five", TOP_5, LEAST_TOP_5),
             ("held-out recolourings", RECOLOURED, LEAST_COMPOSED),
             ("held-out pairs", PAIRED, LEAST_COMPOSED),
         ):
-            yield Gate(name=named + what, value=four[metric].mean, limit=least, at_least=True)
-        ratio = four[TOP_1].mean / max(best, 1e-12)
-        yield Gate(
-            name=named + "nearest glyph / teacher's best", value=ratio, limit=LEAST_OF_TEACHERS, at_least=True
-        )
-    for (model, steps, scale), metrics in by_key.items():
-        finest = by_key.get((TEACHER, teacher_steps, scale))
-        if model == STUDENT and steps in DISTANCE_LIMITS and finest is not None:
-            ratio = metrics[FRECHET].mean / max(finest[FRECHET].mean, 1e-12)
-            name = f"{steps}-step Fréchet distance / teacher's, guidance {scale:g}"
-            yield Gate(name=name, value=ratio, limit=DISTANCE_LIMITS[steps])
+            yield Gate(name=named + what, value=four.metrics[metric].mean, limit=least, at_least=True)
+        name, ratio = named + "nearest glyph / teacher's best", four.metrics[TOP_1].mean / max(best, 1e-12)
+        yield Gate(name=name, value=ratio, limit=LEAST_OF_TEACHERS, at_least=True)
+    for row in rows:
+        finest = by_key.get((TEACHER, teacher_steps, row.guidance_scale))
+        if row.model in EXPORTED and row.steps in DISTANCE_LIMITS and finest is not None:
+            ratio = row.metrics[FRECHET].mean / max(finest.metrics[FRECHET].mean, 1e-12)
+            name = f"{title(row)} Fréchet distance / teacher's, guidance {row.guidance_scale:g}"
+            yield Gate(name=name, value=ratio, limit=DISTANCE_LIMITS[row.steps])
 
 
 def _alone(half: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distill_jobs.contenders import STUDENT, TEACHER
+from distill_jobs.contenders import TEACHER
 from distill_jobs.curves import picture_links
-from distill_jobs.gates import Gate
+from distill_jobs.gates import EXPORTED, FRECHET, Gate, draws_afresh, title
 from distill_jobs.inpainting import SEEING
 from distill_jobs.report import RunReport
 from distill_jobs.tables import gate_table, quality_table
@@ -68,11 +68,37 @@ def distance_gates(rows: Sequence[EvaluationRow], metric: str = DISTANCE) -> Ite
 
     Not one that draws fresh noise between its steps: its images are others by design.
     """
-    undistilled = {(r.steps, r.guidance_scale): r.metrics[metric].mean for r in rows if r.model == TEACHER}
+    undistilled = _undistilled(rows)
     for row in rows:
-        limit = undistilled.get((row.steps, row.guidance_scale))
-        fresh = row.sampler != "deterministic" and row.steps > 1
-        if row.model in (STUDENT, SEEING) and limit and not fresh:
-            what = "distance" if row.model == STUDENT else "distance within masks"
-            name = f"{row.steps}-step {what} / teacher's in {row.steps} steps, guidance {row.guidance_scale:g}"
-            yield Gate(name=name, value=row.metrics[metric].mean / limit, limit=1.0)
+        teacher = undistilled.get((row.steps, row.guidance_scale))
+        if row.model in (*EXPORTED, SEEING) and teacher is not None and not draws_afresh(row):
+            what = "distance within masks" if row.model == SEEING else "distance"
+            yield _over_teacher(row, teacher, what, metric)
+
+
+def fresh_gates(rows: Sequence[EvaluationRow], pictures: Sequence[EvaluationRow]) -> Iterator[Gate]:
+    """Students that draw fresh noise between their steps, by the Fréchet distance of their pictures.
+
+    pictures: rows that have it, of the same contenders; a student of which there is none has nobody to judge it.
+    """
+    undistilled = _undistilled(pictures)
+    judged = {(row.model, row.steps, row.guidance_scale): row for row in pictures if FRECHET in row.metrics}
+    for row in rows:
+        if row.model not in EXPORTED or not draws_afresh(row):
+            continue
+        found = judged.get((row.model, row.steps, row.guidance_scale))
+        if found is None:
+            name = f"{title(row)} pictures are judged (evaluation.features), guidance {row.guidance_scale:g}"
+            yield Gate(name=name, value=0, limit=1, at_least=True)
+        elif (teacher := undistilled.get((row.steps, row.guidance_scale))) is not None:
+            yield _over_teacher(found, teacher, "Fréchet distance", FRECHET)
+
+
+def _undistilled(rows: Sequence[EvaluationRow]) -> dict[tuple[int, float], EvaluationRow]:
+    """The teacher's rows, by steps and guidance."""
+    return {(row.steps, row.guidance_scale): row for row in rows if row.model == TEACHER}
+
+
+def _over_teacher(row: EvaluationRow, teacher: EvaluationRow, what: str, metric: str) -> Gate:
+    name = f"{title(row)} {what} / teacher's in {row.steps} steps, guidance {row.guidance_scale:g}"
+    return Gate(name=name, value=row.metrics[metric].mean / max(teacher.metrics[metric].mean, 1e-12), limit=1.0)

@@ -63,3 +63,32 @@ def test_a_student_must_beat_the_teacher_run_for_as_many_evaluations() -> None:
     gate = found["4-step distance to the teacher / the teacher's at as many evaluations, worst guidance"]
     assert (round(gate.value, 9), gate.passed) == (1.1, False)
     assert not [name for name in found if name.startswith("1-step distance to")]  # the teacher was not run in 1
+
+
+def test_a_consistency_student_is_judged_as_any_other() -> None:
+    twins = [*both("teacher", 0.1, steps=1)]
+    bad = [
+        quality("consistency", n, 2.0, distance=500, agreement=0.1, paired=2.0, sampler="consistency")
+        for n in (4, 1)
+    ]
+    found = {gate.name: gate.passed for gate in gates([*TEACHER, *twins, *bad], 64) if "consistency" in gate.name}
+    assert found == {
+        "4-step consistency distance / teacher's, guidance 2": False,
+        "1-step consistency distance / teacher's, guidance 2": False,
+        "4-step consistency class agreement - teacher's, worst guidance": False,
+        "1-step consistency class agreement - teacher's, worst guidance": False,
+        # In four steps it draws other images, by fresh noise.
+        "1-step consistency distance to the teacher / the teacher's at as many evaluations, worst guidance": False,
+    }
+
+
+def test_every_guidance_of_a_recipe_has_its_limit() -> None:
+    rows = [quality("teacher", 64, 3.0, distance=1.0), quality("student", 8, 3.0, distance=1.2)]
+    (gate,) = (gate for gate in gates(rows, 64) if "distance" in gate.name)
+    assert (gate.name, gate.limit, gate.passed) == ("8-step distance / teacher's, guidance 3", 1.1, False)
+
+
+def test_an_odd_number_of_steps_is_held_against_the_next_cheaper_teacher() -> None:
+    rows = [*TEACHER, quality("teacher", 2, 2.0, paired=0.1), quality("student", 5, 2.0, paired=0.2)]
+    (gate,) = (gate for gate in gates(rows, 64) if "as many evaluations" in gate.name)
+    assert (gate.value, gate.passed) == (2.0, False)

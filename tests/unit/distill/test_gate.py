@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill_jobs.data.digits import Digits, DigitsSource
 from distill_jobs.draws import Draws
+from distill_jobs.errors import DivergedError
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy
 from distill_jobs.phases import Phases
@@ -18,7 +19,7 @@ from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import ComputeSection
 from distill_jobs.signals import StopSignal
-from distill_jobs.stage_one import equal_parts, guidance_errors
+from distill_jobs.stage_one import equal_parts, guidance_errors, train_stage_one
 from distill_jobs.student import new_teacher, student_of
 from tests.support.tiny_recipe import OVERRIDES
 
@@ -62,3 +63,10 @@ def test_the_gate_sees_the_same_rows_in_the_parts_that_training_has(
 @pytest.mark.parametrize(("rows", "least", "parts"), [(512, 3, 4), (8, 1, 1), (8, 8, 8), (4, 9, 4)])
 def test_parts_are_equal_and_as_few_as_may_be(rows: int, least: int, parts: int) -> None:
     assert equal_parts(rows, least) == parts
+
+
+def test_an_error_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    phases = phases_of(tmp_path)
+    phases.folder.gate.write_text('{"relative_v_error": {"1": 0.01, "2": NaN, "3": 0.02}}', encoding="utf-8")
+    with pytest.raises(DivergedError, match="relative v-error nan at guidance_scale 2"):
+        train_stage_one(phases)

@@ -9,8 +9,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from distill_jobs import glyph_encoder as module
-from distill_jobs.contenders import STUDENT, TEACHER
+from distill_jobs.contenders import CONSISTENCY, STUDENT, TEACHER
 from distill_jobs.data.scenes import Held, Scenes
+from distill_jobs.gates import FRECHET
 from distill_jobs.glyph_encoder import GlyphEncoder, as_tensor, glyph_encoder
 from distill_jobs.loop import Trainer
 from distill_jobs.pipelines import glyphs as table
@@ -72,7 +73,7 @@ def test_pictures_of_what_was_asked_for_agree(judge: GlyphJudge, scenes: Scenes)
     found = judge.measure(drawn(judge, scenes))
     measures = (table.TOP_1, table.TOP_5, table.RECOLOURED, table.PAIRED)
     assert [found[name] for name in measures] == [1, 1, 1, 1]
-    assert found[table.FRECHET] < 0.05
+    assert found[FRECHET] < 0.05
 
 
 def test_the_row_of_the_data_says_what_right_pictures_are_worth(judge: GlyphJudge) -> None:
@@ -124,16 +125,19 @@ def test_the_encoder_learns_to_tell_glyphs_apart_and_stands(
 def test_gates_compare_with_the_finest_teacher() -> None:
     def row(model: str, steps: int, top_1: float, frechet: float) -> EvaluationRow:
         values = dict.fromkeys((table.TOP_1, table.TOP_5, table.RECOLOURED, table.PAIRED), top_1)
-        measured = {name: Measured.of([value]) for name, value in {**values, table.FRECHET: frechet}.items()}
+        measured = {name: Measured.of([value]) for name, value in {**values, FRECHET: frechet}.items()}
         return EvaluationRow(model=model, steps=steps, evaluations=steps, guidance_scale=4.0, metrics=measured)
 
-    rows = [row(TEACHER, 50, 0.9, 1.0), row(STUDENT, 4, 0.85, 1.1), row(STUDENT, 1, 0.5, 2.5)]
+    finish = row(CONSISTENCY, 4, 0.7, 1.3)
+    rows = [row(TEACHER, 50, 0.9, 1.0), row(STUDENT, 4, 0.85, 1.1), row(STUDENT, 1, 0.5, 2.5), finish]
     verdicts = {gate.name: gate.passed for gate in glyph_gates(rows, 4.0, 50)}
     assert verdicts["4 steps, guidance 4: nearest glyph is the prompted one"]
     assert not verdicts["4 steps, guidance 4: prompted glyph among the nearest five"]
     assert not verdicts["4 steps, guidance 4: nearest glyph / teacher's best"]
     assert verdicts["4-step Fréchet distance / teacher's, guidance 4"]
     assert not verdicts["1-step Fréchet distance / teacher's, guidance 4"]
+    assert not verdicts["4 steps of consistency, guidance 4: nearest glyph is the prompted one"]
+    assert not verdicts["4-step consistency Fréchet distance / teacher's, guidance 4"]
     assert not list(glyph_gates((), 4.0, 50))
 
 

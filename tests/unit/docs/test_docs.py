@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 from distill_jobs.contenders import STUDENT, TEACHER
 from distill_jobs.data.digits import class_condition
 from distill_jobs.errors import JobError
-from distill_jobs.pipelines.glyphs import FRECHET, GLYPHS, TOP_1
+from distill_jobs.gates import FRECHET
+from distill_jobs.pipelines.glyphs import GLYPHS, TOP_1
 from distill_jobs.recipe import Recipe
 from distill_jobs.sampling import student_network
 from distill_jobs.sections import Halving
