@@ -27,7 +27,6 @@ from distill_jobs.student import sees_masks
 from engines.manifest import EvaluationRow
 from engines.noise import Purpose
 from engines.sampler import SamplerPlan
-from engines.schedule import NoiseSchedule
 
 INPAINTING = "inpainting"
 AGREEMENT, TEXT_AGREEMENT, HIDDEN_AGREEMENT = "inpaint_agreement", "text_agreement", "hidden_agreement"
@@ -60,14 +59,13 @@ class Painter:
         if self.seeing:
             drawn = sample(network, plan, condition, seeds, self.student.shape)
         else:
-            drawn = blend(network, plan, recipe, condition, seeds, images, masks)
+            drawn = blend(network, plan, condition, seeds, images, masks)
         return torch.where(masks > 0, drawn.clamp(-1, 1), images)
 
 
 def blend(
     network: Network,
     plan: SamplerPlan,
-    recipe: Recipe,
     condition: Condition,
     seeds: Sequence[int],
     known: Tensor,
@@ -77,9 +75,7 @@ def blend(
 
     masks: (B, 1, h, w), 1 where the image is generated. A pipeline's rows give the same.
     """
-    noise = request_noise(seeds, tuple(known.shape[1:]))
-    alpha, sigma = NoiseSchedule(recipe.schedule).at(plan.steps[0].timestep)
-    x_t = alpha * known + sigma * noise
+    x_t = noise = request_noise(seeds, tuple(known.shape[1:]))
     with torch.inference_mode():
         for position, step in enumerate(plan):
             k = step.coefficients

@@ -23,7 +23,7 @@ from distill_jobs.encoders import Encoder, encoders
 from distill_jobs.metrics import class_agreement, paired_distance
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.sampling import Network, student_network
+from distill_jobs.sampling import Network
 from engines.manifest import EvaluationRow, Measured
 from engines.sampler import SamplerPlan, encoder_plan
 from engines.schedule import NoiseSchedule
@@ -64,7 +64,8 @@ def teacher_route(run_dir: Path, recipe: Recipe, steps: int) -> Route:
 def student_route(run_dir: Path, recipe: Recipe, encoder: Encoder) -> Route:
     """An encoder, and the student of as many steps."""
     student = Contender(STUDENT, encoder.steps, RunFolder(run_dir).student(encoder.steps), latent_shape(recipe))
-    return Route(STUDENT, encoder.steps, student_network(encoder.load(), 0.0), student, student.load())
+    encode = student.network(encoder.load(), SCALE_OFF)
+    return Route(STUDENT, encoder.steps, encode, student, student.load())
 
 
 def measure_inversion(

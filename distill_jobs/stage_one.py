@@ -143,7 +143,10 @@ def _gate(phases: Phases, teacher: nn.Module) -> None:
 
 def _judge(phases: Phases, errors: dict[float, float]) -> None:
     """Raises: DivergedError when the largest error, by guidance_scale, is more than the recipe allows."""
-    section, worst = phases.recipe.stage_one, max(errors, key=lambda scale: errors[scale])
+    section, worst = (
+        phases.recipe.stage_one,
+        max(errors, key=lambda scale: (math.isnan(errors[scale]), errors[scale])),
+    )
     if not errors[worst] <= section.max_relative_error:
         raise DivergedError(
             f"stage one misses its gate: relative v-error {errors[worst]:.4f} at guidance_scale {worst:g}, allowed "

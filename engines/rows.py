@@ -110,18 +110,21 @@ class Drawing:
         """Text to image: all steps of the student, from pure noise."""
         at = size or self.manifest.sizes[0]
         noise = self._noise(seed, (self.manifest.latent.channels, at.latent_height, at.latent_width))
-        return self._row((self._leg(),), seed, noise * np.float32(self.manifest.latent.initial_std), noise)
+        return self._row((self._leg(),), seed, self._initial(noise), noise)
 
     def from_image(self, seed: int, known: Floats, strength: float, mask: Floats | None = None) -> Row:
         """Editing by noising (SDEdit), and inpainting where there is a mask.
 
         known: (C, h, w) clean latent of the image; strength: (0, 1], entered at the student's point
-        max(1, floor(strength·N)); mask: (1, h, w), 1 where the image is generated.
+        max(1, floor(strength·N)); mask: (1, h, w), 1 where the image is generated. With one, and all
+        steps, drawing starts from pure noise, as in diffusers: nothing hidden shines through, even on a schedule
+        that does not end there.
         """
-        point = entry_point(self.student.steps, strength)
+        point, noise = entry_point(self.student.steps, strength), self._noise(seed, known.shape)
         leg = self._leg(point)
+        if mask is not None and point == self.student.steps:
+            return self._row((leg,), seed, self._initial(noise), noise, known, mask)
         alpha, sigma = self.manifest.noise_level(leg.plan.steps[0].timestep)
-        noise = self._noise(seed, known.shape)
         latent = (alpha * known + sigma * noise).astype(np.float32)
         return self._row((leg,), seed, latent, noise, known, mask)
 
@@ -136,6 +139,10 @@ class Drawing:
     def _leg(self, start: int | None = None) -> Leg:
         plan = self.manifest.plan(self.student, start)
         return Leg(self.student, plan, weight_from_scale(self.guidance_scale), self.condition)
+
+    def _initial(self, noise: Floats) -> Floats:
+        """Where drawing from nothing starts."""
+        return noise * np.float32(self.manifest.latent.initial_std)
 
     def _noise(self, seed: int, shape: tuple[int, ...]) -> Floats:
         return row_noise(seed, shape, Purpose.INITIAL)
@@ -161,17 +168,24 @@ class Drawing:
         )
 
 
-def find_encoder(manifest: BundleManifest, steps: int, wanted: int | None = None) -> StudentSpec:
-    """The encoder of ``wanted`` steps; else one to go with a student of ``steps``: of as many, or of the most.
+def find_encoder(manifest: BundleManifest, student: StudentSpec, wanted: int | None = None) -> StudentSpec:
+    """The encoder of ``wanted`` steps; else one to go with a student: of as many steps, or of the most.
 
-    Raises: RequestError when the bundle has none, or none of the wanted steps.
+    Raises: RequestError when the bundle has none, or none of the wanted steps; or where the student's fresh noise
+    would take the place of the image's own.
     """
     if not manifest.encoders:
         message = "mode invert needs a model with an encoder, and this one has none; use mode noise."
         raise RequestError("mode", "unsupported_value", message)
+    if student.sampler != "deterministic" and student.steps > 1:
+        message = (
+            f"mode invert needs the deterministic sampler, and that of {student.steps} steps is {student.sampler}: "
+            "its fresh noise would take the place of the image's own. Take other steps, or mode noise."
+        )
+        raise RequestError("sampler", "unsupported_value", message)
     by_steps = {encoder.steps: encoder for encoder in manifest.encoders}
     if wanted is not None and wanted not in by_steps:
         trained = ", ".join(str(n) for n in sorted(by_steps))
         message = f"encoder_steps must be one this model has an encoder for: {trained}."
         raise RequestError("encoder_steps", "out_of_range", message)
-    return by_steps[wanted] if wanted is not None else by_steps.get(steps, by_steps[max(by_steps)])
+    return by_steps[wanted] if wanted is not None else by_steps.get(student.steps, by_steps[max(by_steps)])

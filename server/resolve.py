@@ -6,7 +6,7 @@ import secrets
 from typing import Any, TypeVar
 
 from engines.errors import RequestError
-from engines.manifest import Size, Task
+from engines.manifest import Size, StudentSpec, Task
 from engines.noise import MAX_SEED
 from engines.pipeline import find_student
 from engines.rows import find_encoder
@@ -52,7 +52,8 @@ def resolve_edit(
         message = f"This model has no task {task}; it has {offered}."
         raise InvalidRequestError("unsupported_value", message, param="model")
     shared = _shared(body, model)
-    entry = _entry(body, model, shared["steps"], masked=mask is not None)
+    student = find_student(model.manifest, shared["steps"], shared["sampler"])
+    entry = _entry(body, model, student, masked=mask is not None)
     sizes = model.manifest.sizes if body.size in (None, "auto") else (_found_size(body.size or "", model),)
 
     def choose(width: int, height: int) -> Size:
@@ -97,7 +98,7 @@ def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
     }
 
 
-def _entry(body: EditBody, model: Model, steps: int, *, masked: bool) -> dict[str, Any]:
+def _entry(body: EditBody, model: Model, student: StudentSpec, *, masked: bool) -> dict[str, Any]:
     """How an edit enters the steps."""
     if body.mode != "invert":
         for name in ("source_prompt", "encoder_steps"):
@@ -118,7 +119,7 @@ def _entry(body: EditBody, model: Model, steps: int, *, masked: bool) -> dict[st
         raise InvalidRequestError("missing_field", message, param="source_prompt")
     _check_prompt("source_prompt", body.source_prompt, model)
     try:
-        encoder = find_encoder(model.manifest, steps, body.encoder_steps)
+        encoder = find_encoder(model.manifest, student, body.encoder_steps)
     except RequestError as error:
         raise InvalidRequestError(error.code, str(error), param=error.param) from None
     return {"mode": "invert", "source_prompt": body.source_prompt, "encoder_steps": encoder.steps}

@@ -215,7 +215,7 @@ class Work:
             if known is None:
                 row = drawing.from_noise(seed, size)
             elif self.request.strength is None:
-                encoder = find_encoder(pipeline.manifest, student.steps, self.request.encoder_steps)
+                encoder = find_encoder(pipeline.manifest, student, self.request.encoder_steps)
                 row = drawing.from_inversion(seed, known, encoder, *source)
             else:
                 row = drawing.from_image(seed, known, self.request.strength, mask)

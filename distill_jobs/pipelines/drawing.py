@@ -78,7 +78,7 @@ class LatentSampler:
         plan = contender.plan(self.recipe)
 
         def drawn(rows: slice, seeds: Sequence[int]) -> Tensor:
-            return blend(network, plan, self.recipe, self.prompts[rows], seeds, known[rows], masks[rows])
+            return blend(network, plan, self.prompts[rows], seeds, known[rows], masks[rows])
 
         return self._batched(contender, seed, drawn)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from engines.calls import call_of
 from engines.cost import CostTable
-from engines.manifest import DECODE_GRAPH, ENCODE_GRAPH, BundleManifest, Size
+from engines.manifest import DECODE_GRAPH, ENCODE_GRAPH, BundleManifest, Size, StudentSpec
 from engines.pipeline import find_student
 from engines.rows import find_encoder
 from server.capacity.prices import Prices
@@ -99,7 +99,7 @@ def _kind(
     share: float,
 ) -> Kind:
     student = find_student(manifest, steps)
-    fields = _task_fields(manifest, task, student.steps, size, strength)
+    fields = _task_fields(manifest, task, student, size, strength)
     request = DenoiseRequest(
         model=manifest.name,
         prompt="",
@@ -114,7 +114,7 @@ def _kind(
     )
     route = (student.graph,) * (request.entry or student.steps)
     if request.encoder_steps is not None:
-        route = (find_encoder(manifest, student.steps).graph,) * request.encoder_steps + route
+        route = (find_encoder(manifest, student).graph,) * request.encoder_steps + route
     return Kind(
         request=request,
         prices=prices,
@@ -137,7 +137,7 @@ def _size(manifest: BundleManifest, wanted: str | None) -> Size:
 
 
 def _task_fields(
-    manifest: BundleManifest, task: PlannedTask, steps: int, size: Size, strength: float | None
+    manifest: BundleManifest, task: PlannedTask, student: StudentSpec, size: Size, strength: float | None
 ) -> dict[str, Any]:
     """The fields of a request that its task adds. Raises: PlanError, RequestError."""
     if task == "text_to_image":
@@ -148,7 +148,7 @@ def _task_fields(
     pixels = (size.width, size.height)
     fields = {"task": asked, "image": write_png(Image.new("RGB", pixels))}
     if task == "invert":
-        encoder = find_encoder(manifest, steps)
+        encoder = find_encoder(manifest, student)
         return {**fields, "mode": "invert", "source_prompt": "", "encoder_steps": encoder.steps}
     if task == "inpaint":
         return {**fields, "mask": write_png(Image.new("L", pixels, 255)), "strength": strength or 1.0}

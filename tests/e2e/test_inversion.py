@@ -50,7 +50,7 @@ def drawn(bundle: Path, encoder_steps: int) -> np.ndarray:
     pipeline = open_pipeline(bundle, rungs=(1,), warm=False)
     known = pipeline.encode([np.asarray(photo())])[0]
     source, target = pipeline.condition(["two"])[0], pipeline.condition(["three"])[0]
-    encoder = find_encoder(pipeline.manifest, 4, encoder_steps)
+    encoder = find_encoder(pipeline.manifest, pipeline.student(4), encoder_steps)
     guidance_scale = pipeline.manifest.guidance.default
     row = Drawing(pipeline.manifest, pipeline.student(4), target, guidance_scale).from_inversion(
         5, known, encoder, source

@@ -94,7 +94,7 @@ def test_the_pipeline_inverts_and_draws_as_the_trained_networks_do(pipeline: Pip
     source, target = (pipeline.condition([f"{int(k)}" for k in labels]) for labels in (LABELS, TARGETS))
     student = pipeline.student(2)
     rows = [
-        Drawing(manifest, student, to, 3.0).from_inversion(7, x, find_encoder(manifest, 2), at)
+        Drawing(manifest, student, to, 3.0).from_inversion(7, x, find_encoder(manifest, student), at)
         for x, at, to in zip(IMAGES.numpy(), source, target, strict=True)
     ]
     for _ in range(2):

@@ -26,16 +26,18 @@ from engines.sampler import entry_point, sampler_plan
 from engines.schedule import NoiseSchedule
 from tests.support import tiny_pipelines as tiny
 
-SCHEDULER = {**tiny.SCHEDULER, "rescale_betas_zero_snr": True}
+LEAVING = "sd, not rescaled"
+"""Its schedule ends with some of the image left."""
 SHAPE = (1, 4, tiny.LATENT_PX, tiny.LATENT_PX)
 STEPS, SCALE, SEED = 4, 5.0, 3
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", LEAVING])
 def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained, but answering to guidance."""
-    work, make = tmp_path_factory.mktemp(request.param), getattr(tiny, request.param)
-    scheduler = DDIMScheduler(**SCHEDULER, prediction_type="v_prediction")
+    work, make = tmp_path_factory.mktemp("student"), tiny.sdxl if request.param == "sdxl" else tiny.sd
+    told = {**tiny.SCHEDULER, "rescale_betas_zero_snr": request.param != LEAVING}
+    scheduler = DDIMScheduler(**told, prediction_type="v_prediction")
     pipeline = make(work / "parts", prediction="v_prediction", scheduler=scheduler, **tiny.ONE_LEVEL)
     pipeline.save_pretrained(work / "teacher", safe_serialization=True)
     teacher = open_folder(work / "teacher")
@@ -61,14 +63,14 @@ def drawn_by_diffusers(kind: Any, student: Path, strength: float, **told: Any) -
 
 
 def drawn_by_us(student: Path, known: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
-    """As rows of a request do: the image noised to the grid point where it enters, and after each step put back."""
+    """As rows of a request do: from the image noised to the point where it enters; behind a mask, whole, from noise."""
     folder, network = open_folder(student), student_network(load_stock(student), SCALE - 1)
     framing = whole_image(tiny.IMAGE_PX) if folder.layout == "sdxl" else None
     condition: Condition = PromptEncoder.load(folder).encode(["a cat"], framing)
     schedule, noise = NoiseSchedule(folder.schedule), normal(SEED)
     plan = sampler_plan(schedule, STEPS, start=entry_point(STEPS, strength))
     alpha, sigma = schedule.at(plan.steps[0].timestep)
-    x_t = alpha * known + sigma * noise
+    x_t = noise if mask is not None and strength == 1 else alpha * known + sigma * noise
     with torch.no_grad():
         for step in plan:
             x_t, _ = step.apply(x_t, network(x_t, step.timestep, condition))

@@ -11,9 +11,9 @@ import pytest
 from engines.errors import RequestError
 from engines.masks import HIDDEN_LEVEL, hide, latent_mask, paste_known
 from engines.open import open_pipeline
-from engines.pipeline import Pipeline
+from engines.pipeline import Pipeline, find_student
 from engines.rows import Drawing, Row, find_encoder
-from engines.sampler import encoder_plan
+from engines.sampler import Sampler, encoder_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.pictures import photo
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -139,15 +139,42 @@ def test_a_mask_of_everything_has_no_seam() -> None:
 
 def test_inversion_needs_an_encoder(pipeline: Pipeline) -> None:
     with pytest.raises(RequestError, match="mode noise"):
-        find_encoder(pipeline.manifest, 4)
+        find_encoder(pipeline.manifest, pipeline.student(4))
 
 
 def test_an_encoder_is_the_wanted_one_or_of_as_many_steps_or_of_the_most(tmp_path: Path) -> None:
     manifest = make_toy_bundle(tmp_path / "toy", ToyOptions(encoders=(8, 4))).manifest
-    assert [find_encoder(manifest, n).steps for n in (8, 4, 2)] == [8, 4, 8]
-    assert find_encoder(manifest, 8, wanted=4).steps == 4
+    eight, four, two = (find_student(manifest, n) for n in (8, 4, 2))
+    assert [find_encoder(manifest, student).steps for student in (eight, four, two)] == [8, 4, 8]
+    assert find_encoder(manifest, eight, wanted=4).steps == 4
     with pytest.raises(RequestError, match="4, 8"):
-        find_encoder(manifest, 8, wanted=16)
+        find_encoder(manifest, eight, wanted=16)
+
+
+@pytest.mark.parametrize("sampler", ["stochastic", "consistency"])
+def test_inversion_is_not_drowned_in_fresh_noise(tmp_path: Path, sampler: Sampler) -> None:
+    manifest = make_toy_bundle(tmp_path / "toy", ToyOptions(encoders=(4,))).manifest
+    fresh = find_student(manifest, 4).model_copy(update={"sampler": sampler})
+    with pytest.raises(RequestError, match=f"that of 4 steps is {sampler}") as told:
+        find_encoder(manifest, fresh)
+    assert told.value.param == "sampler"
+    assert find_encoder(manifest, fresh.model_copy(update={"steps": 1})).steps == 4  # a single step adds none
+
+
+@pytest.mark.parametrize("end", ["zero SNR", "as Stable Diffusion's"])
+def test_inpainting_with_all_steps_starts_from_pure_noise(tmp_path: Path, end: str) -> None:
+    """On a schedule that leaves some of the image at its end, too."""
+    manifest = make_toy_bundle(tmp_path / "toy", ToyOptions()).manifest
+    if end != "zero SNR":
+        left = ScheduleSpec(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        manifest = manifest.model_copy(update={"schedule": left})
+    drawing = Drawing(manifest, find_student(manifest, 4), np.zeros((1, 1), np.float32), 2.0)
+    known, mask = np.full((1, 8, 8), 5, np.float32), np.ones((1, 8, 8), np.float32)
+    row = drawing.from_image(3, known, 1.0, mask)
+    np.testing.assert_array_equal(row.latent, row.noise)
+    alpha, sigma = manifest.noise_level(row.step.timestep)
+    edited = drawing.from_image(3, known, 1.0)
+    np.testing.assert_allclose(edited.latent, alpha * known + sigma * row.noise, rtol=1e-6)
 
 
 def test_an_encoder_goes_from_the_clean_end_to_noise() -> None:
