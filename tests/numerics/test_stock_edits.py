@@ -63,7 +63,7 @@ def drawn_by_diffusers(kind: Any, student: Path, strength: float, **told: Any) -
 
 
 def drawn_by_us(student: Path, known: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
-    """As rows of a request do: from the image noised to the point of entry; behind a mask, whole, from noise alone."""
+    """As rows of a request do: from the image noised to the point of entry; behind a mask, whole, from noise."""
     folder, network = open_folder(student), student_network(load_stock(student), SCALE - 1)
     framing = whole_image(tiny.IMAGE_PX) if folder.layout == "sdxl" else None
     condition: Condition = PromptEncoder.load(folder).encode(["a cat"], framing)
