@@ -103,7 +103,12 @@ def compare(
 
 @app.command()
 def export(
-    run_dir: RunDir,
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A run folder, evaluated; or a published student's pipeline folder, as for import."
+        ),
+    ],
     bundle: Annotated[Path, typer.Argument(help="Folder to write the bundle to; an older one is replaced.")],
     despite_gates: Annotated[
         bool, typer.Option("--despite-gates", help="Export students that miss the report's targets, too.")
@@ -113,7 +118,10 @@ def export(
     ] = "own",
     sizes: Sizes = "",
 ) -> None:
-    """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest."""
+    """Turn an evaluated run into a bundle: ONNX graphs checked against torch, and a manifest.
+
+    A published student is imported with what is usual, under the bundle's name; import has options for the rest.
+    """
     with _one_sentence_errors():
         from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
 

@@ -92,7 +92,12 @@ def compare(runs: Sequence[str], out: Path) -> None:
 
 
 def export(run_dir: Path, bundle: Path, *, despite_gates: bool, decoder: DecoderKind, sizes: Sequence[str]) -> None:
-    """Turn an evaluated run into a bundle. Raises: JobError."""
+    """Turn an evaluated run into a bundle, or a published student's pipeline folder. Raises: JobError."""
+    if (run_dir / "model_index.json").is_file() and not RunFolder(run_dir).recipe.is_file():
+        if despite_gates or decoder != "own":
+            raise RecipeError(f"{run_dir} is a pipeline folder, not a run: it has no gates and no tiny decoder")
+        import_(run_dir, bundle, name=bundle.name, sizes=sizes)
+        return
     with _display() as progress:
         recipe = stored_recipe(RunFolder(run_dir))
         written = export_run(
@@ -133,11 +138,11 @@ def import_(
     bundle: Path,
     *,
     name: str,
-    steps: Sequence[int] | None,
-    scales: tuple[float | None, float | None, float | None],
-    licence: str,
-    sizes: Sequence[str],
-    weights: StoredWeights,
+    steps: Sequence[int] | None = None,
+    scales: tuple[float | None, float | None, float | None] = (None, None, None),
+    licence: str = "not stated",
+    sizes: Sequence[str] = (),
+    weights: StoredWeights = "float32",
 ) -> None:
     """Turn a published student into a bundle. scales: least, largest and default, or None. Raises: JobError."""
     with _display() as progress:

@@ -30,6 +30,7 @@ from distill_jobs.sections import ChainSection, Section, Training
 from distill_jobs.signals import StopSignal, stop_with_launcher
 from distill_jobs.stage_one import train_stage_one, train_teacher
 from distill_jobs.stage_two import train_encoders, train_stage_two
+from distill_jobs.student import weights_sha256
 from distill_jobs.taken import take_phases
 
 
@@ -95,6 +96,7 @@ def _set_up(processes: Processes, take_up: Callable[[Machine], Machine], progres
 def _train(phases: Phases) -> None:
     """All phases that the recipe asks for, those already finished skipped."""
     train_teacher(phases)
+    phases.processes.first(lambda: phases.folder.check_teacher(weights_sha256(phases.folder.teacher)))
     if phases.recipe.stage_two.guidance != "at_sampling":  # else nothing is made of it
         train_stage_one(phases)
     train_stage_two(phases)

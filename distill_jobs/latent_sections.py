@@ -14,7 +14,8 @@ from distill_jobs.sections import Section, TeacherSection, Training
 class CaptionedData(Section):
     """Captioned images. cache: folder for their latents and text embeddings, which several jobs may share.
 
-    unreadable: end the job at an image that cannot be decoded, or leave it out and count it.
+    unreadable: end the job at an image that cannot be decoded, or leave it out and count it; what a shard that was
+    cut off has lost counts as one.
     """
 
     path: str = Field(min_length=1)

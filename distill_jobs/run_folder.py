@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,11 @@ class RunFolder:
     def data(self) -> Path:
         """Which captioned images the run was started with."""
         return self.path / "data.json"
+
+    @property
+    def learned_from(self) -> Path:
+        """The teacher that phases taken from another run learned from."""
+        return self.path / "learned_from.json"
 
     @property
     def pictures(self) -> Path:
@@ -174,13 +180,38 @@ class RunFolder:
 
         Raises: RecipeError when it is another.
         """
-        now = {"sha256": identity, "images": images}
+        self._keep(file, {"sha256": identity, "images": images})
+
+    def keep_read_by(self, source: RunFolder, teacher: str | None) -> None:
+        """Record what a run read whose phases are taken. teacher: hash of its weights, None where it has none.
+
+        Raises: RecipeError when this folder's was another.
+        """
+        for there, here in ((source.data, self.data), (source.pictures, self.pictures)):
+            if there.is_file():
+                self._keep(here, json.loads(there.read_text(encoding="utf-8")))
+        if teacher is not None:
+            write_text(self.learned_from, json.dumps({"run": str(source.path), "sha256": teacher}) + "\n")
+
+    def check_teacher(self, sha256: str) -> None:
+        """Raises: RecipeError where phases were taken that learned from another teacher."""
+        if not self.learned_from.is_file():
+            return
+        taken = json.loads(self.learned_from.read_text(encoding="utf-8"))
+        if taken["sha256"] != sha256:
+            raise RecipeError(
+                f"the phases taken from {taken['run']} learned from a teacher of other weights; give the same in "
+                "teacher.folder, or take a new --out without --from"
+            )
+
+    def _keep(self, file: Path, now: dict[str, Any]) -> None:
         if not file.is_file():
             write_text(file, json.dumps(now) + "\n")
         elif (then := json.loads(file.read_text(encoding="utf-8"))) != now:
             raise RecipeError(
-                f"the images, captions or encoders are not those that {self.path} was started with "
-                f"({then['images']:,} images then, {images:,} now); give it the same, or take a new --out"
+                f"the images, captions or encoders are not those that {self.path} was started with, or that phases "
+                f"it took were made from ({then['images']:,} images then, {now['images']:,} now); give it the "
+                "same, or take a new --out"
             )
 
 

@@ -265,6 +265,8 @@ class EvaluationSection(Section):
     def _features_are_somewhere(self) -> EvaluationSection:
         if (self.features == "classifier") != (self.features_path is None):
             raise ValueError("features_path goes with features: inception or clip, and they need it")
+        if not self.solvers and self.solver_steps != EvaluationSection.model_fields["solver_steps"].default:
+            raise ValueError("solver_steps are those of solvers, of which there are none")
         return self
 
 

@@ -17,9 +17,12 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import SAID_OR_KEPT, WITHOUT_EFFECT, differences, without_rounding
 from distill_jobs.run_folder import RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection
+from distill_jobs.student import weights_sha256
 
 LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder", "decoder"}
 """Fields that the teacher does not see."""
+TEACHERS, DECODER = ("autoencoder", "text_encoder", "teacher", "v_finetune"), "decoder"
+"""Names of phases that learn from data alone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Past:
 
     def stands(self, folder: RunFolder) -> bool:
         return (folder.path / self.mark).is_file()
+
+    @property
+    def learned(self) -> bool:
+        """Whether it learned from a teacher, rather than being one or a part of one."""
+        return self.name not in (*TEACHERS, DECODER)
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,16 @@ def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
 
 
 def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> Iterator[str]:
-    """Copy what can be taken and does not stand yet, a line said of each. Raises: RecipeError; StorageError."""
+    """Copy what can be taken and does not stand yet, a line said of each.
+
+    What the source had read is kept beside it: the run ends where it reads other images, or has another teacher.
+    Raises: RecipeError; StorageError.
+    """
     found = takeable(recipe, source)
     for theirs, mine in found.phases:
         if not mine.stands(destination):
+            if mine.learned:
+                _keep_read(source, destination)
             for there, here in zip(theirs.results, mine.results, strict=True):
                 copy_phase(source.path / there, destination.path / here)
             yield f"{mine.name}: taken from {source.path}"
@@ -91,7 +105,7 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     found = list(_teachers(recipe, fields))
     if recipe.decoder is not None:
         past = {**fields, "decoder": own["decoder"]}
-        found.append(Past("decoder", ("decoder",), "decoder/phase.json", past))
+        found.append(Past(DECODER, ("decoder",), "decoder/phase.json", past))
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
     chain = {**fields, "stage_two": own["stage_two"]}
@@ -145,6 +159,11 @@ def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], 
     for position, steps in enumerate(section.steps):
         own = {**fields[key], "halvings": fields[key]["halvings"][: position + 1]}
         yield Past(f"{prefix}{steps}", (f"{at}{steps}",), f"{at}{steps}/phase.json", {**fields, key: own})
+
+
+def _keep_read(source: RunFolder, destination: RunFolder) -> None:
+    stands = (source.teacher / "unet").is_dir()
+    destination.keep_read_by(source, weights_sha256(source.teacher) if stands else None)
 
 
 def copy_phase(source: Path, destination: Path) -> None:

@@ -62,14 +62,15 @@ def index_folder(folder: Path) -> tuple[Captioned, ...]:
     return found
 
 
-def index_shards(pattern: str) -> tuple[Captioned, ...]:
+def index_shards(pattern: str, skip_cut: bool = False) -> tuple[Captioned, ...]:
     """The pairs of webdataset shards, in their order. pattern: a folder of tar files, or ``path/{000..015}.tar``.
 
+    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost.
     Raises: DataError naming the shard or the sample that is incomplete.
     """
     folder = Path(pattern)
     files = sorted(folder.glob("*.tar")) if folder.is_dir() else [Path(url) for url in expand_urls(pattern)]
-    found = tuple(entry for file in files for entry in _shard_entries(file))
+    found = tuple(entry for file in files for entry in _shard_entries(file, skip_cut))
     if not found:
         raise DataError(f"{pattern} holds no tar shards with images; give a folder of them or a/b/{{000..015}}.tar")
     return found
@@ -107,37 +108,55 @@ def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
     return Captioned(str(file), file, 0, file.stat().st_size, text)
 
 
-def _shard_entries(file: Path) -> Iterator[Captioned]:
+def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
+    """The pairs of a shard; of one that was cut off those that are whole, and then an entry that cannot be read."""
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, str] = {}
+    cut = ""
     try:
         with tarfile.open(file, "r:") as shard:
-            for member in shard:
-                key, _, extension = member.name.rpartition(".")
-                if member.isfile() and extension.lower() in IMAGES:
-                    images[key] = member
-                elif member.isfile() and extension.lower() in CAPTIONS:
-                    captions[key] = _caption(shard, member, f"{file}: {member.name}")
-            _check_end(shard, file)
+            try:
+                for member in shard:
+                    cut = member.name  # should the next not be whole
+                    key, _, extension = member.name.rpartition(".")
+                    if member.isfile() and extension.lower() in IMAGES:
+                        images[key] = member
+                    elif member.isfile() and extension.lower() in CAPTIONS:
+                        captions[key] = _caption(shard, member, f"{file}: {member.name}")
+                cut = _cut_after(shard, file)
+            except tarfile.ReadError:
+                if not cut:
+                    raise
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{file} is not an uncompressed tar file that can be read: {error}") from None
+    if cut and not skip_cut:
+        raise DataError(
+            f"{file} is cut off after {cut}; fetch or write it again, or leave out what is lost with "
+            "data.unreadable: skip"
+        )
     for key, member in images.items():
-        if key not in captions:
+        whole = member.offset_data + member.size <= file.stat().st_size
+        if key in captions and whole:
+            yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, captions[key])
+        elif not cut:
             raise DataError(f"{file}: {member.name} has no caption beside it ({' or '.join(CAPTIONS)})")
-        yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, captions[key])
+    if cut:
+        yield Captioned(f"{file}, cut off after {cut}", file, 0, 0, cut)
 
 
-def _check_end(shard: tarfile.TarFile, file: Path) -> None:
-    """A tar file ends with blocks of zeros; one that was cut off between two members reads as a shorter one."""
+def _cut_after(shard: tarfile.TarFile, file: Path) -> str:
+    """The last member of a tar file that was cut off; empty where it is whole.
+
+    It ends with blocks of zeros; one that was cut off between two members reads as a shorter one.
+    """
     members = shard.getmembers()
     if not members:
-        return
+        return ""
     last = members[-1]
     blocks = -(-last.size // tarfile.BLOCKSIZE) if last.isfile() else 0
     with file.open("rb") as opened:
         opened.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
-        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"{file} is cut off after {last.name}; fetch or write it again")
+        return "" if opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else last.name
 
 
 def _caption(shard: tarfile.TarFile, member: tarfile.TarInfo, place: str) -> str:

@@ -108,4 +108,4 @@ def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: P
         return index_folder(Path(data.path))
     if isinstance(data, GlyphData):
         return index_shards(str(processes.first(lambda: drawn(data, seed, progress))))
-    return index_shards(data.path)
+    return index_shards(data.path, skip_cut=data.unreadable == "skip")

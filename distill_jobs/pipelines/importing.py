@@ -58,7 +58,9 @@ def import_student(
     why a folder cannot be served exactly; RecipeError where its networks take no such size; ExportError.
     """
     if not re.fullmatch(NAME_PATTERN, name):
-        raise RecipeError(f"--name {name!r} is no model id: up to 64 of a-z, 0-9, dot, dash and underscore")
+        raise RecipeError(
+            f"{name!r} is no model id: up to 64 of a-z, 0-9, dot, dash and underscore (import --name)"
+        )
     check_replaceable(bundle_dir)
     published = open_published(path)
     folder, plans, served = published.folder, published.plans(steps), published.guidance(guidance)

@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import count
 from pathlib import Path
+from typing import Any, Never
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from rich.progress import Progress
 from torch import Tensor
+from typer.testing import CliRunner
 
+from distill_jobs import commands
+from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError, TeacherError
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.published import lcm_timesteps, open_published
@@ -165,3 +169,24 @@ def test_a_name_that_no_bundle_may_have_is_refused_before_anything_is_made(folde
             progress=Progress(disable=True),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_export_takes_a_published_student_as_import_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def imported(*places: Path, **told: Any) -> Never:
+        asked.append((*places, told["name"], told["steps"], told["guidance"], told["sizes"]))
+        raise RecipeError("far enough")
+
+    monkeypatch.setattr(commands, "import_student", imported)
+    runner, bundle = CliRunner(), tmp_path / "lcm"
+    result = runner.invoke(app, ["export", str(folder), str(bundle), "--sizes", "16x16"])
+    assert (result.exit_code, result.output) == (RecipeError.exit_code, "Error: far enough\n")
+    assert asked == [(folder, bundle, "lcm", None, None, ["16x16"])]
+    result = runner.invoke(app, ["export", str(folder), str(bundle), "--decoder", "tiny"])
+    assert "no gates and no tiny decoder" in result.output
+    result = runner.invoke(app, ["export", str(tmp_path), str(bundle)])
+    assert "is not a run folder" in result.output
+    assert len(asked) == 1

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill_jobs.data.captioned import index_folder, index_shards
-from distill_jobs.data.framing import frame
+from distill_jobs.data.framing import frame, framed
 from distill_jobs.errors import DataError
 from tests.support import captioned_images as images
 
@@ -118,8 +118,13 @@ def test_a_shard_that_was_cut_off_is_named(past: int, tmp_path: Path) -> None:
         third = shard.getmembers()[2]
     whole = (folder / "000.tar").read_bytes()
     (folder / "000.tar").write_bytes(whole[: third.offset + past])
-    with pytest.raises(DataError, match=r"000\.tar.*(cut off after 0000|unexpected end of data)"):
+    with pytest.raises(DataError, match=r"000\.tar.*cut off after 000.*unreadable: skip"):
         index_shards(str(folder))
+    first, lost = index_shards(str(folder), skip_cut=True)
+    assert (first.caption, first.read()) == (images.caption(0), images.encoded(0, images.SIDES[0]))
+    assert lost.name.startswith(f"{folder / '000.tar'}, cut off after 0")
+    with pytest.raises(DataError, match=r"cut off after 0.*not an image"):
+        framed(lost, 8)
 
 
 def test_an_empty_caption_of_a_shard_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.state import Phase
-from distill_jobs.student import load_stock
+from distill_jobs.student import load_stock, weights_sha256
 from distill_jobs.taken import pasts, take_phases, takeable
 from tests.support.tiny_recipe import OVERRIDES, weights_of
 
@@ -89,6 +90,27 @@ def test_what_is_not_taken_is_said_with_its_reason(finished: RunFolder, tmp_path
     assert said[2] == f"d4: not taken from {finished.path}: stage_two.lr differs"
     again = list(take_phases(recipe, finished, RunFolder(tmp_path / "run")))
     assert again == said[2:]  # what stands is not copied again
+
+
+def test_phases_of_another_teacher_or_other_images_are_refused(finished: RunFolder, tmp_path: Path) -> None:
+    """Where equal recipes name a folder whose weights or images were exchanged."""
+    recipe, mine = read_recipe("digits", OVERRIDES), RunFolder(tmp_path / "run")
+    source = RunFolder(tmp_path / "source")
+    shutil.copytree(finished.path, source.path)
+    source.data.write_text('{"sha256": "a", "images": 3}')
+    list(take_phases(recipe, source, mine))
+    mine.check_teacher(weights_sha256(source.teacher))
+    mine.keep_data(mine.data, "a", 3)
+    with pytest.raises(RecipeError, match=rf"taken from {source.path} learned from a teacher of other weights"):
+        mine.check_teacher("other")
+    with pytest.raises(RecipeError, match="3 images then, 4 now"):
+        mine.keep_data(mine.data, "b", 4)
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    other.keep_data(other.data, "b", 4)
+    with pytest.raises(RecipeError, match="4 images then, 3 now"):
+        list(take_phases(recipe, source, other))
+    assert not other.stage_one.exists()
 
 
 def test_an_unfinished_phase_is_not_taken(finished: RunFolder, tmp_path: Path) -> None:
