@@ -77,6 +77,8 @@ def _take_up(
     """Start the run or go on with it, in the first process alone: the machine it was started on."""
     folder.take_up(recipe, resume)
     started = folder.started_on(here)
+    for caution in recipe.cautions:
+        progress.console.log(caution)
     if taken_from is not None:
         for line in take_phases(recipe, RunFolder(taken_from), folder):
             progress.console.log(line)

@@ -68,11 +68,13 @@ class FolderTeacher(LatentTeacher):
     """A teacher that stands in a stock pipeline folder.
 
     v_finetune: training of it on the data, for a teacher that predicts the noise or the image, or whose schedule
-    the recipe changes; students predict v.
+    the recipe changes; students predict v. max_relative_error: of what it predicts on the data, at equal signal and
+    noise; one with more is refused. Who predicts nothing has 1.
     """
 
     folder: Path
     v_finetune: FinetuneSection | None = None
+    max_relative_error: float = Field(0.9, gt=0)
 
 
 class AutoencoderSection(Training):

@@ -43,6 +43,8 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
         console.print(f"latents: {each:.2g} MB an image of the data, in {data.cache}", highlight=False)
     if absent := _absent(plan.recipe):
         console.print(f"not there yet, and needed by the run: {', '.join(absent)}", style="yellow", highlight=False)
+    for caution in plan.recipe.cautions:
+        console.print(caution, style="yellow", highlight=False)
     if plan.disk_bytes > free:
         console.print(f"the disk of {out} is too small for this run", style="red")
     if measured:

@@ -30,7 +30,10 @@ from distill_jobs.sections import (
     StageTwoSection,
 )
 from engines.manifest import GuidanceRange
-from engines.schedule import ScheduleSpec
+from engines.schedule import NoiseSchedule, ScheduleSpec
+
+FEW_STEPS = 2
+"""Up to which students need a schedule that ends in pure noise."""
 
 
 class Recipe(Section):
@@ -227,6 +230,18 @@ class Recipe(Section):
         """The guidance that its students are for: the recipe's range, or the one of single-guidance students."""
         only = self.stage_two.guidance
         return GuidanceRange(min=only, max=only, default=only) if isinstance(only, float) else self.guidance
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What a user may mean, but seldom does."""
+        drawing = (*self.export.students, *(self.consistency.students if self.consistency else ()))
+        if min(drawing) > FEW_STEPS or NoiseSchedule(self.schedule).zero_terminal_snr:
+            return ()
+        return (
+            f"the schedule leaves some of the image at its end, and students of {FEW_STEPS} steps and fewer start "
+            "where training never was; set schedule.rescale_zero_terminal_snr, with teacher.v_finetune for a folder's "
+            "teacher",
+        )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -23,8 +23,9 @@ WITHOUT_EFFECT = {"name", "evaluation", "export", "checkpoint_every", "log_every
 GATE_LIMIT = "stage_one.max_relative_error"
 """Nor does any depend on this one: it only says whether the job goes on."""
 
-SAID_OR_KEPT = ("data.licence", "data.cache", "teacher.licence")
-"""Nor on these: what a bundle says of itself, and where latents are kept (they are found by what made them)."""
+SAID_OR_KEPT = ("data.licence", "data.cache", "teacher.licence", "teacher.max_relative_error")
+"""Nor on these: what a bundle says of itself, where latents are kept (they are found by what made them), and which
+folder is refused."""
 
 ROUNDING = {"accumulate", "gradient_checkpointing"}
 """Nor, but for rounding, on fields of these names: how a batch fits a device, as the number of processes is."""

@@ -19,7 +19,7 @@ from distill_jobs.objectives import Tables, both_ways, guided, stage_one_loss, t
 from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
 from distill_jobs.pipelines.folder import PipelineFolder
-from distill_jobs.pipelines.probe import PROBED_ROWS, contradiction, middle, prediction_errors
+from distill_jobs.pipelines.probe import PROBED_ROWS, contradiction, middle, prediction_errors, unfit
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.recipe_file import GATE_LIMIT
 from distill_jobs.sections import TeacherSection
@@ -51,7 +51,7 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
     teacher, folder = phases.teacher, phases.folder.teacher
     assert teacher is not None
     if not phases.processes.first((folder / "unet").is_dir):
-        _probe(phases, teacher)
+        _probe(phases, teacher, section.max_relative_error)
     if section.v_finetune is not None:
         if section.v_finetune.target == "teacher":
             _imitate(phases, section.v_finetune, teacher)
@@ -61,22 +61,27 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
         phases.write(folder, load_network(teacher))
 
 
-def _probe(phases: Phases, teacher: PipelineFolder) -> None:
+def _probe(phases: Phases, teacher: PipelineFolder, limit: float) -> None:
     """Hold what the folder says of its network against the network. Raises: TeacherError when it is another."""
     own = NoiseSchedule(teacher.schedule)
     rows = phases.noisy(Draws(phases.recipe.seed, "probe"), 0, PROBED_ROWS, torch.full((PROBED_ROWS,), middle(own)))
     network = phases.processes.frozen(load_network(teacher))
-    found = prediction_errors(network, Tables.of(own, phases.device), rows)
-    errors = phases.processes.first(lambda: found)
-    if not all(map(math.isfinite, errors.values())):
+    tables = Tables.of(own, phases.device)
+    found = [prediction_errors(network, tables, rows, prompted=prompted) for prompted in (True, False)]
+    errors, unprompted = phases.processes.first(lambda: found)
+    if not all(map(math.isfinite, (*errors.values(), *unprompted.values()))):
         raise teacher.wrong("its unet gives NaN or infinity on the data; its weights are damaged")
     if (instead := contradiction(teacher.prediction, errors)) is not None:
         raise teacher.wrong(
             f"scheduler: prediction_type is {teacher.prediction}, but on the data the unet gives {instead}: "
             f"relative errors {errors[teacher.prediction]:.2f} and {errors[instead]:.2f}; mend its config"
         )
+    both = errors[teacher.prediction], unprompted[teacher.prediction]
+    if (fault := unfit(*both, limit)) is not None:
+        raise teacher.wrong(fault)
     phases.say(
-        f"the teacher's relative error on the data, at equal signal and noise: {errors[teacher.prediction]:.2f}"
+        "the teacher's relative error on the data, at equal signal and noise, with prompts and without: "
+        f"{both[0]:.2f}, {both[1]:.2f}"
     )
 
 

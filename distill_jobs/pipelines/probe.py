@@ -25,10 +25,15 @@ def middle(schedule: NoiseSchedule) -> int:
 
 
 @torch.no_grad()
-def prediction_errors(network: nn.Module, own: Tables, rows: Noisy) -> dict[Prediction, float]:
-    """|output - quantity|² / |quantity|² for each that a network may predict. own: of its own schedule."""
+def prediction_errors(
+    network: nn.Module, own: Tables, rows: Noisy, *, prompted: bool = True
+) -> dict[Prediction, float]:
+    """|output - quantity|² / |quantity|² for each that a network may predict, with the rows' prompts or without.
+
+    own: of its own schedule.
+    """
     z_t, v = own.noisy(rows)
-    out = predict(network, z_t, rows.t, rows.condition, extra=rows.extra)
+    out = predict(network, z_t, rows.t, rows.condition if prompted else rows.null, extra=rows.extra)
     quantities: dict[Prediction, Tensor] = {"epsilon": rows.noise, "v_prediction": v, "sample": rows.x}
     return {name: float((out - true).square().sum() / true.square().sum()) for name, true in quantities.items()}
 
@@ -37,3 +42,18 @@ def contradiction(says: Prediction, errors: Mapping[Prediction, float]) -> Predi
     """What a network plainly predicts instead of what its config says, if so."""
     nearest = min(errors, key=lambda name: errors[name])
     return nearest if errors[nearest] <= SURE and errors[says] > PLAINLY * errors[nearest] else None
+
+
+def unfit(with_prompts: float, without: float, limit: float) -> str | None:
+    """What is wrong with a network of such errors, if anything."""
+    if not with_prompts <= limit:
+        return (
+            f"its unet's relative error on the data, at equal signal and noise, is {with_prompts:.2f}, and {limit:g} is "
+            "allowed (teacher.max_relative_error): data, scaling_factor or weights do not belong together"
+        )
+    if without > max(limit, PLAINLY * with_prompts):
+        return (
+            f"its unet's relative error on the data is {without:.2f} without prompts, and {with_prompts:.2f} with them: "
+            "it was not trained with prompts left out, so it cannot be guided"
+        )
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from distill_jobs.data.source import Condition
 from distill_jobs.objectives import Noisy, Tables, wide
 from distill_jobs.pipelines.conversion import NativeTeacher, as_v, imitation_loss
-from distill_jobs.pipelines.probe import contradiction, middle, prediction_errors
+from distill_jobs.pipelines.probe import contradiction, middle, prediction_errors, unfit
 from engines.sampler import Prediction
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
@@ -124,3 +126,27 @@ def test_a_network_that_cannot_tell_is_believed(prediction: Prediction) -> None:
     assert contradiction(prediction, errors) is None
     knows_nothing = prediction_errors(Trained(prediction, drawn, missed=1.0), Tables.of(OWN), drawn)
     assert contradiction(prediction, knows_nothing) is None
+
+
+def test_a_teacher_that_does_not_fit_its_data_or_cannot_be_guided_is_named() -> None:
+    assert unfit(0.2, 0.3, 0.9) is None
+    assert unfit(0.2, 0.85, 0.9) is None
+    assert "scaling_factor" in str(unfit(1.0, 1.0, 0.9))
+    assert "cannot be guided" in str(unfit(0.2, 1.5, 0.9))
+    assert unfit(20.0, 25.0, 100) is None
+    assert unfit(math.nan, 0.3, 0.9)
+
+
+def test_errors_without_prompts_are_asked_for_without_them() -> None:
+    class Prompted(nn.Module):
+        """Knows nothing of rows without a prompt, whose tokens are ones."""
+
+        def forward(self, z_t: Tensor, *told: Any, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+            (known,) = Trained("epsilon", drawn)(z_t)
+            return (torch.where(wide(encoder_hidden_states[:, 0, 0], z_t) > 0, torch.zeros_like(known), known),)
+
+    drawn = rows([middle(OWN)] * 64)
+    drawn = replace(drawn, null=Condition(torch.ones_like(drawn.condition.tokens)))
+    errors = [prediction_errors(Prompted(), Tables.of(OWN), drawn, prompted=told) for told in (True, False)]
+    assert errors[0]["epsilon"] < 0.1
+    assert errors[1]["epsilon"] == pytest.approx(1)

@@ -37,7 +37,11 @@ def latent_recipe(work: Path, teacher: Path, *, finetune: bool = True, **changes
         "data": {"kind": "image_folder", "path": str(work / "images"), "cache": str(work / "cache")},
         "guidance": {"min": 1, "max": 10, "default": 5},
         "schedule": {"rescale_zero_terminal_snr": True} if finetune else None,
-        "teacher": {"folder": str(teacher), "v_finetune": FINETUNE if finetune else None},
+        "teacher": {
+            "folder": str(teacher),
+            "v_finetune": FINETUNE if finetune else None,
+            "max_relative_error": 100,  # of weights that nobody trained
+        },
         "stage_one": {"updates": 2, "batch_size": 4, "max_relative_error": 10},
         "stage_two": {"batch_size": 4, "halvings": [{"steps": n, "updates": 1} for n in (4, 2, 1)]},
         "evaluation": {"samples": 20, "seeds": [1], "guidance_scales": [1, 5], "teacher_steps": 8},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -66,6 +67,27 @@ def test_a_plan_says_what_it_names_and_the_disk_has_not(monkeypatch: pytest.Monk
     assert f"{told}nowhere (data.path)\n" in page(folder, "data.path=nowhere")
     assert told not in page(folder, f"data.path={tmp_path}")
     assert told not in page(folder, shards)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "students", "cautioned"),
+    [
+        ("{kind: scaled_linear}", "[4, 2]", True),
+        ("{kind: scaled_linear}", "[8, 4]", False),
+        ("{kind: scaled_linear, rescale_zero_terminal_snr: true}", "[4, 2]", False),
+        ("{kind: cosine}", "[4, 2]", False),
+    ],
+)
+def test_a_plan_cautions_of_few_steps_from_a_start_that_was_never_trained(
+    schedule: str, students: str, cautioned: bool, tmp_path: Path
+) -> None:
+    recipe = read_recipe("digits", [*OVERRIDES, f"schedule={schedule}"])
+    export = recipe.export.model_copy(update={"students": yaml.safe_load(students)})
+    recipe = recipe.model_copy(update={"export": export})
+    console = Console(file=io.StringIO(), width=400)
+    print_plan(plan_of(recipe), None, tmp_path, console)
+    page = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("set schedule.rescale_zero_terminal_snr" in page) == cautioned
 
 
 def test_the_plan_counts_what_the_job_builds() -> None:
