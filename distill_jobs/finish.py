@@ -8,7 +8,7 @@ from distill_jobs.consistency import ConsistencyTables, consistency_loss
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.phases import Phases
 from distill_jobs.state import RowLoss
-from distill_jobs.student import load_stock
+from distill_jobs.student import Trained, load_stock
 
 
 def train_consistency(phases: Phases) -> None:
@@ -28,4 +28,5 @@ def train_consistency(phases: Phases) -> None:
         losses = consistency_loss(network, average, teacher, phases.tables, grid, rows, point, w, section.huber)
         return RowLoss(losses / (1 + w) ** section.w_power, w)
 
-    phases.train("consistency", section, lambda: load_stock(source), loss, folder, average)
+    trained = Trained.consistency(section.grid)
+    phases.train("consistency", section, lambda: load_stock(source), loss, folder, average, trained=trained)

@@ -27,7 +27,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sections import Training
 from distill_jobs.state import Loss, Phase
-from distill_jobs.student import load_stock, save_stock, with_weights
+from distill_jobs.student import Trained, load_stock, save_stock, with_weights
 from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
 
@@ -97,11 +97,13 @@ class Phases:
         folder: Path,
         average: nn.Module | None = None,
         save: Save | None = None,
+        trained: Trained | None = None,
     ) -> None:
         """Train the network that ``start`` makes into ``folder``, unless that stands already.
 
         average: a network of the same shape that holds the weight average while training, for ``loss`` to use.
         save: of a network that is no plain one, writes it into the folder and returns the plain one it amounts to.
+        trained: of a student, what for.
         """
         if self.stands(folder):
             return
@@ -109,7 +111,8 @@ class Phases:
         phase = Phase(name, training, network, Draws(self.recipe.seed, name), loss, average)
 
         def fill(staging: Path, weights: dict[str, Tensor]) -> None:
-            self._save(staging, with_weights(network, weights) if save is None else save(staging, network))
+            plain = with_weights(network, weights) if save is None else save(staging, network)
+            self._save(staging, plain, trained)
 
         train_into(folder, self.trainer, phase, fill)
 
@@ -121,16 +124,16 @@ class Phases:
         """The finished network in ``folder``, to be learned from."""
         return self.processes.frozen(load_stock(folder))
 
-    def write(self, folder: Path, network: UNet2DConditionModel) -> None:
-        """Keep a network that no training made, as a stock folder."""
-        self.processes.first(lambda: write_folder(folder, lambda staging: self._save(staging, network)))
+    def write(self, folder: Path, network: UNet2DConditionModel, trained: Trained | None = None) -> None:
+        """Keep a network that no training made, as a stock folder. trained: of a student, what for."""
+        self.processes.first(lambda: write_folder(folder, lambda staging: self._save(staging, network, trained)))
 
-    def _save(self, staging: Path, network: UNet2DConditionModel) -> None:
+    def _save(self, staging: Path, network: UNet2DConditionModel, trained: Trained | None) -> None:
         """A stock folder; a whole pipeline where the teacher was one.
 
         With the parts of the run's own teacher once that stands: another's may be on a disk that has no links here.
         """
-        save_stock(staging, network, self.schedule, self.recipe.clip)
+        save_stock(staging, network, self.schedule, self.recipe.clip, trained)
         if self.teacher is None:
             return
         own = self.folder.teacher

@@ -19,7 +19,7 @@ from distill_jobs.rollout import Rollout
 from distill_jobs.sections import ChainSection, Halving, StageTwoSection
 from distill_jobs.shared_weights import Grids
 from distill_jobs.state import RowLoss
-from distill_jobs.student import fold_grid, load_stock, takes_grid, told_its_grid
+from distill_jobs.student import Trained, fold_grid, load_stock, takes_grid, told_its_grid
 from engines.guidance import weight_from_scale
 from engines.schedule import NoiseSchedule
 
@@ -92,10 +92,11 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
         return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target), w)
 
     training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
+    trained = Trained(section.sampler, (n,)) if isinstance(section, StageTwoSection) else None
     if adapters is not None:
-        phases.train(name, training, adapters.start, loss, folder, save=adapters.save)
+        phases.train(name, training, adapters.start, loss, folder, save=adapters.save, trained=trained)
     else:
-        phases.train(name, training, lambda: load_stock(source), loss, folder)
+        phases.train(name, training, lambda: load_stock(source), loss, folder, trained=trained)
 
 
 def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, batch: int) -> Tensor:
@@ -120,7 +121,8 @@ def _share(phases: Phases) -> None:
         source = phases.folder.shared(halving.steps)
     for n in steps:
         if not phases.processes.first((phases.folder.student(n) / "unet").is_dir):
-            phases.write(phases.folder.student(n), fold_grid(load_stock(source), n))
+            trained = Trained(phases.recipe.stage_two.sampler, (n,))
+            phases.write(phases.folder.student(n), fold_grid(load_stock(source), n), trained)
 
 
 def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: Halving) -> None:

@@ -1,21 +1,28 @@
 """Networks: the stock UNet as teacher, and as student with the guidance weight as one more input.
 
-Everything is saved as stock diffusers folders (``unet/``, ``scheduler/``), so diffusers samples what we train.
+Everything is saved as stock diffusers folders (``unet/``, ``scheduler/``), so diffusers samples what we train. A
+student's also holds what it was trained for (``student.json``), and the scheduler that draws so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
+from distill_jobs import stochastic_scheduler
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError, RecipeError
+from distill_jobs.stochastic_scheduler import StochasticScheduler
+from engines.sampler import Sampler
 from engines.schedule import NoiseSchedule
 
 GUIDANCE_WIDTH = 256
@@ -26,7 +33,22 @@ _FREQUENCIES: tuple[float, ...] = tuple(
 """Numbers, not an expression, so that exported graphs hold these very ones: w·1000 shows their last bit."""
 LARGEST_FILE = "1TB"
 """Diffusers splits weights of 10 GB and more into several files, as SDXL's are in float32."""
+SCHEDULER_CODE = Path(stochastic_scheduler.__file__)
+"""The only scheduler of a student that diffusers does not have; its folder then has a copy of the file."""
 FIRST_WEIGHT, FIRST_BIAS = "time_embedding.linear_1.weight", "time_embedding.linear_1.bias"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a student was trained for: the sampler whose steps it takes, and in how many."""
+
+    sampler: Sampler
+    steps: tuple[int, ...]
+
+    @classmethod
+    def consistency(cls, grid: int) -> Trained:
+        """Of a consistency student: all step counts whose points are points of its grid, most first."""
+        return cls("consistency", tuple(n for n in range(grid, 0, -1) if grid % n == 0))
 
 
 def guidance_embedding(w: Tensor) -> Tensor:
@@ -161,18 +183,27 @@ def _timestep_cond(w: Tensor, grid: Tensor | None) -> Tensor:
     return guidance if grid is None else torch.cat([guidance, grid_embedding(grid)], dim=1)
 
 
-def stock_scheduler(schedule: NoiseSchedule, clip: float | None) -> DDIMScheduler:
-    """The diffusers scheduler that walks our grid with our coefficients."""
-    return DDIMScheduler(
-        num_train_timesteps=schedule.timesteps,
+def stock_scheduler(schedule: NoiseSchedule, clip: float | None, trained: Trained | None = None) -> SchedulerMixin:
+    """The diffusers scheduler that walks our grid with our coefficients.
+
+    trained: what a student was trained for; None for networks that are run with DDIM's steps in any number.
+    """
+    told = {
+        "num_train_timesteps": schedule.timesteps,
         **_stock_schedule(schedule),
-        timestep_spacing="trailing",
-        steps_offset=1,  # not read with this spacing; pipelines warn of any other
-        prediction_type="v_prediction",
-        set_alpha_to_one=True,
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
-    )
+        "timestep_spacing": "trailing",
+        "steps_offset": 1,  # not read with this spacing; pipelines warn of any other
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": True,
+        "clip_sample": clip is not None,
+        "clip_sample_range": clip or 1.0,
+    }
+    if trained is None or trained.sampler == "deterministic":
+        return DDIMScheduler(**told)
+    points = math.gcd(trained.steps[0], schedule.timesteps)  # LCMScheduler's must divide the table
+    if trained.sampler == "consistency" or trained.steps[0] == points == 2:  # in 2 steps both samplers are the same
+        return LCMScheduler(**told, original_inference_steps=points)
+    return StochasticScheduler(**told)
 
 
 def _stock_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -188,10 +219,24 @@ def _stock_schedule(schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
-def save_stock(folder: Path, unet: UNet2DConditionModel, schedule: NoiseSchedule, clip: float | None) -> None:
-    """Write a stock diffusers folder: unet/ (one safetensors file, however large) and scheduler/."""
+def save_stock(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    schedule: NoiseSchedule,
+    clip: float | None,
+    trained: Trained | None = None,
+) -> None:
+    """Write a stock diffusers folder: unet/ (one safetensors file, however large) and scheduler/.
+
+    trained: of a student, which is written to student.json.
+    """
     unet.save_pretrained(folder / "unet", safe_serialization=True, max_shard_size=LARGEST_FILE)
-    stock_scheduler(schedule, clip).save_pretrained(folder / "scheduler")
+    scheduler = stock_scheduler(schedule, clip, trained)
+    scheduler.save_pretrained(folder / "scheduler")
+    if isinstance(scheduler, StochasticScheduler):
+        shutil.copyfile(SCHEDULER_CODE, folder / "scheduler" / SCHEDULER_CODE.name)
+    if trained is not None:
+        (folder / "student.json").write_text(json.dumps(asdict(trained)) + "\n", encoding="utf-8")
 
 
 def load_stock(folder: Path) -> UNet2DConditionModel:

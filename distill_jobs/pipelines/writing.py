@@ -7,7 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from distill_jobs.pipelines.folder import PipelineFolder, files_read
+from distill_jobs.pipelines.folder import PipelineFolder, files_read, read_json
+from distill_jobs.student import SCHEDULER_CODE
 
 TRAINED = ("unet", "scheduler")
 
@@ -20,9 +21,15 @@ def complete(folder: Path, teacher: PipelineFolder) -> None:
     index = dict(teacher.index)
     for part in (name for name in teacher.parts if name not in TRAINED):
         _link(teacher.path / part, folder / part)
-    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    index["scheduler"] = _scheduler(folder / "scheduler")
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def _scheduler(part: Path) -> list[str]:
+    """Module and class of a written scheduler: diffusers' own, or the one whose code stands beside its config."""
+    module = SCHEDULER_CODE.stem if (part / SCHEDULER_CODE.name).is_file() else "diffusers"
+    return [module, str(read_json(part / "scheduler_config.json")["_class_name"])]
 
 
 def check_parts(teacher: PipelineFolder) -> None:

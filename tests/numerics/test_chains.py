@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.Fi
     assert {row.sampler for row in manifest.evaluation.rows} == samplers | {"deterministic"}  # the teacher's
     conditions = pipeline.condition([f"the digit {int(label)}" for label in LABELS])
     for contender in (c for c in contenders(run, recipe) if c.role == STUDENT):
+        told = json.loads((contender.folder / "student.json").read_text())
+        assert told["sampler"] == contender.sampler
+        assert contender.steps in told["steps"]
         student = pipeline.student(contender.steps, contender.sampler)
         rows = [pipeline.start(c, 3.0, s, student) for c, s in zip(conditions, SEEDS, strict=True)]
         while not rows[0].done:

@@ -12,7 +12,7 @@ from distill_jobs.classifier import save_classifier, split_digits, train_classif
 from distill_jobs.data.digits import Digits
 from distill_jobs.export import export_run
 from distill_jobs.recipe import Recipe
-from distill_jobs.student import new_teacher, save_stock, student_of
+from distill_jobs.student import Trained, new_teacher, save_stock, student_of
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from engines.schedule import NoiseSchedule
@@ -73,7 +73,8 @@ def write_tiny_run(folder: Path, recipe: Recipe) -> Path:
     save_stock(folder / "stage_one", tiny_student(1, recipe.unet), schedule, recipe.clip)
     for halving in recipe.stage_two.halvings:
         student = tiny_student(2 + halving.steps, recipe.unet)
-        save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip)
+        trained = Trained(recipe.stage_two.sampler, (halving.steps,))
+        save_stock(folder / "students" / f"d{halving.steps}", student, schedule, recipe.clip, trained)
     for n in recipe.encoder.steps if recipe.encoder else ():
         save_stock(folder / "encoders" / f"e{n}", tiny_student(100 + n, recipe.unet), schedule, recipe.clip)
     return folder

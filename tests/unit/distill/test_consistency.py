@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_a_killed_finish_ends_in_the_same_bytes(tmp_path: Path) -> None:
     quiet = Progress(disable=True)
     whole = run_job(read_recipe("digits", FINISH), tmp_path / "whole", resume=False, progress=quiet)
     assert set(training_seconds(whole)) == {"teacher", "stage_one", "d4", "consistency"}
+    told = json.loads((whole.consistency / "student.json").read_text())
+    assert told == {"sampler": "consistency", "steps": [4, 2, 1]}  # all that its grid allows, bundled or not
     out = tmp_path / "killed"
     shutil.copytree(whole.path, out)
     shutil.rmtree(out / "consistency")
