@@ -239,8 +239,7 @@ class Recipe(Section):
             return ()
         return (
             f"the schedule leaves some of the image at its end, and students of {FEW_STEPS} steps and fewer start "
-            "where training never was; set schedule.rescale_zero_terminal_snr, with teacher.v_finetune for a folder's "
-            "teacher",
+            "where training never was; set schedule.rescale_zero_terminal_snr, and teacher.v_finetune for a folder",
         )
 
     def to_yaml(self) -> str:
