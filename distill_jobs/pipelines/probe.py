@@ -49,12 +49,12 @@ def unfit(with_prompts: float, without: float, limit: float) -> str | None:
     what = "its unet's relative error on the data, at equal signal and noise, is"
     if not with_prompts <= limit:
         return (
-            f"{what} {with_prompts:.2f}, and {limit:g} is allowed (teacher.max_relative_error): data, scaling_factor or "
-            "weights do not belong together"
+            f"{what} {with_prompts:.2f}, and {limit:g} is allowed (teacher.max_relative_error): data, "
+            "scaling_factor or weights do not belong together"
         )
     if without > max(limit, PLAINLY * with_prompts):
         return (
-            f"{what} {without:.2f} without prompts, and {with_prompts:.2f} with them: it was not trained with prompts "
-            "left out, so it cannot be guided"
+            f"{what} {without:.2f} without prompts, and {with_prompts:.2f} with them: it was not trained with "
+            "prompts left out, so it cannot be guided"
         )
     return None
