@@ -13,8 +13,10 @@ from distill_jobs.student import guidance_embedding, load_stock, new_teacher, pr
 from engines.sampler import deterministic_step
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.tiny_recipe import OVERRIDES
+from tests.support.tiny_run import tiny_student
 
 B = 6
+WEIGHTS = torch.linspace(0, 4, B)
 
 
 @pytest.fixture(scope="module")
@@ -101,36 +103,33 @@ def test_teacher_loss_sees_the_null_condition_on_dropped_rows(
     assert not torch.allclose(mixed[0], none[0])
 
 
-@pytest.mark.parametrize("n", [32, 4, 1])
+@pytest.mark.parametrize(("n", "points"), [(32, (1, 2, 17, 32)), (4, (1, 2, 3, 4)), (1, (1,))])
 def test_one_step_with_the_target_lands_where_two_teacher_steps_do(
-    n: int, teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+    n: int, points: tuple[int, ...], schedule: NoiseSchedule, rows: Noisy
 ) -> None:
-    student, halving = student_of(teacher).eval(), HalvingTables.of(schedule, n)
-    point = torch.full((B,), n - 1)
-    t = halving.t[point]
-    grid = schedule.grid(2 * n)
-    first, second = (deterministic_step(schedule, grid[2 * n - i], grid[2 * n - i - 1]) for i in range(2))
-    whole = deterministic_step(schedule, grid[2 * n], grid[2 * n - 2])
-    with torch.no_grad():
-        here = Noisy(rows.x, rows.condition, rows.null, rows.noise, t)
-        w = torch.full((B,), 2.0)
-        middle, _ = first.apply(rows.noise, predict(student, rows.noise, t, rows.condition, w))
-        at_middle = torch.full((B,), first.target)
-        end, _ = second.apply(middle, predict(student, middle, at_middle, rows.condition, w))
-        target = two_step_target(student, halving, rows.noise, here, point, w)
-    landed, _ = whole.apply(rows.noise, target)
-    assert torch.allclose(landed, end, atol=2e-6)
+    """Each row at its own guidance, which the network answers to."""
+    student, halving, grid = tiny_student(0), HalvingTables.of(schedule, n), schedule.grid(2 * n)
+    for i in points:
+        point = torch.full((B,), i - 1)
+        t = halving.t[point]
+        first, second = (deterministic_step(schedule, grid[2 * i - k], grid[2 * i - k - 1]) for k in range(2))
+        with torch.no_grad():
+            here = Noisy(rows.x, rows.condition, rows.null, rows.noise, t)
+            middle, _ = first.apply(rows.noise, predict(student, rows.noise, t, rows.condition, WEIGHTS))
+            at_middle = torch.full((B,), first.target)
+            end, _ = second.apply(middle, predict(student, middle, at_middle, rows.condition, WEIGHTS))
+            target = two_step_target(student, halving, rows.noise, here, point, WEIGHTS)
+            other = two_step_target(student, halving, rows.noise, here, point, WEIGHTS.flip(0))
+        landed, _ = deterministic_step(schedule, grid[2 * i], grid[2 * i - 2]).apply(rows.noise, target)
+        assert torch.allclose(landed, end, atol=4e-6)
+        assert float((target - other).abs().max()) > 1e-3
 
 
 def test_a_stochastic_students_step_lands_where_two_teacher_steps_of_its_own_grid_do(
-    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+    schedule: NoiseSchedule, rows: Noisy
 ) -> None:
-    n, w = 4, torch.full((B,), 2.0)
-    student, halving, grid = (
-        student_of(teacher).eval(),
-        HalvingTables.of(schedule, 4, sampler="stochastic"),
-        schedule.grid(4),
-    )
+    n, w, grid = 4, WEIGHTS, schedule.grid(4)
+    student, halving = tiny_student(0), HalvingTables.of(schedule, n, sampler="stochastic")
     for i in range(2, n + 1):
         point = torch.full((B,), i - 1)
         here = Noisy(rows.x, rows.condition, rows.null, rows.noise, halving.t[point])
@@ -144,11 +143,9 @@ def test_a_stochastic_students_step_lands_where_two_teacher_steps_of_its_own_gri
         assert torch.allclose(landed, z, atol=2e-6)
 
 
-def test_a_stochastic_students_last_step_is_its_teachers(
-    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
-) -> None:
-    student, halving = student_of(teacher).eval(), HalvingTables.of(schedule, 4, sampler="stochastic")
-    point, w, t = torch.zeros(B, dtype=torch.long), torch.full((B,), 2.0), torch.full((B,), schedule.grid(4)[1])
+def test_a_stochastic_students_last_step_is_its_teachers(schedule: NoiseSchedule, rows: Noisy) -> None:
+    student, halving = tiny_student(0), HalvingTables.of(schedule, 4, sampler="stochastic")
+    point, w, t = torch.zeros(B, dtype=torch.long), WEIGHTS, torch.full((B,), schedule.grid(4)[1])
     here = Noisy(rows.x, rows.condition, rows.null, rows.noise, halving.t[point])
     assert torch.equal(here.t, t)
     with torch.no_grad():
