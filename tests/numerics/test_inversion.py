@@ -132,3 +132,13 @@ def test_an_encoder_must_beat_the_teacher_and_its_edits_must_agree(
 ) -> None:
     gates = task_gates({"inversion": (quality(TEACHER, 0.06, 1.0), quality(STUDENT, error, agreement))})
     assert [gate.passed for gate in gates] == passed
+
+
+def test_networks_that_see_masks_invert_images_that_are_hidden_as_a_whole(tmp_path: Path) -> None:
+    seeing = {"inpainting": {}, "unet": {**RECIPE.unet, "in_channels": 3}}
+    recipe = Recipe.model_validate(RECIPE.model_dump() | seeing)
+    run = write_tiny_run(tmp_path / "run", recipe)
+    (encoder,) = encoders(run, recipe)
+    for route in (teacher_route(run, recipe, 2), student_route(run, recipe, encoder)):
+        noise = route.noise(recipe, IMAGES, LABELS)
+        assert route.draw(recipe, noise, TARGETS, 2.0).shape == IMAGES.shape
