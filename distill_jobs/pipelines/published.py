@@ -25,7 +25,7 @@ import diffusers
 import numpy as np
 
 from distill_jobs.pipelines.checks import open_folder
-from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.folder import PipelineFolder, read_json
 from distill_jobs.student import GUIDANCE_WIDTH
 from engines.manifest import GuidanceRange
 from engines.sampler import Prediction, Sampler, SamplerPlan, plan_through
@@ -87,11 +87,15 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class Published:
-    """A published student that we can run. guided: its UNet takes the guidance weight."""
+    """A published student that we can run.
+
+    guided: its UNet takes the guidance weight; trained: its step counts, where it was made here and says them.
+    """
 
     folder: PipelineFolder
     scheduler: Scheduler
     guided: bool
+    trained: tuple[int, ...] = ()
 
     @property
     def initial_std(self) -> float:
@@ -111,6 +115,10 @@ class Published:
 
     def plans(self, steps: Sequence[int] | None) -> dict[int, SamplerPlan]:
         """By step count. Raises: TeacherError naming a step count that the model cannot be run at."""
+        if self.trained:
+            if off := sorted(set(steps or ()) - set(self.trained)):
+                raise self.folder.wrong(f"student.json: it was trained for {self.trained} steps, not for {off}")
+            return {n: self._plan(n) for n in steps or self.trained}
         if not steps and self.scheduler.sampler != "consistency":
             raise self.folder.wrong(
                 "nothing in it says which step counts it was trained for; give them: import --steps N"
@@ -166,7 +174,17 @@ def open_published(path: Path) -> Published:
         )
     if folder.extra_channels:
         raise folder.wrong("its unet sees a mask; such models cannot be imported")
-    return Published(folder, _scheduler(folder), guided=width is not None)
+    return Published(folder, _scheduler(folder), width is not None, _trained(folder))
+
+
+def _trained(folder: PipelineFolder) -> tuple[int, ...]:
+    """The step counts of a student that was made here, those that its scheduler can run; empty for others'."""
+    file = folder.path / "student.json"
+    if not file.is_file():
+        return ()
+    steps = read_json(file)["steps"]
+    points = folder.config("scheduler").get("original_inference_steps", steps[0])
+    return tuple(n for n in steps if points % n == 0)
 
 
 def _scheduler(folder: PipelineFolder) -> Scheduler:

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     SchedulerMixin,
 )
 from rich.progress import Progress
@@ -187,6 +188,18 @@ def test_what_would_be_another_sampler_is_refused_by_name(
     folder = with_scheduler(folders["sd"], tmp_path / "model", scheduler)
     with pytest.raises(TeacherError, match=message):
         open_published(folder).plans(steps)
+
+
+def test_a_student_made_here_is_run_in_the_steps_of_its_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    told = {**TRAILING, "clip_sample": False}
+    finish = with_scheduler(folders["sd"], tmp_path / "finish", LCMScheduler(**told, original_inference_steps=8))
+    (finish / "student.json").write_text('{"sampler": "consistency", "steps": [64, 32, 16, 8, 4, 2, 1]}')
+    assert list(open_published(finish).plans(None)) == [8, 4, 2, 1]
+    with pytest.raises(TeacherError, match=r"it was trained for \(8, 4, 2, 1\) steps, not for \[3, 5\]"):
+        open_published(finish).plans((4, 5, 3))
+    chain = with_scheduler(folders["sd"], tmp_path / "chain", DDIMScheduler(**tiny.SCHEDULER))
+    (chain / "student.json").write_text('{"sampler": "deterministic", "steps": [4]}')
+    assert list(open_published(chain).plans(None)) == [4]
 
 
 def test_weights_without_a_place_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
