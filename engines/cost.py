@@ -5,9 +5,10 @@ The batcher asks it which batch size to run; the bundle cannot say, for it depen
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from pydantic import ValidationError
 from engines.cache import EngineKey
 from engines.errors import BackendError
 from engines.manifest import Frozen
+
+_log = logging.getLogger(__name__)
+
+LONG_S = 2.0
+"""A call that takes this long keeps its processor busy by itself: more rows would bring nothing, and whoever comes
+or goes meanwhile would wait for all of them."""
 
 COST_FILE = "cost.json"
 MAX_COST_BYTES = 64 * 1024
@@ -26,6 +33,11 @@ class CostTable:
     """ms: by call (``engines.calls``), then by rung, the median time of one."""
 
     ms: Mapping[str, Mapping[int, float]]
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Ascending."""
+        return tuple(sorted(next(iter(self.ms.values()), {})))
 
     def step_ms(self, call: str, rung: int) -> float:
         """Milliseconds of one call with ``rung`` rows. Raises: KeyError when it was not measured."""
@@ -43,6 +55,24 @@ class CostTable:
         return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
 
 
+def climb(rungs: Sequence[int], column: Callable[[int], Mapping[str, float]]) -> CostTable:
+    """The costs of ascending rungs, up to the first at which a call takes ``LONG_S``: larger ones are not worth it.
+
+    column: milliseconds by call of one rung; asked from the smallest on, and passed through if it raises.
+    """
+    table: dict[str, dict[int, float]] = {}
+    for rung in rungs:
+        ms = column(rung)
+        for call in ms:
+            table.setdefault(call, {})[rung] = ms[call]
+        slowest = max(ms, key=lambda call: ms[call])
+        seconds = ms[slowest] / 1000
+        if seconds >= LONG_S and rung != rungs[-1]:
+            _log.warning("no call is given more rows than %d here: %s then takes %.1f s", rung, slowest, seconds)
+            break
+    return CostTable(table)
+
+
 class _Record(Frozen):
     """A cost file. The key stands in it in full, so a file that strayed in from elsewhere is recognised."""
 
@@ -56,14 +86,15 @@ class _Record(Frozen):
 
 
 def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path) -> CostTable | None:
-    """The kept table of these calls and rungs, or None where any of it is missing, foreign or damaged."""
-    table = {}
-    for call, key in keys.items():
-        record = _read(key.folder(cache_dir) / COST_FILE)
-        if record is None or not _fits(record, key, rungs):
-            return None
-        table[call] = {rung: record.ms[rung] for rung in rungs}
-    return CostTable(table)
+    """The kept table of these calls and ascending rungs, or None where any of it is missing, foreign or damaged.
+
+    Rungs that are not worth it (``climb``) need not be there.
+    """
+    records = {call: _read(key, cache_dir) for call, key in keys.items()}
+    try:
+        return climb(rungs, lambda rung: {call: ms[rung] for call, ms in records.items()})
+    except KeyError:
+        return None
 
 
 def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
@@ -80,16 +111,14 @@ def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path,
             raise BackendError(f"cannot keep costs in {folder}: {error}; choose another cache") from error
 
 
-def _read(file: Path) -> _Record | None:
+def _read(key: EngineKey, cache_dir: Path) -> dict[int, float]:
+    """Milliseconds by rung, of those that can be believed; none of a file that is missing, foreign or damaged."""
+    file = key.folder(cache_dir) / COST_FILE
     try:
         if file.stat().st_size > MAX_COST_BYTES:
-            return None
-        return _Record.model_validate_json(file.read_bytes())
+            return {}
+        record = _Record.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
-        return None
-
-
-def _fits(record: _Record, key: EngineKey, rungs: Sequence[int]) -> bool:
-    if EngineKey(record.graph_sha256, record.engine, record.machine, record.threads, record.size) != key:
-        return False
-    return all(rung in record.ms and math.isfinite(record.ms[rung]) and record.ms[rung] > 0 for rung in rungs)
+        return {}
+    ours = EngineKey(record.graph_sha256, record.engine, record.machine, record.threads, record.size) == key
+    return {rung: ms for rung, ms in record.ms.items() if ours and math.isfinite(ms) and ms > 0}

@@ -7,32 +7,40 @@ import time
 from collections.abc import Callable
 
 from engines.calls import Call, calls
-from engines.cost import CostTable
+from engines.cost import CostTable, climb
 from engines.examples import example_inputs
 from engines.pipeline import Pipeline
 
 Progress = Callable[[str, int], None]
 """Told the call and batch size about to be measured."""
 
+REPEAT_S = 1.0
+"""A call that takes longer is repeated less often: its time varies less, and starting should not take all day."""
+
 
 def measure_costs(pipeline: Pipeline, repeats: int = 5, progress: Progress | None = None) -> CostTable:
-    """Median of ``repeats`` calls of every graph at every size and rung, after one to warm up."""
-    table: dict[str, dict[int, float]] = {}
-    for call in calls(pipeline.manifest):
-        costs = table.setdefault(str(call), {})
-        for rung in pipeline.rungs:
+    """Median of every graph at every size and rung that is worth it (``climb``), after one call to warm up.
+
+    repeats: calls each, as far as they fit in ``repeats`` times ``REPEAT_S``; one at least.
+    """
+
+    def column(rung: int) -> dict[str, float]:
+        ms = {}
+        for call in calls(pipeline.manifest):
             if progress is not None:
                 progress(str(call), rung)
-            costs[rung] = _median_ms(pipeline, call, rung, repeats)
-    return CostTable(table)
+            ms[str(call)] = _median_ms(pipeline, call, rung, repeats)
+        return ms
+
+    return climb(pipeline.rungs, column)
 
 
 def _median_ms(pipeline: Pipeline, call: Call, rung: int, repeats: int) -> float:
     engine = pipeline.engine(call.graph)
     inputs = example_inputs(pipeline.manifest, pipeline.tokenizer, call.graph, rung, size=call.size)
     engine.run(inputs)
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < repeats and sum(times) < repeats * REPEAT_S:
         started = time.perf_counter()
         engine.run(inputs)
         times.append(time.perf_counter() - started)

@@ -33,7 +33,7 @@ def open_pipeline(
     rungs: Sequence[int] = RUNGS,
     warm: bool = True,
 ) -> Pipeline:
-    """Verify a bundle, load all its graphs on a backend, and run every rung once.
+    """Verify a bundle, load all its graphs on a backend, and run every rung that is worth it (``know_costs``).
 
     threads: worker threads of one run, 0 for one per core. cache_dir: folder for compiled models and measured
     costs, or None to keep neither. rungs: batch sizes to be ready for; a batch is padded up to the next.
@@ -45,7 +45,6 @@ def open_pipeline(
         bundle, backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
     )
     if warm:
-        pipeline.warm()
         know_costs(pipeline, backend, precision, threads, cache_dir)
     return pipeline
 
@@ -79,14 +78,16 @@ def build_engines(
     cache_dir: Path,
     rungs: Sequence[int] = RUNGS,
 ) -> None:
-    """Compile every graph of a bundle for every rung into the cache, and measure nothing.
+    """Compile every graph of a bundle into the cache for the rungs that are worth it, and keep no costs.
+
+    What a call takes beside others' work is good for no more than to tell a long one.
 
     Raises: BundleError, BackendError.
     """
     pipeline = load_pipeline(
         verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
     )
-    pipeline.warm()
+    measure_costs(pipeline, repeats=1)
     pipeline.close()
 
 
@@ -101,14 +102,18 @@ def know_costs(
     again: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Give a pipeline its cost table: the kept one, or a fresh measurement that is then kept.
+    """Warm a pipeline and give it its cost table: the kept one, or a fresh measurement that is then kept.
 
     again: measure even where a table is kept, to keep this one. Raises: BackendError where it then cannot be kept.
     """
     bundle = pipeline.bundle
     kept = None if again else kept_costs(bundle, backend, precision, threads, cache_dir, pipeline.rungs)
-    pipeline.costs = kept or measure_costs(pipeline, repeats, progress)
-    if kept is not None or cache_dir is None:
+    if kept is not None:
+        pipeline.costs = kept
+        pipeline.warm()
+        return
+    pipeline.costs = measure_costs(pipeline, repeats, progress)
+    if cache_dir is None:
         return
     try:
         save_costs(pipeline.costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)

@@ -52,13 +52,13 @@ from engines.sampler import Sampler
 class Pipeline:
     """All graphs of a verified bundle on loaded engines.
 
-    rungs: the ladder of batch sizes that were warmed; a batch is padded up to the next rung. costs: what a call
-    takes at each rung, once measured (``engines.open``).
+    rungs: the ladder of batch sizes to be ready for; a batch is padded up to the next. costs: what a call takes at
+    each rung, once measured (``engines.open``); rungs that were not worth measuring (``engines.cost``) are not run.
     """
 
     def __init__(self, bundle: Bundle, load: Callable[[str], EngineBackend], rungs: Sequence[int] = RUNGS) -> None:
         self.bundle = bundle
-        self.rungs = tuple(sorted(rungs))
+        self._rungs = tuple(sorted(rungs))
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.costs: CostTable | None = None
         self._engines = {name: load(name) for name in self.manifest.graphs}
@@ -67,6 +67,11 @@ class Pipeline:
     @property
     def manifest(self) -> BundleManifest:
         return self.bundle.manifest
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Batch sizes that calls are padded to, ascending."""
+        return self._rungs if self.costs is None else self.costs.rungs
 
     @property
     def engine_name(self) -> str:

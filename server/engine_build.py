@@ -23,7 +23,7 @@ from server.settings import Settings
 
 NICENESS = 10
 COMMAND = (sys.executable, "-m", "server.engine_build")
-TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "cache_dir", "log_level"}
+TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "rungs", "cache_dir", "log_level"}
 
 
 async def build(settings: Settings, command: Sequence[str] = COMMAND) -> None:
@@ -80,6 +80,7 @@ def _build(settings: Settings) -> None:
             precision=settings.precision,
             threads=settings.threads,
             cache_dir=cache_dir,
+            rungs=settings.rungs,
         )
 
 

@@ -30,7 +30,7 @@ from server.work import Crashed, Died, Event, Failed, Late, Made
 START_S = 900.0
 """Most time to load and measure the models."""
 
-TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "cache_dir", "hang_s", "log_level"}
+TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "rungs", "cache_dir", "hang_s", "log_level"}
 """Settings the process is told: what it loads and how it runs, and no secret."""
 
 LOOK_S = 0.1

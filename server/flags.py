@@ -23,6 +23,8 @@ def _option(field: str, *flags: str) -> Any:
     default = info.default
     if field == "bundles":
         default = DEFAULT_NAME
+    if field == "rungs":
+        default = ",".join(map(str, default))
     # In brackets the name would be markup.
     text = f"{_first_sentence(info.description or '')} (env HALFSTEP_{field.upper()})"
     return typer.Option(*flags, help=text, show_default=str(default))
@@ -35,6 +37,7 @@ Backend = Annotated[str | None, _option("backend", "--backend")]
 StartBackend = Annotated[str | None, _option("start_backend", "--start-backend")]
 Precision = Annotated[str | None, _option("precision", "--precision")]
 Threads = Annotated[int | None, _option("threads", "--threads")]
+Rungs = Annotated[str | None, _option("rungs", "--rungs")]
 CacheDir = Annotated[Path | None, _option("cache_dir", "--cache-dir")]
 MaxQueue = Annotated[float | None, _option("max_queue_s", "--max-queue-s")]
 DrainTimeout = Annotated[float | None, _option("drain_timeout_s", "--drain-timeout-s")]

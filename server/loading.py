@@ -56,6 +56,7 @@ def load_pipelines(settings: Settings, known: Mapping[str, Offer] | None = None)
             precision=settings.precision,
             threads=settings.threads,
             cache_dir=cache_dir,
+            rungs=settings.rungs,
             warm=not known,
         )
         name = pipeline.manifest.name

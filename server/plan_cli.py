@@ -83,6 +83,7 @@ def plan(
     backend: flags.Backend = None,
     precision: flags.Precision = None,
     threads: flags.Threads = None,
+    rungs: flags.Rungs = None,
     cache_dir: flags.CacheDir = None,
 ) -> None:
     """How many workers this load needs: the server's own batching on a virtual clock. The last line is JSON.
@@ -98,6 +99,7 @@ def plan(
             backend=backend,
             precision=precision,
             threads=threads,
+            rungs=rungs,
         )
         mix = Mix(
             tasks=_shares("--task", task, _task),

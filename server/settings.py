@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from engines.backends.base import RUNGS
 from engines.cache import DEFAULT_CACHE
 from server.auth import check_rate
 from server.jobs import HEARTBEAT_S
@@ -63,6 +64,13 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="CPU threads of one engine run; 0 takes one per core, of those a CPU limit allows",
+    )
+    rungs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], NoDecode] = Field(
+        RUNGS,
+        min_length=1,
+        description="batch sizes an engine is made ready for, ascending from 1. See [costs and batch sizes]"
+        "(engines.md#costs-and-batch-sizes); `python -m engines build` needs the same. Those beyond the first that "
+        "holds `max_rows` bring nothing.",
     )
     cache_dir: Path | None = Field(
         DEFAULT_CACHE,
@@ -196,6 +204,13 @@ class Settings(BaseSettings):
         "[traces](serving.md#traces).",
     )
 
+    @field_validator("rungs")
+    @classmethod
+    def _climb_from_1(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value != tuple(sorted({1, *value})):
+            raise ValueError("batch sizes are ascending, begin with 1 and differ, such as 1,2,4")
+        return value
+
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
@@ -239,7 +254,7 @@ class Settings(BaseSettings):
     def _is_a_rate(cls, value: str | None) -> str | None:
         return None if value is None else check_rate(value)
 
-    @field_validator("trusted_proxies", "cors_origins", "webhook_allow", mode="before")
+    @field_validator("rungs", "trusted_proxies", "cors_origins", "webhook_allow", mode="before")
     @classmethod
     def _split_words(cls, value: Any) -> Any:
         """From the environment: words with commas between them."""

@@ -96,6 +96,8 @@ def _default(name: str) -> str:
         return "none"
     if default in ("", ()):
         return "empty"
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
     text = default.as_posix() if isinstance(default, Path) else str(default)
     return f"`{text.lower() if isinstance(default, bool) else text}`"
 

@@ -35,7 +35,10 @@ def answer(
     forecasts = [planner.forecast(question.workers)] if question.workers else planner.search(told)
     return Plan(
         command=command,
-        models={m.bundle.manifest.name: PlannedModel(engine=m.engine, costs=m.source) for m in models},
+        models={
+            m.bundle.manifest.name: PlannedModel(engine=m.engine, costs=m.source, rungs=m.costs.rungs)
+            for m in models
+        },
         rate=question.rate,
         images_per_s=load.images_per_s,
         p99_s=question.p99_s,

@@ -16,10 +16,11 @@ LEFT_OUT = (
 
 
 class PlannedModel(Frozen):
-    """engine: as costs were measured on it; costs: where they come from."""
+    """engine: as costs were measured on it; costs: where they come from; rungs: batch sizes of its calls."""
 
     engine: str
     costs: str
+    rungs: tuple[int, ...]
 
 
 class Plan(Frozen):

@@ -15,7 +15,7 @@ from engines.backends.load import engine_key
 from engines.bench import BenchResult
 from engines.bundle import Bundle, verify_bundle
 from engines.calls import calls
-from engines.cost import CostTable
+from engines.cost import CostTable, climb
 from engines.open import kept_costs, open_pipeline
 from server.capacity.question import PlanError
 from server.capacity.traffic import Kind
@@ -43,7 +43,9 @@ def costed(settings: Settings, files: Sequence[Path]) -> list[Costed]:
     """
     results = [(file, _read(file)) for file in files]
     bundles = [verify_bundle(trusted(path, settings)) for path in settings.bundles]
-    return [_of_file(bundle, results) if results else _of_this_machine(bundle, settings) for bundle in bundles]
+    if results:
+        return [_of_file(bundle, results, settings.rungs) for bundle in bundles]
+    return [_of_this_machine(bundle, settings) for bundle in bundles]
 
 
 def file_ms(kinds: Sequence[Kind]) -> float:
@@ -68,26 +70,44 @@ def _read(file: Path) -> BenchResult:
         raise PlanError(f"The last line of {file} is not what python -m engines bench prints.") from None
 
 
-def _of_file(bundle: Bundle, results: Sequence[tuple[Path, BenchResult]]) -> Costed:
+def _of_file(bundle: Bundle, results: Sequence[tuple[Path, BenchResult]], rungs: Sequence[int]) -> Costed:
+    """At the rungs that a worker with the same settings would run."""
     name = bundle.manifest.name
     for file, result in results:
         if result.bundle == name:
             missing = [str(call) for call in calls(bundle.manifest) if str(call) not in result.ms]
             if missing:
                 raise PlanError(f"{file} has no costs of the graph {missing[0]}; bench the bundle again.")
-            return Costed(bundle, CostTable(result.ms), result.engine, f"{file}, on {result.machine}")
+            return Costed(bundle, _at(rungs, result, file), result.engine, f"{file}, on {result.machine}")
     known = ", ".join(result.bundle for _, result in results)
     raise PlanError(f"No --cost file is of the model {name}; there is {known}.")
+
+
+def _at(rungs: Sequence[int], result: BenchResult, file: Path) -> CostTable:
+    try:
+        return climb(rungs, lambda rung: {call: ms[rung] for call, ms in result.ms.items()})
+    except KeyError as missing:
+        raise PlanError(
+            f"{file} has no costs of {missing} rows: bench with --rungs {','.join(map(str, rungs))}, or give this "
+            "plan and the workers the --rungs of the bench."
+        ) from None
 
 
 def _of_this_machine(bundle: Bundle, settings: Settings) -> Costed:
     """Kept ones, else measured now, as a worker does when it starts."""
     backend, precision, threads = settings.backend, settings.precision, settings.threads
     cache_dir = usable_cache(settings.cache_dir)
-    costs = kept_costs(bundle, backend, precision, threads, cache_dir)
+    costs = kept_costs(bundle, backend, precision, threads, cache_dir, settings.rungs)
     source = f"kept in {cache_dir}"
     if costs is None:
-        pipeline = open_pipeline(bundle.path, backend, precision=precision, threads=threads, cache_dir=cache_dir)
+        pipeline = open_pipeline(
+            bundle.path,
+            backend,
+            precision=precision,
+            threads=threads,
+            cache_dir=cache_dir,
+            rungs=settings.rungs,
+        )
         costs, source = pipeline.costs, "measured now"
         pipeline.close()
     assert costs is not None  # of a warm pipeline

@@ -6,17 +6,23 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from engines.backends.base import Rows
 from engines.backends.load import engine_key
 from engines.bundle import Bundle
 from engines.cache import EngineKey
-from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, load_costs, save_costs
+from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, climb, load_costs, save_costs
 from engines.errors import BackendError
+from engines.measure import measure_costs
 from engines.open import know_costs, open_pipeline
+from server.engine_around import EngineAround
 
 KEY = EngineKey(graph_sha256="a" * 64, engine="openvino 1.2 float32", machine="a CPU, 2 cores", threads=0)
 TABLE = CostTable({"step": {1: 5.0, 2: 6.0, 4: 8.5}})
@@ -103,6 +109,59 @@ def test_a_file_that_is_no_record_is_not_believed(tmp_path: Path, content: bytes
 def test_a_missing_rung_means_measuring_again(tmp_path: Path) -> None:
     save_costs(TABLE, {"step": KEY}, tmp_path, repeats=3)
     assert load_costs({"step": KEY}, (1, 2, 8), tmp_path) is None
+
+
+def test_rungs_beyond_a_long_call_are_neither_asked_for_nor_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ms = {"step": {1: 500.0, 2: 900.0, 4: 1700.0}, "decode": {1: 1100.0, 2: 2000.0, 4: 4000.0}}
+    asked = []
+
+    def column(rung: int) -> dict[str, float]:
+        asked.append(rung)
+        return {call: row[rung] for call, row in ms.items()}
+
+    table = climb(RUNGS, column)
+    assert asked == [1, 2]
+    assert table.rungs == (1, 2)
+    assert "no call is given more rows than 2 here: decode then takes 2.0 s" in caplog.text
+    keys = {call: replace(KEY, graph_sha256=call) for call in ms}
+    save_costs(table, keys, tmp_path, repeats=3)
+    assert load_costs(keys, (1, 2, 4, 8), tmp_path) == table
+    assert load_costs(keys, (1,), tmp_path) == CostTable({"step": {1: 500.0}, "decode": {1: 1100.0}})
+
+
+def test_a_model_of_long_calls_runs_the_smallest_rung_alone(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.cost.LONG_S", 0.0)
+    for _ in ("measured", "kept"):
+        pipeline = open_pipeline(toy.path, "openvino", cache_dir=tmp_path)
+        assert pipeline.rungs == (1,)
+        assert pipeline.max_rows == 1
+        assert len(list(tmp_path.glob("*/models/*.blob"))) == len(toy.manifest.graphs)
+        pipeline.close()
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.1, 4), (1.0, 4), (1.5, 3), (40.0, 2)])
+def test_a_long_call_is_timed_less_often(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch, seconds: float, calls: int
+) -> None:
+    """3 repeats after one to warm up, as long as 3 s are not over."""
+    now, runs = 0.0, 0
+
+    class Timed(EngineAround):
+        def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+            nonlocal now, runs
+            now, runs = now + seconds, runs + 1
+            return {}
+
+    pipeline = open_pipeline(toy.path, "onnxruntime", rungs=(1,), warm=False)
+    pipeline.wrap_engines(lambda _, engine: Timed(engine))
+    monkeypatch.setattr("engines.measure.time", SimpleNamespace(perf_counter=lambda: now))
+    costs = measure_costs(pipeline, repeats=3)
+    assert runs == calls * len(toy.manifest.graphs)
+    assert all(row == {1: pytest.approx(1000 * seconds)} for row in costs.ms.values())
 
 
 def test_opening_measures_once_then_takes_the_kept_table(toy: Bundle, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.errors import BackendError
+from server.loading import load_pipelines
+from server.settings import Settings
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06")
 RTX = Device("NVIDIA GeForce RTX 4090", (8, 9), "580.65.06")
@@ -215,6 +217,19 @@ def test_an_engine_of_another_gpu_is_built_again_and_never_run(
     kept_plan(toy, tmp_path).write_bytes(theirs.read_bytes())
     start(toy, tmp_path)
     assert gpu.loaded == [b"plan 1", b"plan 2"]
+
+
+def test_a_server_loads_the_plans_that_were_built_for_its_rungs(toy: Bundle, tmp_path: Path, gpu: FakeRun) -> None:
+    words = ["build", str(toy.path), "--backend", "tensorrt", "--rungs", "1,2", "--repeats", "1"]
+    assert CliRunner().invoke(app, [*words, "--cache", str(tmp_path)]).exit_code == 0
+    built, costs = list(gpu.loaded), {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/cost.json")}
+    assert len(built) == len(costs) == len(toy.manifest.graphs)
+    settings = Settings(bundles=(toy.path,), backend="tensorrt", rungs=(1, 2), cache_dir=tmp_path)
+    load_pipelines(settings)
+    assert gpu.loaded == built + built
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/cost.json")} == costs
+    load_pipelines(settings.model_copy(update={"rungs": (1,)}))
+    assert set(gpu.loaded[2 * len(built) :]).isdisjoint(built)
 
 
 def test_without_a_cache_nothing_is_kept(toy: Bundle, gpu: FakeRun) -> None:

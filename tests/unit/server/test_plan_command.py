@@ -15,7 +15,7 @@ from tests.support.planned import bench_file
 
 
 def plan(bundle: Path, cost: Path, *args: str, **given: str) -> Result:
-    flags = {"--rate": "100", "--p99": "0.2", "--requests": "1000", "--file-ms": "1", **given}
+    flags = {"--rate": "100", "--p99": "0.2", "--requests": "1000", "--file-ms": "1", "--rungs": "1,2,4", **given}
     words = ["plan", "--bundle", str(bundle), "--cost", str(cost), *(w for pair in flags.items() for w in pair)]
     return CliRunner().invoke(app, [*words, *args], env={"COLUMNS": "200"})
 
@@ -76,10 +76,17 @@ def test_settings_of_the_server_bear_on_it(toy_bundle: Path, cost: Path, monkeyp
     assert made["workers"] is None
 
 
+def test_it_plans_for_the_rungs_of_the_workers(toy_bundle: Path, cost: Path) -> None:
+    few, most = (parsed(plan(toy_bundle, cost, **{"--rungs": rungs})) for rungs in ("1,2", "1,2,4"))
+    assert few["models"]["toy-digits"]["rungs"] == [1, 2]
+    assert few["workers"] > most["workers"]
+
+
 WRONG = [
     ({"--rate": "0"}, "--rate must be above 0"),
     ({"--p99": "nan"}, "--p99 must be above 0"),
     ({"--p99": "0.001"}, "even alone"),
+    ({"--rungs": "1,2,8"}, "has no costs of 8 rows: bench with --rungs 1,2,8, or give this plan and the workers"),
     ({"--task": "paint"}, "--task 'paint' is no list"),
     ({"--steps": "4=0"}, "--steps '4=0' is no list"),
     ({"--steps": "4,4"}, "--steps '4,4' is no list"),
@@ -112,7 +119,7 @@ def test_costs_of_another_model_or_no_bench_are_refused(toy_bundle: Path, poison
 
 def test_without_a_file_this_machine_is_measured_once_and_then_remembered(toy_bundle: Path, tmp_path: Path) -> None:
     words = ["plan", "--bundle", str(toy_bundle), "--rate", "1", "--p99", "100", "--requests", "100"]
-    words += ["--cache-dir", str(tmp_path), "--backend", "onnxruntime"]
+    words += ["--cache-dir", str(tmp_path), "--backend", "onnxruntime", "--rungs", "1,2"]
     sources = [
         parsed(CliRunner().invoke(app, words, env={"COLUMNS": "200"}))["models"]["toy-digits"]["costs"]
         for _ in range(2)

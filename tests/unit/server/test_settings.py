@@ -11,8 +11,10 @@ import typer
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
+from engines.backends.base import RUNGS
 from engines.cache import DEFAULT_CACHE
 from server.cli import app
+from server.flags import read_settings
 from server.loading import usable_cache
 from server.settings import Settings
 
@@ -36,6 +38,12 @@ WRONG = [
     ("HALFSTEP_BUNDLES", ""),
     ("HALFSTEP_PORT", "many"),
     ("HALFSTEP_BACKEND", "cuda"),
+    ("HALFSTEP_RUNGS", ""),
+    ("HALFSTEP_RUNGS", "1,two"),
+    ("HALFSTEP_RUNGS", "0,1"),
+    ("HALFSTEP_RUNGS", "2,4"),
+    ("HALFSTEP_RUNGS", "1,4,2"),
+    ("HALFSTEP_RUNGS", "1,2,2"),
 ]
 
 
@@ -46,6 +54,13 @@ def test_a_wrong_setting_is_one_sentence(variable: str, value: str) -> None:
     assert variable in ended.output
     assert ended.output.count("\n") == 1
     assert isinstance(ended.exception, SystemExit)
+
+
+def test_rungs_are_batch_sizes_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().rungs == RUNGS
+    monkeypatch.setenv("HALFSTEP_RUNGS", "1, 2,4")
+    assert Settings().rungs == (1, 2, 4)
+    assert read_settings(rungs="1,8").rungs == (1, 8)
 
 
 def test_the_cache_is_the_one_the_engines_command_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
