@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,10 +106,12 @@ def build(
     sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
     folder = open_cache(cache)
-    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
-    with _progress("measuring") as report:
-        know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
-    _print_costs(pipeline)
+    with closing(
+        load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
+    ) as pipeline:
+        with _progress("measuring") as report:
+            know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
+        _print_costs(pipeline)
     _out.print(f"kept in {folder}", soft_wrap=True)
 
 
@@ -144,13 +146,15 @@ def bench_command(
     """Time every graph at every batch size, also against the engine's matrix product. The last line is JSON."""
     sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
-    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
-    with _progress("timing") as report:
-        report("products, for the ceiling", 1)
-        ceiling = matmul_ceiling(backend, precision, threads, repeats)
-        machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
-        result = bench(pipeline, ceiling, repeats, threads, machine, command, report)
-    _print_costs(pipeline)
+    with closing(
+        load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
+    ) as pipeline:
+        with _progress("timing") as report:
+            report("products, for the ceiling", 1)
+            ceiling = matmul_ceiling(backend, precision, threads, repeats)
+            machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
+            result = bench(pipeline, ceiling, repeats, threads, machine, command, report)
+        _print_costs(pipeline)
     _out.print(fraction_table(result))
     _out.print(throughput_table(result))
     typer.echo(result.model_dump_json())

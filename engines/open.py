@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,11 +84,12 @@ def build_engines(
 
     Raises: BundleError, BackendError.
     """
-    pipeline = load_pipeline(
-        verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
-    )
-    pipeline.warm()
-    pipeline.close()
+    with closing(
+        load_pipeline(
+            verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
+        )
+    ) as pipeline:
+        pipeline.warm()
 
 
 def know_costs(

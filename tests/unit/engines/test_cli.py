@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
+from engines.backends.base import Rows
+from engines.backends.onnxruntime import OnnxRuntimeBackend
 from engines.bench import BenchResult, Throughput
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.compare import Difference
 from engines.cost import COST_FILE
+from engines.errors import BackendError
 from engines.tables import throughput_table
 
 FAST = ["--rungs", "1,2", "--repeats", "1"]
@@ -75,6 +80,35 @@ def test_build_into_a_cache_that_cannot_be_written_is_refused_at_once(
     [sentence] = result.stderr.splitlines()
     assert sentence.startswith(f"error: nothing can be kept in {tmp_path}/file/cache: ")
     assert sentence.endswith("; choose another cache")
+
+
+@pytest.mark.parametrize("command", ["build", "bench"])
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+def test_commands_close_the_pipeline_however_they_end(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fails: bool
+) -> None:
+    class Watched(OnnxRuntimeBackend):
+        open_now = 0
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            Watched.open_now += 1
+
+        def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+            if fails:
+                raise BackendError("out of memory")
+            return super().run(rows)
+
+        def close(self) -> None:
+            super().close()
+            Watched.open_now -= 1
+
+    monkeypatch.setattr("engines.backends.onnxruntime.OnnxRuntimeBackend", Watched)
+    monkeypatch.setattr("engines.cli.matmul_ceiling", lambda *_: 1.0)
+    where = ["--cache", tmp_path] if command == "build" else []
+    result = run(command, toy.path, "--backend", "onnxruntime", *where, *FAST)
+    assert result.exit_code == int(fails), result.output
+    assert Watched.open_now == 0
 
 
 def test_bench_ends_with_one_json_line(toy: Bundle) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.errors import BackendError
+from tests.support.step_rows import step_spec
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06")
 RTX = Device("NVIDIA GeForce RTX 4090", (8, 9), "580.65.06")
@@ -230,6 +233,22 @@ def test_a_closed_engine_says_so(toy: Bundle, gpu: FakeRun) -> None:
     engine.close()
     with pytest.raises(BackendError, match="load it again"):
         engine.run({})
+
+
+def test_a_closed_plan_gives_its_scratch_memory_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from engines.backends import tensorrt_run
+
+    scratch = [torch.empty(64, dtype=torch.uint8)]
+    kept = weakref.ref(scratch[0])
+    monkeypatch.setattr(tensorrt_run, "torch", SimpleNamespace(empty=lambda *_, **__: scratch.pop(), uint8=None))
+    monkeypatch.setattr(tensorrt_run, "Ladder", partial(tensorrt_run.Ladder, device="cpu"))
+    engine = SimpleNamespace(device_memory_size_v2=64)
+    plan = tensorrt_run.LoadedPlan(fake_library(), None, engine, step_spec(Path("step.onnx")), (1,), (), None)
+    assert kept() is not None
+    plan.close()
+    assert kept() is None
 
 
 def test_importing_the_backend_imports_no_torch() -> None:
