@@ -20,6 +20,7 @@ from engines.bundle import verify_bundle
 from engines.cache import DEFAULT_CACHE, open_cache
 from engines.ceiling import matmul_ceiling
 from engines.compare import compare_backends
+from engines.device_memory import DeviceMemory
 from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
@@ -144,16 +145,17 @@ def bench_command(
     repeats: RepeatsOption = 7,
 ) -> None:
     """Time every graph at every batch size, also against the engine's matrix product. The last line is JSON."""
-    sizes = _rungs(rungs)
+    sizes, chosen = _rungs(rungs), choose_backend(backend)
     verified = verify_bundle(bundle)
+    memory = DeviceMemory(chosen)
     with closing(
-        load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
+        load_pipeline(verified, chosen, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
     ) as pipeline:
         with _progress("timing") as report:
             report("products, for the ceiling", 1)
-            ceiling = matmul_ceiling(backend, precision, threads, repeats)
-            machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
-            result = bench(pipeline, ceiling, repeats, threads, machine, command, report)
+            ceiling = matmul_ceiling(chosen, precision, threads, repeats)
+            machine, command = machine_of(chosen), f"python -m engines {' '.join(sys.argv[1:])}"
+            result = bench(pipeline, ceiling, repeats, threads, machine, command, memory, report)
         _print_costs(pipeline)
     _out.print(fraction_table(result))
     _out.print(throughput_table(result))

@@ -118,7 +118,9 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     assert figures["ms"].keys() == toy.manifest.graphs.keys()
     assert figures["ms"]["step_4"].keys() == {"1", "2"}
     assert figures["engine"].startswith("onnxruntime ")
-    assert {"machine", "python", "numpy", "command", "memory_mb", "repeats"} <= figures.keys()
+    assert {"machine", "python", "numpy", "command", "repeats"} <= figures.keys()
+    assert figures["host_memory_mb"] > 0
+    assert figures["device_memory_mb"] is None
     assert figures["generate"]["images_per_s"] > 0
     assert figures["flop"]["step_4"] > figures["flop"]["condition"]
     step_s = figures["ms"]["step_4"]["2"] / 1e3
@@ -128,9 +130,13 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
 
 def test_slow_models_have_images_per_second_too() -> None:
     slow = Throughput(steps=2, sampler="deterministic", batch=1, images_per_s=0.00413)
-    result = BenchResult.model_construct(throughput=(slow,), generate=slow, memory_mb=8000.0)
-    [*_, rates] = throughput_table(result).columns
+    result = BenchResult.model_construct(
+        throughput=(slow,), generate=slow, host_memory_mb=8e3, device_memory_mb=9e3
+    )
+    table = throughput_table(result)
+    [*_, rates] = table.columns
     assert list(rates.cells) == ["0.00413", "0.00413"]
+    assert table.title == "condition, steps and decode; 8000 MB resident, 9000 MB of the GPU's"
 
 
 def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:

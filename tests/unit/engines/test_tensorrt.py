@@ -19,6 +19,7 @@ from engines.backends.load import engine_key, load_backend
 from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cli import app
+from engines.device_memory import DeviceMemory
 from engines.errors import BackendError
 from tests.support.step_rows import step_spec
 
@@ -111,6 +112,23 @@ def test_a_device_is_its_product_architecture_and_driver(
     assert str(find_device()) == f"NVIDIA H100 80GB HBM3 sm_90, driver {driver}"
 
 
+def test_memory_of_a_gpu_is_what_the_device_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = torch_with("13.0", available=True)
+    free, reserve = 70_000_000_000, 2_000_000_000
+
+    def empty_cache() -> None:
+        nonlocal free, reserve
+        free, reserve = free + reserve, 0
+
+    torch.cuda.empty_cache = empty_cache
+    torch.cuda.mem_get_info = lambda: (free, 80_000_000_000)
+    monkeypatch.setattr(cuda, "import_module", lambda name: torch)
+    memory = DeviceMemory("tensorrt")
+    free, reserve = free - 6_000_000_000, 1_000_000_000  # 5 GB by an engine, and what torch caches
+    assert memory.taken_mb() == 5000
+    assert DeviceMemory("onnxruntime").taken_mb() is None
+
+
 def test_a_gpu_that_the_library_does_not_know_is_refused() -> None:
     rtx = fake_library("tensorrt_rtx", "1.7.1.116")
     tensorrt_build.check_target(rtx, RTX)
@@ -128,7 +146,7 @@ def test_commands_refuse_in_one_sentence(
     def refuse() -> Device:
         raise BackendError("No NVIDIA GPU is visible to this process")
 
-    for place in (tensorrt, load):
+    for place in (tensorrt, load, cuda):
         monkeypatch.setattr(place, "find_device", refuse)
     where = ["--cache", str(tmp_path)] if command == "build" else []
     result = CliRunner().invoke(app, [command, str(toy.path), "--backend", "tensorrt", *where])
