@@ -51,6 +51,7 @@ class _Record(Frozen):
     machine: str
     threads: int
     size: str = ""
+    source: str = ""
     repeats: int
     ms: dict[int, float]
 
@@ -90,6 +91,6 @@ def _read(file: Path) -> _Record | None:
 
 
 def _fits(record: _Record, key: EngineKey, rungs: Sequence[int]) -> bool:
-    if EngineKey(record.graph_sha256, record.engine, record.machine, record.threads, record.size) != key:
+    if EngineKey(**record.model_dump(include=asdict(key).keys())) != key:
         return False
     return all(rung in record.ms and math.isfinite(record.ms[rung]) and record.ms[rung] > 0 for rung in rungs)

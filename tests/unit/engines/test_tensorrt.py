@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from engines.backends import cuda, load, tensorrt, tensorrt_build
 from engines.backends.cuda import Device, find_device
 from engines.backends.load import engine_key, load_backend
-from engines.backends.plan_store import PlanStore
+from engines.backends.plan_store import PlanStore, source_sha256
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.device_memory import DeviceMemory
@@ -179,6 +179,17 @@ def test_the_key_changes_with_all_that_a_plan_depends_on(
     assert len({key.folder(tmp_path) for key in keys}) == 2 * len(machines)
     assert keys[0].machine == "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06"
     assert keys[0].engine == "tensorrt 11.4.0.106 float32"
+    assert {key.source for key in keys} == {source_sha256()}
+    assert engine_key(toy, "step_4", "onnxruntime", "auto", 0).source == ""
+
+
+def test_a_release_that_builds_otherwise_builds_again(
+    toy: Bundle, tmp_path: Path, gpu: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(toy, tmp_path)
+    monkeypatch.setattr(load, "source_sha256", lambda: "e" * 64)
+    start(toy, tmp_path)
+    assert gpu.loaded == [b"plan 1", b"plan 2"]
 
 
 class FakeRun:
