@@ -155,6 +155,27 @@ def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:
     result = run("compare", toy.path, "--backend", "openvino", "--rows", 4, "--tolerance", 0)
     assert result.exit_code == 1
     assert "fails on graph '" in result.stderr
+    assert "pass a --tolerance you accept" in result.stderr
+
+
+def test_rows_that_depend_on_their_batch_are_told_from_what_a_tolerance_allows(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wavering = Difference("step_4", "engine", 1.0, 1.0, rows_equal=False, levels=False)
+    monkeypatch.setattr("engines.cli.compare_backends", lambda *_: [wavering])
+    result = run("compare", toy.path)
+    assert result.exit_code == 1
+    assert "engine fails on graph 'step_4': rows have other bytes in other batches" in result.stderr
+    assert "you accept" not in result.stderr
+
+
+def test_compare_takes_compiled_models_from_a_cache_that_is_named(toy: Bundle, tmp_path: Path) -> None:
+    arguments = ["compare", toy.path, "--backend", "openvino", "--rows", 2]
+    assert run(*arguments, "--cache", tmp_path / "cache").exit_code == 0
+    compiled = {blob: blob.stat().st_mtime_ns for blob in tmp_path.glob("cache/*/models/*.blob")}
+    assert compiled
+    assert run(*arguments, "--cache", tmp_path / "cache").exit_code == 0
+    assert {blob: blob.stat().st_mtime_ns for blob in tmp_path.glob("cache/*/models/*.blob")} == compiled
 
 
 def test_a_difference_passes_only_with_equal_rows_and_one_level_at_most() -> None:
