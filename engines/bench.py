@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 
 from engines.calls import call_of, calls, row_shapes
+from engines.device_memory import DeviceMemory
 from engines.flops import product_flops
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, Frozen, Size, StudentSpec
 from engines.measure import Progress, measure_costs
@@ -32,6 +33,8 @@ class BenchResult(Frozen):
     ms: median by call (``engines.calls``) and batch size. flop: arithmetic of one row of each, products alone;
     ceiling_gflop_s: of square products in the same engine; fraction: what of it each call reaches. throughput: each
     student, what those medians add up to; generate: the default student, whole batches timed from prompt to image.
+    host_memory_mb: what the process holds of the machine's memory at the end; device_memory_mb: what its engines
+    hold of the GPU's between calls, None where they run on the CPU.
     """
 
     bundle: str
@@ -48,7 +51,8 @@ class BenchResult(Frozen):
     fraction: dict[str, dict[int, float]]
     throughput: tuple[Throughput, ...]
     generate: Throughput
-    memory_mb: float
+    host_memory_mb: float
+    device_memory_mb: float | None
 
 
 def bench(
@@ -58,12 +62,14 @@ def bench(
     threads: int,
     machine: str,
     command: str,
+    memory: DeviceMemory,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Measure a loaded pipeline, which gets the costs found.
 
     ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size; machine: what its engines run
-    on. Raises: BackendError when the arithmetic of a graph cannot be counted.
+    on; memory: made before they were loaded. Raises: BackendError when the arithmetic of a graph cannot be
+    counted.
     """
     graphs = pipeline.manifest.graphs
     flop = {
@@ -96,7 +102,8 @@ def bench(
             for student in pipeline.manifest.students
         ),
         generate=_generate(pipeline, repeats),
-        memory_mb=psutil.Process().memory_info().rss / 1e6,
+        host_memory_mb=psutil.Process().memory_info().rss / 1e6,
+        device_memory_mb=memory.taken_mb(),
     )
 
 

@@ -38,7 +38,8 @@ def open_cache(folder: Path) -> Path:
 class EngineKey:
     """Everything an engine depends on. engine: backend, version and precision; threads: 0 for one per core.
 
-    size: of images, for what is measured of an engine at one of the sizes it takes; else empty.
+    size: of images, for what is measured of an engine at one of the sizes it takes; else empty. source: hash of our
+    code that made it, where the library is not told all by the graph; else empty.
     """
 
     graph_sha256: str
@@ -46,6 +47,7 @@ class EngineKey:
     machine: str
     threads: int
     size: str = ""
+    source: str = ""
 
     def folder(self, cache_dir: Path) -> Path:
         """This key's folder under the cache; it need not exist."""

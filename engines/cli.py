@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from engines.bundle import verify_bundle
 from engines.cache import DEFAULT_CACHE, open_cache
 from engines.ceiling import matmul_ceiling
 from engines.compare import compare_backends
+from engines.device_memory import DeviceMemory
 from engines.errors import BackendError, HalfstepError
 from engines.measure import Progress as Report
 from engines.open import know_costs, load_pipeline
@@ -106,10 +107,12 @@ def build(
     sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
     folder = open_cache(cache)
-    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
-    with _progress("measuring") as report:
-        know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
-    _print_costs(pipeline)
+    with closing(
+        load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=folder, rungs=sizes)
+    ) as pipeline:
+        with _progress("measuring") as report:
+            know_costs(pipeline, backend, precision, threads, folder, repeats=repeats, again=True, progress=report)
+        _print_costs(pipeline)
     _out.print(f"kept in {folder}", soft_wrap=True)
 
 
@@ -142,15 +145,18 @@ def bench_command(
     repeats: RepeatsOption = 7,
 ) -> None:
     """Time every graph at every batch size, also against the engine's matrix product. The last line is JSON."""
-    sizes = _rungs(rungs)
+    sizes, chosen = _rungs(rungs), choose_backend(backend)
     verified = verify_bundle(bundle)
-    pipeline = load_pipeline(verified, backend, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
-    with _progress("timing") as report:
-        report("products, for the ceiling", 1)
-        ceiling = matmul_ceiling(backend, precision, threads, repeats)
-        machine, command = machine_of(choose_backend(backend)), f"python -m engines {' '.join(sys.argv[1:])}"
-        result = bench(pipeline, ceiling, repeats, threads, machine, command, report)
-    _print_costs(pipeline)
+    memory = DeviceMemory(chosen)
+    with closing(
+        load_pipeline(verified, chosen, precision=precision, threads=threads, cache_dir=None, rungs=sizes)
+    ) as pipeline:
+        with _progress("timing") as report:
+            report("products, for the ceiling", 1)
+            ceiling = matmul_ceiling(chosen, precision, threads, repeats)
+            machine, command = machine_of(chosen), f"python -m engines {' '.join(sys.argv[1:])}"
+            result = bench(pipeline, ceiling, repeats, threads, machine, command, memory, report)
+        _print_costs(pipeline)
     _out.print(fraction_table(result))
     _out.print(throughput_table(result))
     typer.echo(result.model_dump_json())
@@ -169,21 +175,29 @@ def compare(
         float, typer.Option(min=0, help="Largest absolute difference; 8-bit images may always differ by 1 level.")
     ] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Of the random rows.")] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what build compiled, used and added to.", show_default="nothing is kept"),
+    ] = None,
 ) -> None:
     """Compare backends with ONNX Runtime float32 over random rows, timesteps and w; exit 1 above tolerance.
 
     Also checks that rows come out bit-equal whatever their batch.
     """
     verified = verify_bundle(bundle)
+    folder = None if cache is None else open_cache(cache)
     with _progress("comparing") as report:
-        differences = compare_backends(verified, backend, precision, rows, seed, report)
+        differences = compare_backends(verified, backend, precision, rows, seed, report, folder)
     _out.print(difference_table(differences, tolerance))
-    failed = [difference for difference in differences if not difference.within(tolerance)]
-    if failed:
-        raise BackendError(
-            f"{failed[0].engine} fails on graph {failed[0].call!r}: serve with --backend onnxruntime, or pass a "
-            "--tolerance you accept."
+    failed = next((difference for difference in differences if not difference.within(tolerance)), None)
+    if failed is not None:
+        instead = (
+            "serve with --backend onnxruntime, or pass a --tolerance you accept."
+            if failed.rows_equal
+            else "rows have other bytes in other batches, which no --tolerance allows; serve with a backend whose "
+            "rows are bit-equal."
         )
+        raise BackendError(f"{failed.engine} fails on graph {failed.call!r}: {instead}")
 
 
 def _rungs(text: str) -> tuple[int, ...]:

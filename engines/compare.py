@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,29 +59,33 @@ def compare_backends(
     rows: int,
     seed: int,
     progress: Progress | None = None,
+    cache_dir: Path | None = None,
 ) -> list[Difference]:
     """Differences of each backend (None: all installed for CPUs) on every graph, at every size.
 
     rows: random rows a call, over its students' timesteps and the trained range of w. precision: of backends
-    that offer it. Raises: BackendError when none does, or the reference or a named backend is not installed.
+    that offer it. cache_dir: of compiled models, as ``load_backend``.
+    Raises: BackendError when none does, or the reference or a named backend is not installed.
     """
     tokenizer = load_tokenizer(bundle)
     names = [choose_backend(name) for name in backends or [n for n in BACKENDS if find_spec(n) is not None]]
     if not any(precision in ("auto", *OFFERED[name]) for name in names):
         choose_precision(names[0], precision)  # says who offers it
+    at_work: Progress = progress or (lambda call, rows: None)
     differences = []
-    for call in calls(bundle.manifest):
-        inputs = example_inputs(bundle.manifest, tokenizer, call.graph, rows, seed, call.size)
-        reference = load_backend(REFERENCE, bundle, call.graph)
-        expected = reference.run(inputs)
+    for graph, of_graph in groupby(calls(bundle.manifest), key=lambda call: call.graph):
+        inputs = {
+            call: example_inputs(bundle.manifest, tokenizer, graph, rows, seed, call.size) for call in of_graph
+        }
+        with closing(load_backend(REFERENCE, bundle, graph)) as reference:
+            expected = {call: reference.run(given) for call, given in inputs.items()}
         for name in names:
-            if progress is not None:
-                progress(f"{call} on {name}", rows)
             offered: PrecisionName = precision if precision in OFFERED[name] else "auto"
-            engine = load_backend(name, bundle, call.graph, precision=offered)
-            differences.append(_difference(str(call), engine, inputs, expected))
-            engine.close()
-        reference.close()
+            at_work(f"{graph} on {name}", rows)
+            with closing(load_backend(name, bundle, graph, precision=offered, cache_dir=cache_dir)) as engine:
+                for call, given in inputs.items():
+                    at_work(f"{call} on {name}", rows)
+                    differences.append(_difference(str(call), engine, given, expected[call]))
     return differences
 
 

@@ -81,6 +81,7 @@ class _Record(Frozen):
     machine: str
     threads: int
     size: str = ""
+    source: str = ""
     repeats: int
     ms: dict[int, float]
 
@@ -120,5 +121,5 @@ def _read(key: EngineKey, cache_dir: Path) -> dict[int, float]:
         record = _Record.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return {}
-    ours = EngineKey(record.graph_sha256, record.engine, record.machine, record.threads, record.size) == key
+    ours = EngineKey(**record.model_dump(include=asdict(key).keys())) == key
     return {rung: ms for rung, ms in record.ms.items() if ours and math.isfinite(ms) and ms > 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,11 +85,12 @@ def build_engines(
 
     Raises: BundleError, BackendError.
     """
-    pipeline = load_pipeline(
-        verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
-    )
-    measure_costs(pipeline, repeats=1)
-    pipeline.close()
+    with closing(
+        load_pipeline(
+            verify_bundle(path), backend, precision=precision, threads=threads, cache_dir=cache_dir, rungs=rungs
+        )
+    ) as pipeline:
+        measure_costs(pipeline, repeats=1)
 
 
 def know_costs(

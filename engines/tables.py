@@ -41,7 +41,10 @@ def fraction_table(result: BenchResult) -> Table:
 
 def throughput_table(result: BenchResult) -> Table:
     """Images per second of each student at its best batch size."""
-    table = Table(title=f"condition, steps and decode; {result.memory_mb:.0f} MB resident")
+    memory = f"{result.host_memory_mb:.0f} MB resident"
+    if result.device_memory_mb is not None:
+        memory += f", {result.device_memory_mb:.0f} MB of the GPU's"
+    table = Table(title=f"condition, steps and decode; {memory}")
     for heading in ("size", "steps", "sampler", "batch", "images/s"):
         table.add_column(heading, justify="right")
     for row in result.throughput:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from engines.backends.base import RUNGS, EngineBackend, Precision
 from engines.backends.cuda import find_device
-from engines.backends.plan_store import PlanStore
+from engines.backends.plan_store import PlanStore, source_sha256
 from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.errors import BackendError
@@ -170,7 +170,8 @@ def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, 
     backend = choose_backend(name)
     chosen = graph_precision(bundle.manifest.graphs[graph], choose_precision(backend, precision))
     engine = _import(backend).engine_name(chosen)
-    return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads)
+    source = source_sha256() if backend == "tensorrt" else ""
+    return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads, source=source)
 
 
 def machine_of(backend: BackendName) -> str:

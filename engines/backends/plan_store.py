@@ -29,6 +29,7 @@ Kind = Literal["plan", "kernels", "timings"]
 
 MAX_STAMP_BYTES = 16 * 1024
 _EVERY_GRAPH = "of every graph"
+_BUILDERS = ("lowering.py", "tensorrt_build.py")
 
 Engine = TypeVar("Engine")
 
@@ -42,6 +43,7 @@ class _Stamp(Frozen):
     machine: str
     rungs: tuple[int, ...]
     sizes: tuple[str, ...] = ()
+    source: str
     sha256: str
     bytes: int
 
@@ -60,8 +62,8 @@ class PlanStore:
         self._folder = key.folder(cache_dir) / "models"
 
     def of_every_graph(self) -> PlanStore:
-        """The store of what all graphs of this engine and machine share."""
-        return PlanStore(self._cache_dir, replace(self._key, graph_sha256=_EVERY_GRAPH), ())
+        """The store of what all graphs of this engine and machine share, whatever code of ours builds them."""
+        return PlanStore(self._cache_dir, replace(self._key, graph_sha256=_EVERY_GRAPH, source=""), ())
 
     def obtain(self, load: Callable[[bytes], Engine | None], build: Callable[[], bytes]) -> Engine:
         """The kept plan, loaded; else a plan built now, kept, and loaded.
@@ -71,11 +73,11 @@ class PlanStore:
         """
         if (engine := self._loaded(load)) is not None:
             return engine
-        with self.building():
+        with self._making("plan"):
             if (engine := self._loaded(load)) is not None:  # another process was building it
                 return engine
             plan = build()
-            self.save("plan", plan)
+            self._write("plan", plan)
         engine = load(plan)
         if engine is None:
             raise BackendError(
@@ -97,10 +99,31 @@ class PlanStore:
 
     def save(self, kind: Kind, data: bytes) -> None:
         """Keep ``data``, replacing what was there in one move. Raises: BackendError when it cannot be written."""
+        with self._making(kind):
+            self._write(kind, data)
+
+    @contextmanager
+    def _making(self, kind: Kind) -> Iterator[None]:
+        """Hold the right to make this file. Others wait, then find it kept; a process that dies lets go.
+
+        What a process left unfinished is removed.
+        """
+        file = self.file(kind)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.with_name(f"{file.name}.lock").open("ab")
+        except OSError as error:
+            raise self._refusal(error) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in file.parent.glob(f"{file.name}.*.partial"):
+                left.unlink(missing_ok=True)
+            yield
+
+    def _write(self, kind: Kind, data: bytes) -> None:
         file = self.file(kind)
         partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")  # pids repeat across containers
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), "wb") as opened:
                 opened.write(self._stamp(kind, data).model_dump_json().encode() + b"\n")
                 opened.write(data)
@@ -108,25 +131,10 @@ class PlanStore:
                 os.fsync(opened.fileno())
             partial.replace(file)
         except OSError as error:
-            raise BackendError(f"cannot keep an engine in {file.parent}: {error}; choose another cache") from error
+            raise self._refusal(error) from error
 
-    @contextmanager
-    def building(self) -> Iterator[None]:
-        """Hold the right to build this plan. Others wait, then find it kept; a process that dies lets go.
-
-        What a process left unfinished is removed.
-        """
-        plan = self.file("plan")
-        try:
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            lock = plan.with_suffix(".lock").open("ab")
-        except OSError as error:
-            raise BackendError(f"cannot keep an engine in {plan.parent}: {error}; choose another cache") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in plan.parent.glob(f"{plan.name}.*.partial"):
-                left.unlink(missing_ok=True)
-            yield
+    def _refusal(self, error: OSError) -> BackendError:
+        return BackendError(f"cannot keep an engine in {self._folder}: {error}; choose another cache")
 
     def file(self, kind: Kind) -> Path:
         """Where ``kind`` is kept; it need not exist."""
@@ -144,9 +152,21 @@ class PlanStore:
             machine=self._key.machine,
             rungs=self._rungs,
             sizes=self._sizes,
+            source=self._key.source,
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
         )
+
+
+def source_sha256(folder: Path = Path(__file__).parent) -> str:
+    """Hash of the code that decides what plan a graph becomes: flags, profiles, lowering.
+
+    It is part of a plan's key, so that a release that changes any of it builds its plans anew. folder: of the code.
+    """
+    digest = hashlib.sha256()
+    for name in _BUILDERS:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def is_ours(status: os.stat_result) -> bool:

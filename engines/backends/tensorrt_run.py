@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engines.backends.base import Rows
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
@@ -39,7 +40,8 @@ class LoadedPlan:
         self._engine = engine
         self._spec = spec
         self._rungs = tuple(rungs)
-        self._scratch = torch.empty(max(engine.device_memory_size_v2, 1), dtype=torch.uint8, device="cuda")
+        size = max(engine.device_memory_size_v2, 1)
+        self._scratch: Tensor | None = torch.empty(size, dtype=torch.uint8, device="cuda")
         self._kernels = _Kernels(engine, store) if is_rtx(trt) else None
         self._contexts: list[Any] = []
         self._ladder = Ladder(spec, rungs, self._make, capture=self._kernels is None, sizes=sizes)
@@ -73,9 +75,11 @@ class LoadedPlan:
         self._ladder.close()
         self._contexts.clear()
         self._kernels = self._engine = self._runtime = None
+        self._scratch = None  # now: the ladder refers back to this plan, so both wait for the garbage collector
 
     def _make(self, rows: CudaRows) -> Enqueue:
         assert self._ladder.stream is not None
+        assert self._scratch is not None
         context, stream = self._context(), self._ladder.stream.cuda_stream
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         profile = rows.size * len(self._rungs) + self._rungs.index(rows.rung)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,6 +18,8 @@ from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 from distill_jobs.pipelines.vae import Autoencoder
 from distill_jobs.student import GUIDANCE_WIDTH
+
+Graph = Literal["step", "decode", "decode_tiny"]
 
 _VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -95,8 +97,8 @@ class Architecture:
         torch.manual_seed(0)
         return Autoencoder(AutoencoderKL(**self.vae).eval(), 0.18215)
 
-    def network(self, graph: str) -> nn.Module:
-        """diffusers' own network in a graph: the UNet, or the decoder of an autoencoder."""
+    def network(self, graph: Graph) -> nn.Module:
+        """diffusers' own network in a graph: the UNet, or the decoder of an autoencoder. Not to be altered."""
         networks = {
             "step": lambda: self.step.unet,
             "decode": lambda: self._autoencoder.vae.decoder,

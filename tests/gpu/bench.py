@@ -3,7 +3,8 @@
     python -m tests.gpu.bench --model sd15 --backend tensorrt --backend torch-cuda
 
 Contenders alternate; the median of each counts, copies to and from the device included. Two ceilings are measured
-beside them: a bfloat16 matrix product and a copy. The last line is one JSON object. Nothing is downloaded.
+beside them: a bfloat16 matrix product and a copy. Each graph ends with a JSON line of its own, the run with one of
+all. What fails is named there and left out, the rest goes on, and the exit status is 1. Nothing is downloaded.
 Rehearse where there is no GPU: python -m tests.gpu.bench --model tiny --backend onnxruntime --precision float32
 """
 
@@ -14,30 +15,79 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from distill_jobs.onnx_export import write_graph
 from engines.backends.base import EngineBackend, Precision
-from engines.backends.load import ON_GPU, choose_backend, choose_precision, machine_of
+from engines.backends.load import ON_GPU, BackendName, choose_backend, choose_precision, load_graph, machine_of
+from engines.device_memory import DeviceMemory
 from engines.manifest import GraphSpec, Parity, TensorSpec
-from tests.gpu.architectures import ARCHITECTURES, Architecture
-from tests.gpu.loading import load_file
+from tests.gpu.architectures import ARCHITECTURES, Architecture, Graph
 
 STEPS = 4
-DECODES = ("decode", "decode_tiny")
-_err = Console(stderr=True)
+GRAPHS: tuple[Graph, ...] = get_args(Graph)
+DECODES: tuple[Graph, ...] = ("decode", "decode_tiny")
+_err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 Call = Callable[[], None]
+Ready = Callable[[int], Call]
+"""Gets a contender ready for a batch size, and gives its call."""
 Figures = dict[str, dict[str, dict[int, float]]]
 """Milliseconds by contender, graph and batch size."""
+
+
+@dataclass
+class Found:
+    """What a run has found so far, of the contenders on ``device``.
+
+    device_mb: by contender and graph, what it took of the GPU's memory for all batch sizes and keeps between calls;
+    empty on a CPU. failures: what is missing, and why.
+    """
+
+    device: BackendName
+    engines: dict[str, str] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    ms: Figures = field(default_factory=dict)
+    device_mb: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Where this fails, keep the reason and go on."""
+        try:
+            yield
+        except Exception as error:  # torch and the libraries raise what they like
+            self.failures[what] = f"{type(error).__name__}: {error}"
+            _err.print(f"FAILED: {what}: {self.failures[what]}")
+
+    @contextmanager
+    def memory_of(self, contender: str, graph: str) -> Iterator[None]:
+        """What this takes of the device's memory counts as the contender's."""
+        memory = DeviceMemory(self.device)
+        yield
+        if (taken := memory.taken_mb()) is not None:
+            graphs = self.device_mb.setdefault(contender, {})
+            graphs[graph] = graphs.get(graph, 0.0) + taken
+
+    def of(self, graph: str) -> dict[str, Any]:
+        """ms and device_mb of one graph."""
+        kept = {"ms": self.ms, "device_mb": self.device_mb}
+        return {
+            "graph": graph,
+            **{key: {name: of[graph] for name, of in found.items() if graph in of} for key, found in kept.items()},
+        }
 
 
 def main(
@@ -49,73 +99,109 @@ def main(
     rungs: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,8",
     repeats: Annotated[int, typer.Option(min=1, help="Calls each; the median counts.")] = 7,
     compiled: Annotated[bool, typer.Option(help="Also diffusers under torch.compile.")] = True,
+    graph: Annotated[
+        list[Graph] | None, typer.Option(help=f"May be repeated; all when left out: {', '.join(GRAPHS)}.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Keep the exported graphs here, for the next run.")] = None,
 ) -> None:
-    """Measure, print a line for each contender, then the JSON object."""
+    """Measure graph by graph, print a JSON line for each, then one for all. Exit 1 where anything failed."""
     architecture, sizes = ARCHITECTURES[model], tuple(sorted(int(part) for part in rungs.split(",")))
+    wanted = tuple(name for name in GRAPHS if graph is None or name in graph)
     names = [choose_backend(name) for name in backend or ["torch-cuda"]]
+    backends = {name: choose_precision(name, precision) for name in names}
     machines = {name: machine_of(name) for name in names}
-    device = "cuda" if any(name in ON_GPU for name in names) else "cpu"
+    found = Found(next((name for name in names if name in ON_GPU), names[0]))
+    device = "cuda" if found.device in ON_GPU else "cpu"
+    with found.going_on("ceilings"):
+        found.ceilings = measured_ceilings(device)
     with tempfile.TemporaryDirectory() as scratch:
-        files = export(architecture, model, work or Path(scratch))
-        ms: Figures = {}
-        for graph, (file, spec) in files.items():
-            engines = [load_file(name, file, spec, choose_precision(name, precision), sizes) for name in names]
-            for rung in sizes:
-                calls = {engine.name: engine_call(engine, spec, rung) for engine in engines}
-                calls |= diffusers_calls(architecture, graph, rung, device, precision, compiled)
-                for contender, figure in medians(calls, repeats).items():
-                    ms.setdefault(contender, {}).setdefault(graph, {})[rung] = figure
-            for engine in engines:
-                engine.close()
-    for name, graphs in ms.items():
-        _err.print(f"{name}: {graphs}", highlight=False, soft_wrap=True)
+        for name in wanted:
+            with found.going_on(name), ExitStack() as stack:
+                file, spec = export(architecture, model, name, work or Path(scratch))
+                contenders = engine_contenders(backends, file, spec, sizes, found, stack)
+                contenders |= diffusers_contenders(architecture, name, device, precision, compiled)
+                measure(found, name, contenders, sizes, repeats)
+            typer.echo(json.dumps(found.of(name)))
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     command = f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip()
     told = {"model": model, "machines": machines, **versions, "precision": precision, "seed": 0, "command": command}
-    found = summary(ms, architecture.step_flops(), measured_ceilings(device))
-    typer.echo(json.dumps({**told, **found}))
+    typer.echo(json.dumps({**told, **summary(found, architecture.step_flops())}))
+    if found.failures:
+        raise typer.Exit(1)
 
 
-def summary(ms: Figures, flops: int, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """ms, and what follows. flops: of a row's step."""
+def summary(found: Found, flops: int) -> dict[str, Any]:
+    """Everything found, and what follows from it as far as it is there. flops: of a row's step."""
+    steps = {name: graphs["step"] for name, graphs in found.ms.items() if "step" in graphs}
+    best = found.ceilings.get("matmul_tflop_s")
     return {
+        "engines": found.engines,
         "step_tflop": flops / 1e12,
-        "ceilings": ceilings,
-        "ms": ms,
+        "ceilings": found.ceilings,
+        "ms": found.ms,
+        "device_mb": found.device_mb or None,
         "step_fraction": {
-            name: {r: r * flops / (taken * 1e9) / ceilings["matmul_tflop_s"] for r, taken in graphs["step"].items()}
-            for name, graphs in ms.items()
+            name: {r: r * flops / (taken * 1e9) / best for r, taken in step.items()}
+            for name, step in steps.items()
+            if best is not None
         },
         "images_per_s": {
             name: {
-                decode: {r: 1e3 * r / (STEPS * step + graphs[decode][r]) for r, step in graphs["step"].items()}
+                decode: {
+                    r: 1e3 * r / (STEPS * taken + found.ms[name][decode][r])
+                    for r, taken in step.items()
+                    if r in found.ms[name][decode]
+                }
                 for decode in DECODES
+                if decode in found.ms[name]
             }
-            for name, graphs in ms.items()
+            for name, step in steps.items()
         },
+        "failures": found.failures,
     }
 
 
-def export(architecture: Architecture, model: str, folder: Path) -> dict[str, tuple[Path, GraphSpec]]:
-    """The step and decode graphs as bundles hold them, written where they are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    side, rows, step = architecture.side, architecture.packing.rows, architecture.step
-    made: dict[str, tuple[nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
-        "step": (step, step.inputs(side, side, rows), step.outputs(side, side))
-    }
-    for name in DECODES:
-        decode = getattr(architecture, name)
-        made[name] = decode, decode.inputs(side, side), decode.outputs(side, side)
-    files = {}
-    for name, (module, inputs, outputs) in made.items():
-        file = folder / f"{model}-{name}.onnx"
-        if not file.exists():
+def measure(
+    found: Found, graph: str, contenders: Mapping[str, Callable[[], Ready]], rungs: Sequence[int], repeats: int
+) -> None:
+    """Load the contenders one after another, then time them in turns, batch size by batch size.
+
+    One that fails is out of what follows.
+    """
+    loaded: dict[str, Ready] = {}
+    for name, load in contenders.items():
+        with found.going_on(f"{graph} on {name}"), found.memory_of(name, graph):
+            loaded[name] = load()
+    for rung in rungs:
+        calls: dict[str, Call] = {}
+        for name, ready in loaded.items():
+            with found.going_on(f"{graph} on {name}, {rung} rows"), found.memory_of(name, graph):
+                call = ready(rung)
+                call()
+                calls[name] = call
+        loaded = {name: loaded[name] for name in calls}
+        with found.going_on(f"timing {graph}, {rung} rows"):
+            for name, figure in medians(calls, repeats).items():
+                found.ms.setdefault(name, {}).setdefault(graph, {})[rung] = figure
+
+
+def export(architecture: Architecture, model: str, graph: Graph, folder: Path) -> tuple[Path, GraphSpec]:
+    """A graph as bundles hold it, written where it is not there yet; and its manifest entry."""
+    module, side = getattr(architecture, graph), architecture.side
+    conditions = (architecture.packing.rows,) if graph == "step" else ()
+    inputs, outputs = module.inputs(side, side, *conditions), module.outputs(side, side)
+    file = folder / f"{model}-{graph}" / "graph.onnx"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            written = Path(unfinished) / file.parent.name / file.name
+            written.parent.mkdir()
             example = [torch.from_numpy(array) for array in random_inputs(inputs, 2).values()]
-            write_graph(module.requires_grad_(False), example, inputs, outputs, file)
-        parity = Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0)
-        files[name] = file, GraphSpec(file=file.name, inputs=inputs, outputs=outputs, parity=parity)
-    return files
+            write_graph(module.requires_grad_(False), example, inputs, outputs, written)
+            written.parent.rename(file.parent)
+    parity = Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0)
+    lowered = {"float16": parity}  # or it would not run in it; whether it overflows is for ``python -m engines``
+    return file, GraphSpec(file=file.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
 
 
 def random_inputs(specs: tuple[TensorSpec, ...], rows: int) -> dict[str, NDArray[Any]]:
@@ -123,6 +209,25 @@ def random_inputs(specs: tuple[TensorSpec, ...], rows: int) -> dict[str, NDArray
     rng = np.random.default_rng(0)
     drawn = {spec.name: rng.standard_normal((rows, *spec.shape[1:]), dtype=np.float32) for spec in specs}
     return {name: np.abs(array) * 100 if name == "timestep" else array for name, array in drawn.items()}
+
+
+def engine_contenders(
+    backends: Mapping[BackendName, Precision],
+    file: Path,
+    spec: GraphSpec,
+    rungs: Sequence[int],
+    found: Found,
+    stack: ExitStack,
+) -> dict[str, Callable[[], Ready]]:
+    """Engines as a server has them: a whole call each. stack: closes them."""
+
+    def load(backend: BackendName, precision: Precision) -> Ready:
+        engine = load_graph(backend, file, spec, precision=precision, rungs=rungs)
+        stack.callback(engine.close)
+        found.engines[f"{backend} {precision}"] = engine.name
+        return partial(engine_call, engine, spec)
+
+    return {f"{backend} {precision}": partial(load, backend, precision) for backend, precision in backends.items()}
 
 
 def engine_call(engine: EngineBackend, spec: GraphSpec, rung: int) -> Call:
@@ -135,32 +240,22 @@ def engine_call(engine: EngineBackend, spec: GraphSpec, rung: int) -> Call:
     return call
 
 
-def diffusers_calls(
-    architecture: Architecture, graph: str, rung: int, device: str, precision: Precision, compiled: bool
-) -> dict[str, Call]:
-    """The stock network alone, its inputs on the device already: eager, and compiled."""
-    dtype: torch.dtype = getattr(torch, precision)
-    module = architecture.network(graph).to(device, dtype, memory_format=torch.channels_last)
-    latent = torch.randn(rung, 4, architecture.side, architecture.side, device=device, dtype=dtype)
-    arguments: dict[str, Any] = {}
-    if graph == "step":
-        told = architecture.packing.unpack(torch.randn(rung, architecture.packing.rows, architecture.packing.width))
-        told = told.to(device)
-        arguments = {
-            "timestep": torch.full((rung,), 500, device=device),
-            "encoder_hidden_states": told.tokens.to(dtype),
-            "timestep_cond": torch.randn(rung, 256, device=device, dtype=dtype),
-        }
-        if told.pooled is not None and told.time_ids is not None:
-            arguments["added_cond_kwargs"] = {
-                "text_embeds": told.pooled.to(dtype),
-                "time_ids": told.time_ids.to(dtype),
-            }
-    networks = {"diffusers eager": module}
-    if compiled:
-        networks["diffusers compiled"] = torch.compile(module, mode="max-autotune")
+def diffusers_contenders(
+    architecture: Architecture, graph: Graph, device: str, precision: Precision, compiled: bool
+) -> dict[str, Callable[[], Ready]]:
+    """The stock network alone, its inputs on the device already: eager, and compiled for one batch size at a time.
 
-    def call_of(network: Any) -> Call:
+    Both run one copy of the network, in ``precision``, whose memory counts as the eager one's.
+    """
+    dtype: torch.dtype = getattr(torch, precision)
+
+    @cache
+    def network() -> nn.Module:
+        return deepcopy(architecture.network(graph)).to(device, dtype, memory_format=torch.channels_last)
+
+    def call_of(network: Any, rung: int) -> Call:
+        latent, arguments = diffusers_inputs(architecture, graph, rung, device, dtype)
+
         def call() -> None:
             with torch.inference_mode():
                 network(latent, **arguments)
@@ -169,7 +264,36 @@ def diffusers_calls(
 
         return call
 
-    return {f"{name} {precision}": call_of(network) for name, network in networks.items()}
+    def compiled_call(network: nn.Module, rung: int) -> Call:
+        torch._dynamo.reset()  # a second size would be compiled for any size
+        return call_of(torch.compile(network, mode="max-autotune", dynamic=False), rung)
+
+    contenders = {f"diffusers eager {precision}": lambda: partial(call_of, network())}
+    if compiled:
+        contenders[f"diffusers compiled {precision}"] = lambda: partial(compiled_call, network())
+    return contenders
+
+
+def diffusers_inputs(
+    architecture: Architecture, graph: Graph, rung: int, device: str, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Any]]:
+    """Latents, and what else the network takes, on the device."""
+    latent = torch.randn(rung, 4, architecture.side, architecture.side, device=device, dtype=dtype)
+    if graph != "step":
+        return latent, {}
+    told = architecture.packing.unpack(torch.randn(rung, architecture.packing.rows, architecture.packing.width))
+    told = told.to(device)
+    arguments: dict[str, Any] = {
+        "timestep": torch.full((rung,), 500, device=device),
+        "encoder_hidden_states": told.tokens.to(dtype),
+        "timestep_cond": torch.randn(rung, 256, device=device, dtype=dtype),
+    }
+    if told.pooled is not None and told.time_ids is not None:
+        arguments["added_cond_kwargs"] = {
+            "text_embeds": told.pooled.to(dtype),
+            "time_ids": told.time_ids.to(dtype),
+        }
+    return latent, arguments
 
 
 def medians(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engines.backends.base import Precision
-from engines.backends.load import ON_GPU, BackendName, load_backend
+from engines.backends.load import ON_GPU, BackendName, load_backend, load_graph
 from engines.backends.onnxruntime import OnnxRuntimeBackend
 from engines.backends.tensorrt_build import find_library, is_rtx
 from engines.bundle import Bundle
@@ -21,7 +21,7 @@ from engines.errors import BackendError
 from engines.examples import example_inputs
 from engines.manifest import COEFFICIENTS, LATENT
 from engines.open import open_pipeline
-from tests.gpu.loading import load_file, skip_unless_possible
+from tests.gpu.loading import skip_unless_possible
 from tests.support.step_rows import random_rows, step_spec
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
@@ -59,9 +59,11 @@ def test_an_exported_unet_agrees_with_the_reference(
     backend: BackendName, unet_file: Path, precision: Precision, tolerance: float
 ) -> None:
     spec, rows = step_spec(unet_file), random_rows(4, seed=1)
+    spec = spec.model_copy(update={"lowered": {"float16": spec.parity}})
     rows[COEFFICIENTS][:] = (0, 1, 3e38, 0, 1, 0, 0, 0, 0)  # the network's own output
     expected = OnnxRuntimeBackend(unet_file, spec).run(rows)
-    engine = load_file(backend, unet_file, spec, precision if backend in ON_GPU else "float32", RUNGS)
+    offered = precision if backend in ON_GPU else "float32"
+    engine = load_graph(backend, unet_file, spec, precision=offered, rungs=RUNGS)
     for name, array in engine.run(rows).items():
         assert np.isfinite(array).all()
         assert np.abs(array - expected[name]).max() <= tolerance * np.abs(expected[name]).max()
@@ -97,7 +99,7 @@ def test_every_rung_is_a_cuda_graph(name: BackendName, unet_file: Path) -> None:
     skip_unless_possible(name)
     if name == "tensorrt" and is_rtx(find_library()):
         pytest.skip("tensorrt_rtx captures its graphs itself and does not tell")
-    engine: Any = load_file(name, unet_file, step_spec(unet_file), "float32", RUNGS)
+    engine: Any = load_graph(name, unet_file, step_spec(unet_file), rungs=RUNGS)
     for rung in RUNGS:
         engine.run(random_rows(rung, seed=0))
     assert engine.captured == dict.fromkeys(RUNGS, True)
@@ -135,6 +137,7 @@ def test_the_bench_ends_with_one_json_line(backend: BackendName, toy: Bundle) ->
     assert figures["generate"]["images_per_s"] > 0
     if backend in ON_GPU:
         assert " sm_" in figures["machine"]
+        assert figures["device_memory_mb"] > 0
 
 
 @pytest.mark.long
@@ -145,7 +148,9 @@ def test_the_bench_of_real_architectures_runs(backend: BackendName, capsys: pyte
     main("tiny", [backend], precision, "1,2", 1, compiled=False)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["step_tflop"] > 0
+    assert figures["failures"] == {}
     assert len(figures["ms"]) == len(figures["images_per_s"]) == 2
+    assert (figures["device_mb"] is not None) == (backend in ON_GPU)
     for contender, ms in figures["ms"].items():
         assert ms.keys() == {"step", "decode", "decode_tiny"}
         for decode, rates in figures["images_per_s"][contender].items():

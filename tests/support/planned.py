@@ -73,7 +73,8 @@ def bench_file(path: Path, folder: Path) -> Path:
         fraction={},
         throughput=(best,),
         generate=best,
-        memory_mb=1.0,
+        host_memory_mb=1.0,
+        device_memory_mb=None,
     )
     file = folder / "bench.txt"
     file.write_text(f"a table\n{result.model_dump_json()}\n", encoding="utf-8")

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from distill_jobs.graphs import StepGraph
+from distill_jobs.latent_sections import DecoderSection
 from distill_jobs.onnx_export import write_graph
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
+from distill_jobs.pipelines.graphs import LatentDecodeGraph
 from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.surroundings import surroundings_of
 from distill_jobs.pipelines.teacher import load_network
+from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
 from engines.manifest import GraphSpec, Licences, Parity, TensorSpec
 from tests.support import tiny_pipelines as tiny
 
@@ -64,13 +67,16 @@ def step_of(kind: str, work: Path) -> Exported:
 
 
 def surroundings(kind: str, work: Path, graphs: Sequence[str]) -> Iterator[Exported]:
-    """Of this architecture, the condition, decode and encode graphs that are named."""
+    """Of this architecture, the condition, decode, decode_tiny and encode graphs that are named."""
     around = surroundings_of(pipeline_folder(kind, work), Licences(teacher="none", data="none"))
     side = tiny.LATENT_PX
     condition, decode, encode = around.condition, around.decode, around.encode
+    shape = decode.decoder.channels, decode.decoder.pixels_per_latent
+    tiny_decode = LatentDecodeGraph(TinyDecoder(new_tiny(DecoderSection(updates=1, width=8), *shape, 0)).eval())
     made = {
         "condition": (condition, condition.inputs(), condition.outputs()),
         "decode": (decode, decode.inputs(side, side), decode.outputs(side, side)),
+        "decode_tiny": (tiny_decode, tiny_decode.inputs(side, side), tiny_decode.outputs(side, side)),
         "encode": (encode, encode.inputs(side, side), encode.outputs(side, side)),
     }
     for name in graphs:

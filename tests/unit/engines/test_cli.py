@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
+from engines.backends.base import Rows
+from engines.backends.onnxruntime import OnnxRuntimeBackend
 from engines.bench import BenchResult, Throughput
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.compare import Difference
 from engines.cost import COST_FILE
+from engines.errors import BackendError
 from engines.tables import throughput_table
 
 FAST = ["--rungs", "1,2", "--repeats", "1"]
@@ -77,6 +82,35 @@ def test_build_into_a_cache_that_cannot_be_written_is_refused_at_once(
     assert sentence.endswith("; choose another cache")
 
 
+@pytest.mark.parametrize("command", ["build", "bench"])
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+def test_commands_close_the_pipeline_however_they_end(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fails: bool
+) -> None:
+    class Watched(OnnxRuntimeBackend):
+        open_now = 0
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            Watched.open_now += 1
+
+        def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+            if fails:
+                raise BackendError("out of memory")
+            return super().run(rows)
+
+        def close(self) -> None:
+            super().close()
+            Watched.open_now -= 1
+
+    monkeypatch.setattr("engines.backends.onnxruntime.OnnxRuntimeBackend", Watched)
+    monkeypatch.setattr("engines.cli.matmul_ceiling", lambda *_: 1.0)
+    where = ["--cache", tmp_path] if command == "build" else []
+    result = run(command, toy.path, "--backend", "onnxruntime", *where, *FAST)
+    assert result.exit_code == int(fails), result.output
+    assert Watched.open_now == 0
+
+
 def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     result = run("bench", toy.path, "--backend", "onnxruntime", *FAST)
     assert result.exit_code == 0, result.output
@@ -84,7 +118,9 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
     assert figures["ms"].keys() == toy.manifest.graphs.keys()
     assert figures["ms"]["step_4"].keys() == {"1", "2"}
     assert figures["engine"].startswith("onnxruntime ")
-    assert {"machine", "python", "numpy", "command", "memory_mb", "repeats"} <= figures.keys()
+    assert {"machine", "python", "numpy", "command", "repeats"} <= figures.keys()
+    assert figures["host_memory_mb"] > 0
+    assert figures["device_memory_mb"] is None
     assert figures["generate"]["images_per_s"] > 0
     assert figures["flop"]["step_4"] > figures["flop"]["condition"]
     step_s = figures["ms"]["step_4"]["2"] / 1e3
@@ -94,9 +130,13 @@ def test_bench_ends_with_one_json_line(toy: Bundle) -> None:
 
 def test_slow_models_have_images_per_second_too() -> None:
     slow = Throughput(steps=2, sampler="deterministic", batch=1, images_per_s=0.00413)
-    result = BenchResult.model_construct(throughput=(slow,), generate=slow, memory_mb=8000.0)
-    [*_, rates] = throughput_table(result).columns
+    result = BenchResult.model_construct(
+        throughput=(slow,), generate=slow, host_memory_mb=8e3, device_memory_mb=9e3
+    )
+    table = throughput_table(result)
+    [*_, rates] = table.columns
     assert list(rates.cells) == ["0.00413", "0.00413"]
+    assert table.title == "condition, steps and decode; 8000 MB resident, 9000 MB of the GPU's"
 
 
 def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:
@@ -115,6 +155,27 @@ def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:
     result = run("compare", toy.path, "--backend", "openvino", "--rows", 4, "--tolerance", 0)
     assert result.exit_code == 1
     assert "fails on graph '" in result.stderr
+    assert "pass a --tolerance you accept" in result.stderr
+
+
+def test_rows_that_depend_on_their_batch_are_told_from_what_a_tolerance_allows(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wavering = Difference("step_4", "engine", 1.0, 1.0, rows_equal=False, levels=False)
+    monkeypatch.setattr("engines.cli.compare_backends", lambda *_: [wavering])
+    result = run("compare", toy.path)
+    assert result.exit_code == 1
+    assert "engine fails on graph 'step_4': rows have other bytes in other batches" in result.stderr
+    assert "you accept" not in result.stderr
+
+
+def test_compare_takes_compiled_models_from_a_cache_that_is_named(toy: Bundle, tmp_path: Path) -> None:
+    arguments = ["compare", toy.path, "--backend", "openvino", "--rows", 2]
+    assert run(*arguments, "--cache", tmp_path / "cache").exit_code == 0
+    compiled = {blob: blob.stat().st_mtime_ns for blob in tmp_path.glob("cache/*/models/*.blob")}
+    assert compiled
+    assert run(*arguments, "--cache", tmp_path / "cache").exit_code == 0
+    assert {blob: blob.stat().st_mtime_ns for blob in tmp_path.glob("cache/*/models/*.blob")} == compiled
 
 
 def test_a_difference_passes_only_with_equal_rows_and_one_level_at_most() -> None:

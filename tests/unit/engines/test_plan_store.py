@@ -11,14 +11,22 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from engines.backends.plan_store import PlanStore
+from engines.backends import lowering, tensorrt_build
+from engines.backends.plan_store import Kind, PlanStore, source_sha256
 from engines.cache import EngineKey
 from engines.errors import BackendError
 
-KEY = EngineKey("a" * 64, "tensorrt 11.4.0.106 float32", "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06", 0)
+KEY = EngineKey(
+    "a" * 64,
+    "tensorrt 11.4.0.106 float32",
+    "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06",
+    0,
+    source="d" * 64,
+)
 RUNGS = (1, 2, 4)
 PLAN = bytes(range(256)) * 8
 
@@ -58,6 +66,7 @@ OTHERS = {
     "library": replace(KEY, engine="tensorrt-rtx 1.7.1.116 float32"),
     "precision": replace(KEY, engine="tensorrt 11.4.0.106 bfloat16"),
     "gpu": replace(KEY, machine="NVIDIA H200 sm_90, driver 580.65.06"),
+    "builder": replace(KEY, source="c" * 64),
     "driver": replace(KEY, machine="NVIDIA H100 80GB HBM3 sm_90, driver 590.10"),
 }
 
@@ -143,7 +152,7 @@ from pathlib import Path
 from engines.backends.plan_store import PlanStore
 from engines.cache import EngineKey
 
-store = PlanStore(Path(sys.argv[1]), EngineKey(*sys.argv[2:5], 0), (1, 2, 4))
+store = PlanStore(Path(sys.argv[1]), EngineKey(*sys.argv[2:5], 0, source=sys.argv[5]), (1, 2, 4))
 
 def build():
     plan = store.file("plan")
@@ -157,7 +166,7 @@ store.obtain(lambda plan: plan, build)
 
 
 def test_a_build_killed_midway_leaves_nothing_to_run(store: PlanStore, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", BUILDER, str(tmp_path), KEY.graph_sha256, KEY.engine, KEY.machine]
+    words = [sys.executable, "-c", BUILDER, str(tmp_path), KEY.graph_sha256, KEY.engine, KEY.machine, KEY.source]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
@@ -168,6 +177,29 @@ def test_a_build_killed_midway_leaves_nothing_to_run(store: PlanStore, tmp_path:
     assert store.obtain(library.load, library.build) == PLAN  # the dead process holds no lock
     assert (library.builds, library.loaded) == (1, [PLAN])
     assert not list(store.file("plan").parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["plan", "kernels", "timings"])
+def test_what_was_left_unfinished_goes_when_its_kind_is_made_again(store: PlanStore, kind: Kind) -> None:
+    left = store.file(kind).with_name(f"{store.file(kind).name}.1.partial")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a pl")
+    store.save(kind, PLAN)
+    assert not left.exists()
+    assert store.load(kind) == PLAN
+
+
+def test_what_another_is_writing_is_left_alone(store: PlanStore) -> None:
+    with store._making("kernels"):
+        unfinished = store.file("kernels").with_name(f"{store.file('kernels').name}.2.partial")
+        unfinished.write_bytes(b"half of th")
+        store.save("plan", PLAN)
+        other = threading.Thread(target=store.save, args=("kernels", PLAN))
+        other.start()
+        other.join(0.2)
+        assert unfinished.exists()
+    other.join()
+    assert not unfinished.exists()
 
 
 def test_two_who_want_a_plan_build_it_once(tmp_path: Path) -> None:
@@ -205,8 +237,20 @@ def test_what_graphs_share_is_kept_apart_from_any_of_them(store: PlanStore, tmp_
     sibling = PlanStore(tmp_path, replace(KEY, graph_sha256="c" * 64), (8,))
     assert sibling.of_every_graph().load("timings") == b"conv 3x3: 0.1 ms"
     assert store.load("timings") is None
+    newer = PlanStore(tmp_path, OTHERS["builder"], RUNGS)
+    assert newer.of_every_graph().load("timings") == b"conv 3x3: 0.1 ms"
     elsewhere = PlanStore(tmp_path, OTHERS["gpu"], RUNGS)
     assert elsewhere.of_every_graph().load("timings") is None
+
+
+@pytest.mark.parametrize("module", [lowering, tensorrt_build])
+def test_code_that_builds_otherwise_has_another_hash(tmp_path: Path, module: ModuleType) -> None:
+    for builder in (lowering, tensorrt_build):
+        shutil.copy(str(builder.__file__), tmp_path)
+    assert source_sha256(tmp_path) == source_sha256()
+    with (tmp_path / Path(str(module.__file__)).name).open("a") as file:
+        file.write("OPSET = 23\n")
+    assert source_sha256(tmp_path) != source_sha256()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from engines.backends import openvino
+from engines.backends.base import EngineBackend
 from engines.backends.load import BACKENDS, engine_key, load_backend
 from engines.backends.plan_store import PlanStore
 from engines.backends.torch_cuda import TorchCudaBackend
@@ -44,6 +45,20 @@ def test_all_backends_agree_on_every_size(sized: Bundle) -> None:
     assert {d.call for d in differences} == {str(call) for call in calls(sized.manifest)}
     assert {d.engine.split()[0] for d in differences} == set(BACKENDS)
     assert [d for d in differences if not d.within(1e-4)] == []
+
+
+def test_an_engine_is_compared_on_all_sizes_before_the_next_is_loaded(
+    sized: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, str]] = []
+
+    def load(name: str, bundle: Bundle, graph: str, **options: Any) -> EngineBackend:
+        loaded.append((name, graph))
+        return load_backend(name, bundle, graph, **options)
+
+    monkeypatch.setattr("engines.compare.load_backend", load)
+    compare_backends(sized, ["torch"], "auto", 2, 0)
+    assert loaded == [(name, graph) for graph in sized.manifest.graphs for name in ("onnxruntime", "torch")]
 
 
 def test_images_have_the_size_they_were_started_in(sized: Bundle) -> None:

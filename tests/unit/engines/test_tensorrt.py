@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,12 +16,14 @@ from typer.testing import CliRunner
 from engines.backends import cuda, load, tensorrt, tensorrt_build
 from engines.backends.cuda import Device, find_device
 from engines.backends.load import engine_key, load_backend
-from engines.backends.plan_store import PlanStore
+from engines.backends.plan_store import PlanStore, source_sha256
 from engines.bundle import Bundle
 from engines.cli import app
+from engines.device_memory import DeviceMemory
 from engines.errors import BackendError
 from server.loading import load_pipelines
 from server.settings import Settings
+from tests.support.step_rows import step_spec
 
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), "580.65.06")
 RTX = Device("NVIDIA GeForce RTX 4090", (8, 9), "580.65.06")
@@ -110,6 +114,23 @@ def test_a_device_is_its_product_architecture_and_driver(
     assert str(find_device()) == f"NVIDIA H100 80GB HBM3 sm_90, driver {driver}"
 
 
+def test_memory_of_a_gpu_is_what_the_device_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = torch_with("13.0", available=True)
+    free, reserve = 70_000_000_000, 2_000_000_000
+
+    def empty_cache() -> None:
+        nonlocal free, reserve
+        free, reserve = free + reserve, 0
+
+    torch.cuda.empty_cache = empty_cache
+    torch.cuda.mem_get_info = lambda: (free, 80_000_000_000)
+    monkeypatch.setattr(cuda, "import_module", lambda name: torch)
+    memory = DeviceMemory("tensorrt")
+    free, reserve = free - 6_000_000_000, 1_000_000_000  # 5 GB by an engine, and what torch caches
+    assert memory.taken_mb() == 5000
+    assert DeviceMemory("onnxruntime").taken_mb() is None
+
+
 def test_a_gpu_that_the_library_does_not_know_is_refused() -> None:
     rtx = fake_library("tensorrt_rtx", "1.7.1.116")
     tensorrt_build.check_target(rtx, RTX)
@@ -127,7 +148,7 @@ def test_commands_refuse_in_one_sentence(
     def refuse() -> Device:
         raise BackendError("No NVIDIA GPU is visible to this process")
 
-    for place in (tensorrt, load):
+    for place in (tensorrt, load, cuda):
         monkeypatch.setattr(place, "find_device", refuse)
     where = ["--cache", str(tmp_path)] if command == "build" else []
     result = CliRunner().invoke(app, [command, str(toy.path), "--backend", "tensorrt", *where])
@@ -160,6 +181,17 @@ def test_the_key_changes_with_all_that_a_plan_depends_on(
     assert len({key.folder(tmp_path) for key in keys}) == 2 * len(machines)
     assert keys[0].machine == "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06"
     assert keys[0].engine == "tensorrt 11.4.0.106 float32"
+    assert {key.source for key in keys} == {source_sha256()}
+    assert engine_key(toy, "step_4", "onnxruntime", "auto", 0).source == ""
+
+
+def test_a_release_that_builds_otherwise_builds_again(
+    toy: Bundle, tmp_path: Path, gpu: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(toy, tmp_path)
+    monkeypatch.setattr(load, "source_sha256", lambda: "e" * 64)
+    start(toy, tmp_path)
+    assert gpu.loaded == [b"plan 1", b"plan 2"]
 
 
 class FakeRun:
@@ -245,6 +277,22 @@ def test_a_closed_engine_says_so(toy: Bundle, gpu: FakeRun) -> None:
     engine.close()
     with pytest.raises(BackendError, match="load it again"):
         engine.run({})
+
+
+def test_a_closed_plan_gives_its_scratch_memory_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from engines.backends import tensorrt_run
+
+    scratch = [torch.empty(64, dtype=torch.uint8)]
+    kept = weakref.ref(scratch[0])
+    monkeypatch.setattr(tensorrt_run, "torch", SimpleNamespace(empty=lambda *_, **__: scratch.pop(), uint8=None))
+    monkeypatch.setattr(tensorrt_run, "Ladder", partial(tensorrt_run.Ladder, device="cpu"))
+    engine = SimpleNamespace(device_memory_size_v2=64)
+    plan = tensorrt_run.LoadedPlan(fake_library(), None, engine, step_spec(Path("step.onnx")), (1,), (), None)
+    assert kept() is not None
+    plan.close()
+    assert kept() is None
 
 
 def test_importing_the_backend_imports_no_torch() -> None:

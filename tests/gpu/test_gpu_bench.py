@@ -1,0 +1,124 @@
+"""The bench of real architectures, as far as a machine without a GPU can hold it to what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from engines.backends.base import EngineBackend
+from engines.errors import BackendError
+from tests.gpu import bench
+from tests.gpu.architectures import ARCHITECTURES
+
+TINY = ARCHITECTURES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where graphs are kept from one run to the next."""
+    return tmp_path_factory.mktemp("exported")
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_graph_that_fails_loses_nothing_else(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_graph(name: str, file: Path, *arguments: Any, **options: Any) -> EngineBackend:
+        if file.parent.name == "tiny-decode":
+            raise BackendError("no such operator")
+        return whole(name, file, *arguments, **options)
+
+    whole = bench.load_graph
+    monkeypatch.setattr(bench, "load_graph", load_graph)
+    with pytest.raises(typer.Exit) as ended:
+        bench.main("tiny", ["onnxruntime"], "float32", "1,2", 1, False, ["decode", "decode_tiny"], exported)
+    assert ended.value.exit_code == 1
+    decode, decode_tiny, everything = lines(capsys)
+    engine, diffusers = "onnxruntime float32", "diffusers eager float32"
+    assert (decode["graph"], decode["ms"].keys()) == ("decode", {diffusers})
+    assert (decode_tiny["graph"], decode_tiny["ms"].keys()) == ("decode_tiny", {engine, diffusers})
+    assert everything["failures"] == {f"decode on {engine}": "BackendError: no such operator"}
+    assert everything["ms"][engine] == {"decode_tiny": decode_tiny["ms"][engine]}
+    assert everything["ms"][diffusers]["decode"] == decode["ms"][diffusers]
+    assert decode["ms"][diffusers].keys() == {"1", "2"}
+    assert everything["ceilings"]["matmul_tflop_s"] > 0
+    assert everything["device_mb"] is None
+
+
+def test_what_follows_is_summed_up_of_what_is_there() -> None:
+    found = bench.Found("onnxruntime", ceilings={"matmul_tflop_s": 2.0})
+    found.ms = {"whole": {"step": {1: 10.0, 4: 20.0}, "decode": {1: 60.0}}, "no step": {"decode": {1: 5.0}}}
+    told = bench.summary(found, 10**9)
+    assert told["step_fraction"] == {"whole": {1: pytest.approx(0.05), 4: pytest.approx(0.1)}}
+    assert told["images_per_s"] == {"whole": {"decode": {1: pytest.approx(10.0)}}}
+    found.ceilings = {}
+    assert bench.summary(found, 10**9)["step_fraction"] == {}
+
+
+def test_a_contender_that_fails_at_a_batch_size_keeps_the_smaller_ones() -> None:
+    def ready(rung: int) -> bench.Call:
+        if rung > 2:
+            raise torch.OutOfMemoryError("no room")
+        return lambda: None
+
+    found = bench.Found("onnxruntime")
+    bench.measure(found, "step", {"small": lambda: ready, "large": lambda: lambda rung: lambda: None}, (1, 4, 8), 1)
+    assert found.ms["small"]["step"].keys() == {1}
+    assert found.ms["large"]["step"].keys() == {1, 4, 8}
+    assert found.failures == {"step on small, 4 rows": "OutOfMemoryError: no room"}
+
+
+def test_diffusers_runs_a_copy_in_the_precision_asked_for() -> None:
+    contenders = bench.diffusers_contenders(TINY, "step", "cpu", "bfloat16", compiled=True)
+    networks = [load().args[0] for load in contenders.values()]  # type: ignore[attr-defined]
+    assert networks[0] is networks[1]
+    assert {weight.dtype for weight in networks[0].parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in TINY.network("step").parameters()} == {torch.float32}
+    contenders["diffusers eager bfloat16"]()(2)()
+
+
+def test_every_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Any]] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes = [size for tensor in inputs if isinstance(tensor, torch.Tensor) for size in tensor.shape]
+        seen.append([size for size in (*inputs, *shapes) if isinstance(size, torch.SymInt)])
+        return module.forward
+
+    compile_as_told = torch.compile
+
+    def recorded(network: Any, *, mode: str, **options: Any) -> Any:
+        return compile_as_told(network, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    ready = bench.diffusers_contenders(TINY, "decode_tiny", "cpu", "float32", compiled=True)
+    for rung in (1, 2, 4):
+        ready["diffusers compiled float32"]()(rung)()
+    assert len(seen) >= 3
+    assert not any(seen)
+
+
+def test_any_backend_is_run_by_its_own_name_on_what_was_exported_before(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.export(TINY, "tiny", "decode", exported)
+    monkeypatch.setattr(bench, "write_graph", lambda *_: pytest.fail("exported again"))
+    bench.main("tiny", ["openvino", "torch"], "float32", "1", 1, False, ["decode"], exported)
+    engines = lines(capsys)[-1]["engines"]
+    assert {contender: name.split()[0] for contender, name in engines.items()} == {
+        "openvino float32": "openvino",
+        "torch float32": "torch",
+    }
+
+
+def test_a_precision_that_a_backend_does_not_offer_is_refused() -> None:
+    with pytest.raises(BackendError, match="runs float32 only"):
+        bench.main("tiny", ["onnxruntime"], "bfloat16")
