@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.backends.base import OfGraph, Precision, Rows
-from engines.backends.torch_operators import OPERATORS, SHAPE_INPUTS, Operator
+from engines.backends.torch_operators import MADE_OF_SHAPES, OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
 from engines.machine import limited_threads
 from engines.manifest import GraphSpec
@@ -63,7 +63,7 @@ class OnnxModule(torch.nn.Module):
             arguments = [values[name] if name else None for name in step.inputs]
             if self._device != "cpu":
                 arguments = self._place(step, arguments)
-            values.update(zip(step.outputs, _results(step, arguments), strict=True))
+            values.update(zip(step.outputs, _results(step, arguments, self._device), strict=True))
             for name in step.spent:
                 del values[name]
         return {name: values[name] for name in self._outputs}
@@ -74,7 +74,7 @@ class OnnxModule(torch.nn.Module):
         for step in self._program:
             if all(name in self._constants or not name for name in step.inputs):
                 arguments = [self._constants[name] if name else None for name in step.inputs]
-                self._constants.update(zip(step.outputs, _results(step, arguments), strict=True))
+                self._constants.update(zip(step.outputs, _results(step, arguments, "cpu"), strict=True))
             else:
                 rest.append(step)
         needed = {*self._outputs, *(name for step in rest for name in step.inputs)}
@@ -86,7 +86,7 @@ class OnnxModule(torch.nn.Module):
 
         A constant is moved when it is first met, so later runs, and their capture, copy nothing.
         """
-        if all(a is None or a.device.type == "cpu" for a in arguments) and not _floats(arguments):
+        if all(a is None or a.device.type == "cpu" for a in arguments) and not _data(arguments):
             return arguments  # arithmetic on shapes
         shapes = SHAPE_INPUTS.get(step.kind, frozenset())
         return [
@@ -165,16 +165,19 @@ def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]
     return tuple(instructions)
 
 
-def _results(step: _Instruction, arguments: list[Tensor | None]) -> tuple[Tensor, ...]:
+def _results(step: _Instruction, arguments: list[Tensor | None], device: str) -> tuple[Tensor, ...]:
+    """The node's outputs. device: where data is made that no argument holds."""
+    made = {"device": device} if step.kind in MADE_OF_SHAPES else {}
     try:
-        result = step.operator(*arguments, **step.attributes)
+        result = step.operator(*arguments, **step.attributes, **made)
     except NotImplementedError as error:
         raise BackendError(f"the torch backend does not run {error}") from None
     return result if isinstance(result, tuple) else (result,)
 
 
-def _floats(arguments: list[Tensor | None]) -> bool:
-    return any(argument is not None and argument.is_floating_point() for argument in arguments)
+def _data(arguments: list[Tensor | None]) -> bool:
+    """Whether any is no length: a real number, or a mask such as that of causal attention."""
+    return any(a is not None and (a.is_floating_point() or a.dtype == torch.bool) for a in arguments)
 
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:

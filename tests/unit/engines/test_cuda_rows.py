@@ -15,12 +15,13 @@ from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
 from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule, TorchBackend
 from engines.backends.torch_cuda import TorchCudaBackend
-from engines.bundle import Bundle
+from engines.bundle import Bundle, verify_bundle
 from engines.calls import row_shapes
 from engines.condition import load_tokenizer
 from engines.errors import BackendError
 from engines.examples import example_inputs
 from engines.manifest import LATENT, GraphSpec, Lowered, Parity, TensorSpec
+from tests.support.on_torch import check_on_torch, run_on_meta
 from tests.support.step_rows import random_rows, step_spec
 
 SPEC = GraphSpec(
@@ -107,13 +108,6 @@ def test_the_rehearsal_computes_what_the_cpu_backend_does(unet_file: Path) -> No
         rehearsal.run(rows)
 
 
-def run_on_meta(model: onnx.ModelProto, rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """On a device without values: reading one, or mixing it with the CPU, raises."""
-    inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
-    outputs: dict[str, torch.Tensor] = OnnxModule(model, "meta")(inputs)
-    return outputs
-
-
 def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
     tokenizer = load_tokenizer(toy)
     for graph, spec in toy.manifest.graphs.items():
@@ -121,6 +115,15 @@ def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
         outputs = run_on_meta(onnx.load(str(toy.graph_file(graph))), rows)
         assert {n: tuple(t.shape) for n, t in outputs.items()} == {t.name: (3, *t.shape[1:]) for t in spec.outputs}
         assert {tensor.device.type for tensor in outputs.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["emoji", "digits"])
+def test_an_embedded_bundle_runs_on_torch(name: str) -> None:
+    """emoji has a text encoder, and decodes with a tiny decoder."""
+    bundle = verify_bundle(Path("server/bundles", name))
+    tokenizer = load_tokenizer(bundle)
+    for graph, spec in bundle.manifest.graphs.items():
+        check_on_torch(bundle.graph_file(graph), spec, example_inputs(bundle.manifest, tokenizer, graph, 3))
 
 
 class Casts(TorchDispatchMode):

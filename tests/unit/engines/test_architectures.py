@@ -1,4 +1,4 @@
-"""Every graph of Stable Diffusion's architectures, scaled down, becomes a TensorRT plan without a GPU."""
+"""Every graph of Stable Diffusion's architectures, scaled down, to TensorRT and to torch, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from engines.backends.base import Precision
 from tests.support.compiled import check_compiles
-from tests.support.scaled_down import Exported, step_of, surroundings
+from tests.support.on_torch import check_on_torch
+from tests.support.scaled_down import Exported, random_rows, step_of, surroundings
 
 PRECISIONS = [
     pytest.param("float32", marks=pytest.mark.long),
@@ -20,7 +21,7 @@ PRECISIONS = [
 """Exporting takes most of the time, and is done once: CI compiles what a GPU is asked for first."""
 
 STEPS = ("sd15", "sd21", "sdxl", "inpaint")
-SURROUNDINGS = {"sd15": ("condition", "decode", "encode"), "sdxl": ("condition",)}
+SURROUNDINGS = {"sd15": ("condition", "decode", "encode"), "sd21": ("condition",), "sdxl": ("condition",)}
 """The autoencoder is one for all; text encoders differ."""
 
 
@@ -49,3 +50,14 @@ def test_text_encoders_and_autoencoder_compile(
 ) -> None:
     for exported in around(kind):
         check_compiles(trt, exported.file, exported.spec, precision)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_every_step_graph_runs_on_torch(step: Callable[[str], Exported], kind: str) -> None:
+    check_on_torch(step(kind).file, step(kind).spec, random_rows(step(kind), 3))
+
+
+@pytest.mark.parametrize("kind", SURROUNDINGS)
+def test_text_encoders_and_autoencoder_run_on_torch(around: Callable[[str], list[Exported]], kind: str) -> None:
+    for exported in around(kind):
+        check_on_torch(exported.file, exported.spec, random_rows(exported, 3))
