@@ -169,7 +169,7 @@ class FakeRun:
 
     def open(self, trt: Any, plan: bytes, *_: Any) -> SimpleNamespace:
         self.loaded.append(plan)
-        return SimpleNamespace(run=lambda rows: {}, close=lambda: None)
+        return SimpleNamespace(run=lambda rows: {}, close=lambda: None, captured={1: True, 2: False})
 
 
 @pytest.fixture
@@ -230,6 +230,13 @@ def test_a_closed_engine_says_so(toy: Bundle, gpu: FakeRun) -> None:
     engine.close()
     with pytest.raises(BackendError, match="load it again"):
         engine.run({})
+
+
+def test_an_engine_tells_which_batch_sizes_replay_graphs(toy: Bundle, gpu: FakeRun) -> None:
+    engine: Any = load_backend("tensorrt", toy, "step_4")
+    assert engine.captured == {1: True, 2: False}
+    engine.close()
+    assert engine.captured == {}
 
 
 def test_importing_the_backend_imports_no_torch() -> None:
