@@ -64,7 +64,7 @@ class TorchCudaBackend(OfGraph):
 
     @property
     def captured(self) -> dict[int, bool]:
-        """Whether each batch size that came so far replays a CUDA graph."""
+        """Whether each batch size made ready so far replays a CUDA graph."""
         return self._ladder.captured
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
