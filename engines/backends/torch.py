@@ -40,20 +40,22 @@ class OnnxModule(torch.nn.Module):
     """An ONNX graph as a torch module.
 
     device: where its inputs are, and its weights, which lie there with channels last unless it is the CPU. What
-    describes shapes stays on the CPU, so that a run reads nothing back.
+    describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
     Raises: BackendError for another opset or an operator this backend does not know.
     """
 
-    def __init__(self, model: onnx.ModelProto, device: str = "cpu") -> None:
+    def __init__(
+        self, model: onnx.ModelProto, device: str = "cpu", operators: Mapping[str, Operator] = OPERATORS
+    ) -> None:
         super().__init__()
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         if opsets.keys() != {""} or opsets[""] not in OPSETS:
             raise BackendError(f"the torch backend reads graphs of opset {OPSETS[0]}, not {opsets}")
         self._outputs = tuple(output.name for output in model.graph.output)
-        self._constants = {c.name: _tensor(c) for c in model.graph.initializer}
+        self._constants = {c.name: tensor_of(c) for c in model.graph.initializer}
         self._device = device
         self._placed: dict[str, Tensor] = {}
-        self._program = _program(model.graph, keep={*self._outputs, *self._constants})
+        self._program = _program(model.graph, operators, keep={*self._outputs, *self._constants})
         self._fold()
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,21 +148,32 @@ def engine_name(precision: Precision) -> str:
     return f"torch {str(torch.__version__).partition('+')[0]} {precision}"
 
 
-def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """By name, as the operators take them."""
+    return {a.name: _attribute(a) for a in node.attribute}
+
+
+def tensor_of(constant: onnx.TensorProto) -> Tensor:
+    """Its values, on the CPU."""
+    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
+
+
+def _program(graph: onnx.GraphProto, operators: Mapping[str, Operator], keep: set[str]) -> tuple[_Instruction, ...]:
     """The nodes in order, as instructions. keep: values that are never dropped."""
     last_use = {name: i for i, node in enumerate(graph.node) for name in (*node.input, *node.output) if name}
     instructions = []
     for i, node in enumerate(graph.node):
-        operator = OPERATORS.get(node.op_type) if not node.domain else None
+        operator = operators.get(node.op_type) if not node.domain else None
         if operator is None:
             raise BackendError(
                 f"the torch backend does not know the ONNX operator {node.op_type}; use --backend onnxruntime"
             )
         outputs = tuple(name for name in node.output if name)
         spent = {name for name in (*node.input, *outputs) if name and last_use[name] == i} - keep
-        attributes = {a.name: _attribute(a) for a in node.attribute}
         instructions.append(
-            _Instruction(node.op_type, operator, tuple(node.input), outputs, attributes, tuple(sorted(spent)))
+            _Instruction(
+                node.op_type, operator, tuple(node.input), outputs, attributes_of(node), tuple(sorted(spent))
+            )
         )
     return tuple(instructions)
 
@@ -183,10 +196,6 @@ def _data(arguments: list[Tensor | None]) -> bool:
 def _attribute(attribute: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _tensor(constant: onnx.TensorProto) -> Tensor:
-    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
 
 
 def _owned(tensor: Tensor, inputs: Mapping[str, Tensor]) -> NDArray[Any]:

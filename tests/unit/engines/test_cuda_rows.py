@@ -14,16 +14,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines.backends.base import Precision
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
-from engines.backends.lowering import lower_products
-from engines.backends.torch import OnnxModule, TorchBackend
+from engines.backends.torch import TorchBackend
 from engines.backends.torch_cuda import TorchCudaBackend
+from engines.backends.torch_fused import fused_module
 from engines.bundle import Bundle, verify_bundle
 from engines.calls import row_shapes
 from engines.condition import load_tokenizer
 from engines.errors import BackendError
 from engines.examples import example_inputs
-from engines.manifest import LATENT, GraphSpec, Lowered, Parity, TensorSpec
+from engines.manifest import LATENT, GraphSpec, Parity, TensorSpec
 from tests.support.on_torch import check_on_torch, run_on_meta
 from tests.support.step_rows import random_rows, step_spec
 
@@ -288,9 +289,10 @@ class Casts(TorchDispatchMode):
 
 
 def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle) -> None:
-    model = lower_products(onnx.load(str(toy.graph_file("step_4"))), "bfloat16")
+    model = onnx.load(str(toy.graph_file("step_4")))
     weights = {tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1}
-    module, rows = OnnxModule(model, "meta"), example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
+    module = fused_module(model, "bfloat16", "meta")
+    rows = example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
     inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
     module(inputs)  # places the weights
     with Casts() as casts:
@@ -300,9 +302,8 @@ def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle)
     assert not casts.shapes & weights
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
-def test_a_unet_reads_no_value_back(unet_file: Path, dtype: Lowered | None) -> None:
-    model = onnx.load(str(unet_file))
-    outputs = run_on_meta(lower_products(model, dtype) if dtype else model, random_rows(2, seed=0))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_unet_reads_no_value_back(unet_file: Path, precision: Precision) -> None:
+    outputs = run_on_meta(onnx.load(str(unet_file)), random_rows(2, seed=0), precision)
     assert {tuple(tensor.shape) for tensor in outputs.values()} == {(2, 1, 8, 8)}
     assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}
