@@ -121,5 +121,5 @@ def _read(key: EngineKey, cache_dir: Path) -> dict[int, float]:
         record = _Record.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return {}
-    ours = EngineKey(**record.model_dump(include=asdict(key).keys())) == key
+    ours = EngineKey(**record.model_dump(include=set(asdict(key)))) == key
     return {rung: ms for rung, ms in record.ms.items() if ours and math.isfinite(ms) and ms > 0}

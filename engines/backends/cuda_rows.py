@@ -66,8 +66,12 @@ class Ladder:
     """Runs any number of rows as calls of fixed batch sizes, each made ready when it first comes.
 
     sizes: of images to be ready for, where the graph takes several. make: prepares the engine for rows of one batch
-    size, of images of one size, and gives its call. capture: keep each call as a CUDA
-    graph, which replays with one launch. device: cuda, or cpu to rehearse without graphs.
+    size, of images of one size, and gives its call. capture: keep each call as a CUDA graph, which replays with one
+    launch. device: cuda, or cpu to rehearse without graphs.
+
+    All graphs share one pool of memory for what they compute on the way: calls follow each other on one stream, and
+    outputs are copied to rows outside it. The largest batch is captured before any other, so smaller ones need no
+    more.
     """
 
     def __init__(
@@ -87,9 +91,10 @@ class Ladder:
         self._capture = capture
         self._device = device
         self.stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
+        self._pool: Any = None
         self._calls: dict[tuple[int, int], tuple[CudaRows, Enqueue]] = {}
         self.captured: dict[int, bool] = {}
-        """Whether each batch size that came so far replays a graph, at every size of image that it came in."""
+        """Whether each batch size made ready so far replays a graph, at every size of image it was made for."""
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         """All outputs of the rows. Raises: BackendError naming an input of another dtype or shape."""
@@ -108,11 +113,14 @@ class Ladder:
         if self.stream is not None:
             self.stream.synchronize()
         self._calls.clear()
+        self._pool = None
 
     def _run(self, size: int, piece: Rows) -> dict[str, NDArray[Any]]:
         count = len(piece[self._spec.inputs[0].name])
         rung = next(rung for rung in self._rungs if rung >= count)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            if (rung, size) not in self._calls and rung < self._rungs[-1]:
+                self._make_room(size)
             if (rung, size) not in self._calls:
                 self._calls[rung, size] = self._ready(rung, size)
             rows, enqueue = self._calls[rung, size]
@@ -122,6 +130,16 @@ class Ladder:
         if self.stream is not None:
             self.stream.synchronize()
         return rows.taken(count)
+
+    def _make_room(self, size: int) -> None:
+        """Have the largest batch in the pool first; where it does not fit, smaller ones may."""
+        largest = self._rungs[-1]
+        if self.stream is None or not self._capture or (largest, size) in self._calls:
+            return
+        try:
+            self._calls[largest, size] = self._ready(largest, size)
+        except torch.OutOfMemoryError as error:
+            _log.warning("%s has no room for %d rows: %s", self._spec.file, largest, error)
 
     def _ready(self, rung: int, size: int) -> tuple[CudaRows, Enqueue]:
         rows = CudaRows(self._spec, rung, self._device, self._shapes[size], size)
@@ -136,11 +154,13 @@ class Ladder:
         enqueue()  # what a first call allocates and compiles is not to be captured
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 enqueue()
-        except RuntimeError as error:
+        except (BackendError, RuntimeError) as error:
             _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rows.rung, error)
+            self._pool = None  # torch may still take it for the broken capture's, and refuse it to the next
             return None
         replay: Enqueue = graph.replay
         return replay

@@ -21,8 +21,10 @@ from onnx import TensorProto, helper
 from engines.manifest import Lowered
 
 OPSET = 22
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_TYPES: Final[dict[Lowered, int]] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "Linear", "MatMul"})
+"""Attention and Linear are those of ``engines.backends.torch_fused``; no bundle's graph holds any."""
+
+TYPES: Final[dict[Lowered, int]] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
 
 
 def lower_products(model: onnx.ModelProto, dtype: Lowered) -> onnx.ModelProto:
@@ -35,7 +37,7 @@ def lower_products(model: onnx.ModelProto, dtype: Lowered) -> onnx.ModelProto:
     del lowered.graph.node[:]
     cast: set[str] = set()
     for node in nodes:
-        lowered.graph.node.extend(_lowered(node, cast, dtype) if node.op_type in _PRODUCTS else (node,))
+        lowered.graph.node.extend(_lowered(node, cast, dtype) if node.op_type in PRODUCTS else (node,))
     return lowered
 
 
@@ -47,7 +49,7 @@ def _lowered(node: onnx.NodeProto, cast: set[str], dtype: Lowered) -> Iterator[o
         low = f"{name}/{dtype}"
         if name not in cast:
             cast.add(name)
-            yield helper.make_node("Cast", [name], [low], to=_TYPES[dtype])
+            yield helper.make_node("Cast", [name], [low], to=TYPES[dtype])
         node.input[i] = low
     [output] = node.output
     node.output[0] = f"{output}/{dtype}"

@@ -66,6 +66,11 @@ class TensorRtBackend(OfGraph):
     def name(self) -> str:
         return engine_name(self._precision)
 
+    @property
+    def captured(self) -> dict[int, bool]:
+        """Whether each batch size made ready so far replays a CUDA graph of ours."""
+        return {} if self._plan is None else self._plan.captured
+
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self._plan is None:
             raise BackendError("this TensorRT engine was closed; load it again")

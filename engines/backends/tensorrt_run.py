@@ -63,7 +63,7 @@ class LoadedPlan:
 
     @property
     def captured(self) -> dict[int, bool]:
-        """Whether each batch size that came so far replays a CUDA graph of ours."""
+        """Whether each batch size made ready so far replays a CUDA graph of ours."""
         return self._ladder.captured
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:

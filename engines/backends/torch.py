@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.backends.base import OfGraph, Precision, Rows
-from engines.backends.torch_operators import OPERATORS, SHAPE_INPUTS, Operator
+from engines.backends.torch_operators import MADE_OF_SHAPES, OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
 from engines.machine import limited_threads
 from engines.manifest import GraphSpec
@@ -40,20 +40,22 @@ class OnnxModule(torch.nn.Module):
     """An ONNX graph as a torch module.
 
     device: where its inputs are, and its weights, which lie there with channels last unless it is the CPU. What
-    describes shapes stays on the CPU, so that a run reads nothing back.
+    describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
     Raises: BackendError for another opset or an operator this backend does not know.
     """
 
-    def __init__(self, model: onnx.ModelProto, device: str = "cpu") -> None:
+    def __init__(
+        self, model: onnx.ModelProto, device: str = "cpu", operators: Mapping[str, Operator] = OPERATORS
+    ) -> None:
         super().__init__()
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         if opsets.keys() != {""} or opsets[""] not in OPSETS:
             raise BackendError(f"the torch backend reads graphs of opset {OPSETS[0]}, not {opsets}")
         self._outputs = tuple(output.name for output in model.graph.output)
-        self._constants = {c.name: _tensor(c) for c in model.graph.initializer}
+        self._constants = {c.name: tensor_of(c) for c in model.graph.initializer}
         self._device = device
         self._placed: dict[str, Tensor] = {}
-        self._program = _program(model.graph, keep={*self._outputs, *self._constants})
+        self._program = _program(model.graph, operators, keep={*self._outputs, *self._constants})
         self._fold()
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ class OnnxModule(torch.nn.Module):
             arguments = [values[name] if name else None for name in step.inputs]
             if self._device != "cpu":
                 arguments = self._place(step, arguments)
-            values.update(zip(step.outputs, _results(step, arguments), strict=True))
+            values.update(zip(step.outputs, _results(step, arguments, self._device), strict=True))
             for name in step.spent:
                 del values[name]
         return {name: values[name] for name in self._outputs}
@@ -74,7 +76,7 @@ class OnnxModule(torch.nn.Module):
         for step in self._program:
             if all(name in self._constants or not name for name in step.inputs):
                 arguments = [self._constants[name] if name else None for name in step.inputs]
-                self._constants.update(zip(step.outputs, _results(step, arguments), strict=True))
+                self._constants.update(zip(step.outputs, _results(step, arguments, "cpu"), strict=True))
             else:
                 rest.append(step)
         needed = {*self._outputs, *(name for step in rest for name in step.inputs)}
@@ -86,7 +88,7 @@ class OnnxModule(torch.nn.Module):
 
         A constant is moved when it is first met, so later runs, and their capture, copy nothing.
         """
-        if all(a is None or a.device.type == "cpu" for a in arguments) and not _floats(arguments):
+        if all(a is None or a.device.type == "cpu" for a in arguments) and not _data(arguments):
             return arguments  # arithmetic on shapes
         shapes = SHAPE_INPUTS.get(step.kind, frozenset())
         return [
@@ -146,44 +148,54 @@ def engine_name(precision: Precision) -> str:
     return f"torch {str(torch.__version__).partition('+')[0]} {precision}"
 
 
-def _program(graph: onnx.GraphProto, keep: set[str]) -> tuple[_Instruction, ...]:
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """By name, as the operators take them."""
+    return {a.name: _attribute(a) for a in node.attribute}
+
+
+def tensor_of(constant: onnx.TensorProto) -> Tensor:
+    """Its values, on the CPU."""
+    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
+
+
+def _program(graph: onnx.GraphProto, operators: Mapping[str, Operator], keep: set[str]) -> tuple[_Instruction, ...]:
     """The nodes in order, as instructions. keep: values that are never dropped."""
     last_use = {name: i for i, node in enumerate(graph.node) for name in (*node.input, *node.output) if name}
     instructions = []
     for i, node in enumerate(graph.node):
-        operator = OPERATORS.get(node.op_type) if not node.domain else None
+        operator = operators.get(node.op_type) if not node.domain else None
         if operator is None:
             raise BackendError(
                 f"the torch backend does not know the ONNX operator {node.op_type}; use --backend onnxruntime"
             )
         outputs = tuple(name for name in node.output if name)
         spent = {name for name in (*node.input, *outputs) if name and last_use[name] == i} - keep
-        attributes = {a.name: _attribute(a) for a in node.attribute}
         instructions.append(
-            _Instruction(node.op_type, operator, tuple(node.input), outputs, attributes, tuple(sorted(spent)))
+            _Instruction(
+                node.op_type, operator, tuple(node.input), outputs, attributes_of(node), tuple(sorted(spent))
+            )
         )
     return tuple(instructions)
 
 
-def _results(step: _Instruction, arguments: list[Tensor | None]) -> tuple[Tensor, ...]:
+def _results(step: _Instruction, arguments: list[Tensor | None], device: str) -> tuple[Tensor, ...]:
+    """The node's outputs. device: where data is made that no argument holds."""
+    made = {"device": device} if step.kind in MADE_OF_SHAPES else {}
     try:
-        result = step.operator(*arguments, **step.attributes)
+        result = step.operator(*arguments, **step.attributes, **made)
     except NotImplementedError as error:
         raise BackendError(f"the torch backend does not run {error}") from None
     return result if isinstance(result, tuple) else (result,)
 
 
-def _floats(arguments: list[Tensor | None]) -> bool:
-    return any(argument is not None and argument.is_floating_point() for argument in arguments)
+def _data(arguments: list[Tensor | None]) -> bool:
+    """Whether any is no length: a real number, or a mask such as that of causal attention."""
+    return any(a is not None and (a.is_floating_point() or a.dtype == torch.bool) for a in arguments)
 
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _tensor(constant: onnx.TensorProto) -> Tensor:
-    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
 
 
 def _owned(tensor: Tensor, inputs: Mapping[str, Tensor]) -> NDArray[Any]:

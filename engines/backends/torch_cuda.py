@@ -1,8 +1,9 @@
 """torch on an NVIDIA GPU: the bundle's ONNX graphs with torch operators, one CUDA graph a rung.
 
 What runs where TensorRT is not installed, or makes nothing for the GPU: nothing is built, so it starts at once.
-Weights lie with channels last, the layout of the tensor cores' convolutions; bfloat16 and float16 lower products
-alone (``engines.backends.lowering``), float16's summed in float32; float32 is without TF32.
+Attention, linear layers and activations are torch's own (``engines.backends.torch_fused``). Weights lie with
+channels last, the layout of the tensor cores' convolutions; bfloat16 and float16 lower products alone
+(``engines.backends.lowering``), float16's summed in float32; float32 is without TF32.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from engines.backends.base import RUNGS, OfGraph, Precision, Rows
 from engines.backends.cuda import find_device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
-from engines.backends.lowering import lower_products
 from engines.backends.torch import OnnxModule
+from engines.backends.torch_fused import fused_module
 from engines.errors import BackendError
 from engines.manifest import GraphSpec, Size
 
@@ -51,11 +52,9 @@ class TorchCudaBackend(OfGraph):
             model = onnx.load(str(file))
         except Exception as error:  # protobuf raises its own, undocumented types
             raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
-        if precision != "float32":
-            model = lower_products(model, precision)
         self._spec = spec
         self._precision = precision
-        self._module: OnnxModule | None = OnnxModule(model, device).eval()
+        self._module: OnnxModule | None = fused_module(model, precision, device)
         self._ladder = Ladder(spec, sorted(rungs), self._make, capture=True, sizes=sizes, device=device)
 
     @property
@@ -64,7 +63,7 @@ class TorchCudaBackend(OfGraph):
 
     @property
     def captured(self) -> dict[int, bool]:
-        """Whether each batch size that came so far replays a CUDA graph."""
+        """Whether each batch size made ready so far replays a CUDA graph."""
         return self._ladder.captured
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:

@@ -176,7 +176,42 @@ def _resize(
     return x
 
 
+def _pad(
+    x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None, mode: str = "constant"
+) -> Tensor:
+    if mode != "constant":
+        raise NotImplementedError(f"Pad with mode={mode}")
+    padded = [axis % x.ndim for axis in (range(x.ndim) if axes is None else _ints(axes))]
+    before, after = torch.zeros(2, x.ndim, dtype=torch.int64)
+    before[padded], after[padded] = pads.reshape(2, -1)
+    pairs = [size for axis in reversed(range(x.ndim)) for size in (int(before[axis]), int(after[axis]))]
+    return F.pad(x, pairs, value=0 if value is None else value.item())
+
+
 # ---- values
+
+
+def _range(start: Tensor, limit: Tensor, delta: Tensor, *, device: str) -> Tensor:
+    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=device)
+
+
+def _cumsum(x: Tensor, axis: Tensor, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    if exclusive or reverse:
+        raise NotImplementedError("CumSum that is exclusive or runs backwards")
+    return x.cumsum(int(axis), dtype=x.dtype)
+
+
+def _argmax(x: Tensor, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
+    """The first of equals, as torch takes it."""
+    if select_last_index:
+        raise NotImplementedError("ArgMax that takes the last of equals")
+    return x.argmax(axis, bool(keepdims))
+
+
+def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0) -> Tensor:
+    if batch_dims:
+        raise NotImplementedError(f"GatherND with batch_dims={batch_dims}")
+    return x[indices.unbind(-1)]
 
 
 def _one_hot(indices: Tensor, depth: Tensor, values: Tensor, axis: int = -1) -> Tensor:
@@ -200,8 +235,11 @@ def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> T
 
 
 SHAPE_INPUTS: dict[str, frozenset[int]] = {
+    "CumSum": frozenset({1}),
     "Expand": frozenset({1}),
     "OneHot": frozenset({1}),
+    "Pad": frozenset({1, 2, 3}),
+    "Range": frozenset({0, 1, 2}),
     "ReduceMean": frozenset({1}),
     "Reshape": frozenset({1}),
     "Resize": frozenset({1, 2, 3}),
@@ -212,18 +250,24 @@ SHAPE_INPUTS: dict[str, frozenset[int]] = {
 }
 """Inputs whose values decide shapes, by position: they are read on the CPU."""
 
+MADE_OF_SHAPES: frozenset[str] = frozenset({"Range"})
+"""Operators that make data of such values alone: they are told the device where it is to be."""
+
 OPERATORS: dict[str, Operator] = {
     "Add": torch.add,
+    "ArgMax": _argmax,
     "Cast": _cast,
     "Clip": _clip,
     "Concat": lambda *inputs, axis: torch.cat(inputs, axis),
     "Conv": _conv,
     "Cos": torch.cos,
+    "CumSum": _cumsum,
     "Div": _div,
     "Equal": torch.eq,
     "Exp": torch.exp,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "Greater": torch.gt,
@@ -237,7 +281,10 @@ OPERATORS: dict[str, Operator] = {
     "Mul": torch.mul,
     "Neg": torch.neg,
     "OneHot": _one_hot,
+    "Pad": _pad,
+    "Range": _range,
     "ReduceMean": _reduce_mean,
+    "Relu": torch.relu,
     "Reshape": _reshape,
     "Resize": _resize,
     "Round": torch.round,

@@ -21,7 +21,7 @@ from engines.backends.base import Precision
 from engines.backends.load import BACKENDS, load_graph
 from engines.backends.openvino import OpenVinoBackend
 from engines.backends.tensorrt_build import Network
-from engines.backends.torch import OnnxModule
+from engines.backends.torch_fused import fused_module
 from engines.calls import row_shapes
 from engines.flops import product_flops
 from engines.manifest import TIME_IDS, GraphSpec, GuidanceRange
@@ -127,7 +127,11 @@ def test_the_network_is_told_the_size(exported: Exported) -> None:
 
 def test_on_a_device_no_value_is_read_back_at_any_size(exported: Exported) -> None:
     """On a device without values, reading one raises; lengths are computed on the CPU."""
-    module = OnnxModule(onnx.load(str(exported.file)), "meta")
+    model = onnx.load(str(exported.file))
+    module = fused_module(model, "bfloat16", "meta")
+    kinds = {node.op_type for node in model.graph.node}
+    assert "Attention" in kinds
+    assert "Softmax" not in kinds
     for index, size in enumerate(exported.sizes.sizes):
         feed = {name: torch.from_numpy(array).to("meta") for name, array in exported.feed(index).items()}
         shapes = {tuple(tensor.shape) for tensor in module(feed).values()}

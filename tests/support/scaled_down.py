@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill_jobs.graphs import StepGraph
@@ -20,7 +21,7 @@ from distill_jobs.pipelines.packing import Packing
 from distill_jobs.pipelines.surroundings import surroundings_of
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.tiny_decoder import TinyDecoder, new_tiny
-from engines.manifest import GraphSpec, Licences, Parity, TensorSpec
+from engines.manifest import TOKENS, GraphSpec, Licences, Parity, TensorSpec
 from tests.support import tiny_pipelines as tiny
 
 ONE_LEVEL: dict[str, Any] = {
@@ -83,17 +84,25 @@ def surroundings(kind: str, work: Path, graphs: Sequence[str]) -> Iterator[Expor
         yield _export(f"{kind} {name}", *made[name], work)
 
 
+def random_rows(exported: Exported, count: int) -> dict[str, NDArray[Any]]:
+    """Inputs of a graph. Prompts end after one word, two, three …"""
+    rows = {spec.name: _example(spec, count).numpy() for spec in exported.spec.inputs}
+    for i, tokens in enumerate(rows.get(TOKENS, ())):
+        tokens[i + 1] = tiny.vocabulary()[tiny.END]
+    return rows
+
+
 def _export(
     name: str, graph: nn.Module, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], work: Path
 ) -> Exported:
     file = work / f"{name.replace(' ', '_')}.onnx"
-    write_graph(graph, [_example(spec) for spec in inputs], inputs, outputs, file)
+    write_graph(graph, [_example(spec, 2) for spec in inputs], inputs, outputs, file)
     parity = Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0)
     return Exported(name, file, GraphSpec(file=file.name, inputs=inputs, outputs=outputs, parity=parity))
 
 
-def _example(spec: TensorSpec) -> Tensor:
-    shape = (2, *spec.shape[1:])
+def _example(spec: TensorSpec, rows: int) -> Tensor:
+    shape = (rows, *spec.shape[1:])
     if spec.dtype == "float32":
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
     high = 256 if spec.dtype == "uint8" else 100

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines.backends.base import Precision
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
-from engines.backends.lowering import lower_products
-from engines.backends.torch import OnnxModule, TorchBackend
+from engines.backends.torch import TorchBackend
 from engines.backends.torch_cuda import TorchCudaBackend
-from engines.bundle import Bundle
+from engines.backends.torch_fused import fused_module
+from engines.bundle import Bundle, verify_bundle
 from engines.calls import row_shapes
 from engines.condition import load_tokenizer
 from engines.errors import BackendError
 from engines.examples import example_inputs
-from engines.manifest import LATENT, GraphSpec, Lowered, Parity, TensorSpec
+from engines.manifest import LATENT, GraphSpec, Parity, TensorSpec
+from tests.support.on_torch import check_on_torch, run_on_meta
 from tests.support.step_rows import random_rows, step_spec
 
 SPEC = GraphSpec(
@@ -62,6 +67,150 @@ def test_rows_run_as_batches_of_the_ladder(count: int, ran: list[int]) -> None:
     assert engine.ran == ran * 2
     assert engine.made == sorted(set(ran), key=ran.index)
     assert ladder.captured == dict.fromkeys(engine.made, False)
+
+
+# ---- graphs, with a capture of the test's own
+
+
+class FakeGraph:
+    """Holds what was put on the stream while it was captured."""
+
+    def __init__(self) -> None:
+        self.held: list[Enqueue] = []
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for each in self.held:
+            each()
+
+
+class FakeCuda:
+    """torch.cuda's streams and graphs, as far as a ladder uses them: what is captured does not run until replayed.
+
+    pools: each capture's, in order. broken: raised by a capture's end, as CUDA does for what cannot be captured.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: list[FakeGraph] = []
+        self.pools: list[int] = []
+        self.handles = iter(range(1, 100))
+        self.capturing: FakeGraph | None = None
+        self.broken: Exception | None = None
+
+    def graph_pool_handle(self) -> int:
+        return next(self.handles)
+
+    @contextmanager
+    def graph(self, graph: FakeGraph, pool: int, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.pools.append(pool)
+        self.capturing = graph
+        try:
+            yield
+        finally:
+            self.capturing = None
+            if self.broken is not None:
+                raise self.broken
+        self.graphs.append(graph)
+
+
+class Captured(Summing):
+    """Summing on that device. refuses: raised while it is captured. too_many: rows that there is no memory for."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+        self.refuses: Exception | None = None
+        self.too_many = 1000
+
+    def make(self, rows: CudaRows) -> Enqueue:
+        compute = super().make(rows)
+
+        def enqueue() -> None:
+            if rows.rung >= self.too_many:
+                raise torch.OutOfMemoryError("no memory")
+            if self._cuda.capturing is None:
+                compute()
+            elif self.refuses is not None:
+                raise self.refuses
+            else:
+                self._cuda.capturing.held.append(compute)
+
+        return enqueue
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", cuda.graph_pool_handle)
+    return cuda
+
+
+def ladder_of(engine: Summing) -> Ladder:
+    ladder = Ladder(SPEC, RUNGS, engine.make, capture=True, device="cpu")
+    ladder.stream = SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+    return ladder
+
+
+def check_sums(ladder: Ladder, count: int) -> None:
+    a, tokens = np.random.default_rng(count).random((count, 2), dtype=np.float32), np.arange(count)
+    np.testing.assert_allclose(ladder.run({"a": a, "tokens": tokens})["sum"], a.sum(1) + tokens, rtol=1e-6)
+
+
+def test_calls_replay_graphs_of_one_pool_the_largest_made_first(fake_cuda: FakeCuda) -> None:
+    engine = Captured(fake_cuda)
+    ladder = ladder_of(engine)
+    for count in (1, 1, 2, 4, 2):
+        check_sums(ladder, count)
+    assert engine.made == [4, 1, 2]
+    assert fake_cuda.pools == [1, 1, 1]
+    assert [graph.replays for graph in fake_cuda.graphs] == [1, 2, 2]
+    assert ladder.captured == dict.fromkeys(RUNGS, True)
+    ladder.close()
+
+
+@pytest.mark.parametrize("refusal", [BackendError("refused"), RuntimeError("refused")])
+def test_what_cannot_be_captured_runs_without_a_graph(
+    fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture, refusal: Exception
+) -> None:
+    engine = Captured(fake_cuda)
+    ladder = ladder_of(engine)
+    engine.refuses, fake_cuda.broken = refusal, RuntimeError("capture broken")
+    check_sums(ladder, 4)
+    engine.refuses = fake_cuda.broken = None
+    check_sums(ladder, 1)
+    check_sums(ladder, 4)
+    assert ladder.captured == {4: False, 1: True}
+    assert fake_cuda.pools == [1, 2], "the pool of a broken capture is not recorded into again"
+    assert "sum.onnx runs 4 rows without a CUDA graph: capture broken" in caplog.text
+
+
+def test_a_refusal_is_quoted_where_the_capture_itself_ends_well(
+    fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Captured(fake_cuda)
+    engine.refuses = BackendError("the engine does not run 4 rows")
+    check_sums(ladder_of(engine), 4)
+    assert "without a CUDA graph: the engine does not run 4 rows" in caplog.text
+
+
+def test_without_room_for_the_largest_batch_smaller_ones_run(
+    fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Captured(fake_cuda)
+    engine.too_many = 4
+    ladder = ladder_of(engine)
+    check_sums(ladder, 2)
+    assert ladder.captured == {2: True}
+    assert "sum.onnx has no room for 4 rows: no memory" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        check_sums(ladder, 4)
+
+
+# ---- rows
 
 
 def test_missing_rows_are_filled_up_with_the_first() -> None:
@@ -107,13 +256,6 @@ def test_the_rehearsal_computes_what_the_cpu_backend_does(unet_file: Path) -> No
         rehearsal.run(rows)
 
 
-def run_on_meta(model: onnx.ModelProto, rows: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """On a device without values: reading one, or mixing it with the CPU, raises."""
-    inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
-    outputs: dict[str, torch.Tensor] = OnnxModule(model, "meta")(inputs)
-    return outputs
-
-
 def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
     tokenizer = load_tokenizer(toy)
     for graph, spec in toy.manifest.graphs.items():
@@ -121,6 +263,15 @@ def test_no_graph_of_a_bundle_reads_a_value_back(toy: Bundle) -> None:
         outputs = run_on_meta(onnx.load(str(toy.graph_file(graph))), rows)
         assert {n: tuple(t.shape) for n, t in outputs.items()} == {t.name: (3, *t.shape[1:]) for t in spec.outputs}
         assert {tensor.device.type for tensor in outputs.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["emoji", "digits"])
+def test_an_embedded_bundle_runs_on_torch(name: str) -> None:
+    """emoji has a text encoder, and decodes with a tiny decoder."""
+    bundle = verify_bundle(Path("server/bundles", name))
+    tokenizer = load_tokenizer(bundle)
+    for graph, spec in bundle.manifest.graphs.items():
+        check_on_torch(bundle.graph_file(graph), spec, example_inputs(bundle.manifest, tokenizer, graph, 3))
 
 
 class Casts(TorchDispatchMode):
@@ -138,9 +289,10 @@ class Casts(TorchDispatchMode):
 
 
 def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle) -> None:
-    model = lower_products(onnx.load(str(toy.graph_file("step_4"))), "bfloat16")
+    model = onnx.load(str(toy.graph_file("step_4")))
     weights = {tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1}
-    module, rows = OnnxModule(model, "meta"), example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
+    module = fused_module(model, "bfloat16", "meta")
+    rows = example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
     inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
     module(inputs)  # places the weights
     with Casts() as casts:
@@ -150,9 +302,8 @@ def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle)
     assert not casts.shapes & weights
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
-def test_a_unet_reads_no_value_back(unet_file: Path, dtype: Lowered | None) -> None:
-    model = onnx.load(str(unet_file))
-    outputs = run_on_meta(lower_products(model, dtype) if dtype else model, random_rows(2, seed=0))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_unet_reads_no_value_back(unet_file: Path, precision: Precision) -> None:
+    outputs = run_on_meta(onnx.load(str(unet_file)), random_rows(2, seed=0), precision)
     assert {tuple(tensor.shape) for tensor in outputs.values()} == {(2, 1, 8, 8)}
     assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}

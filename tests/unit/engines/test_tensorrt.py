@@ -203,7 +203,7 @@ class FakeRun:
 
     def open(self, trt: Any, plan: bytes, *_: Any) -> SimpleNamespace:
         self.loaded.append(plan)
-        return SimpleNamespace(run=lambda rows: {}, close=lambda: None)
+        return SimpleNamespace(run=lambda rows: {}, close=lambda: None, captured={1: True, 2: False})
 
 
 @pytest.fixture
@@ -293,6 +293,13 @@ def test_a_closed_plan_gives_its_scratch_memory_back_at_once(monkeypatch: pytest
     assert kept() is not None
     plan.close()
     assert kept() is None
+
+
+def test_an_engine_tells_which_batch_sizes_replay_graphs(toy: Bundle, gpu: FakeRun) -> None:
+    engine: Any = load_backend("tensorrt", toy, "step_4")
+    assert engine.captured == {1: True, 2: False}
+    engine.close()
+    assert engine.captured == {}
 
 
 def test_importing_the_backend_imports_no_torch() -> None:

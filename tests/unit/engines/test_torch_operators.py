@@ -37,6 +37,8 @@ Case = tuple[str, Array, list[Array | None], dict[str, Any]]
 
 CASES: list[Case] = [
     ("Max", X, [floats(2, 6, 4, 4), floats(4)], {}),
+    ("ArgMax", np.round(X), [], {"axis": -1, "keepdims": 0}),
+    ("ArgMax", np.array([[0, 1, 0, 1], [0, 0, 0, 0]], np.int32), [], {"axis": 1}),
     ("Cast", X, [], {"to": onnx.TensorProto.INT64}),
     ("Cast", np.abs(X), [], {"to": onnx.TensorProto.UINT8}),
     ("Clip", X, [np.array(-0.5, np.float32), np.array(0.5, np.float32)], {}),
@@ -45,11 +47,15 @@ CASES: list[Case] = [
     ("Conv", X, [floats(8, 6, 3, 3), floats(8)], {"pads": [1, 1, 1, 1], "strides": [2, 2], "kernel_shape": [3, 3]}),
     ("Conv", X, [floats(8, 6, 3, 3)], {"pads": [0, 0, 1, 1], "strides": [2, 2]}),
     ("Conv", X, [floats(6, 3, 1, 1)], {"group": 2}),
+    ("CumSum", X, [np.array(-1)], {}),
+    ("CumSum", np.ones((2, 3), np.int32), [np.array(1)], {}),
     ("Div", ints(7, -7, 8), [ints(2)], {}),
     ("Equal", ints(1, 2, 3), [ints(2)], {}),
     ("Expand", floats(2, 1, 4), [ints(2, 3, 1)], {}),
     ("Gather", X, [ints(2, -1)], {"axis": 1}),
     ("Gather", X, [np.array(3)], {"axis": -1}),
+    ("GatherND", X, [np.array([[0, 1], [1, -1]])], {}),
+    ("GatherND", X, [np.array([[0, 1, 3, 2]])], {}),
     ("Gemm", FLAT, [floats(6, 5)], {}),
     ("Gemm", FLAT, [floats(5, 6), floats(5)], {"transB": 1}),
     ("Gemm", FLAT, [floats(2, 5), floats(5)], {"transA": 1, "alpha": 0.5, "beta": 2.0}),
@@ -60,6 +66,11 @@ CASES: list[Case] = [
     ("MatMul", X, [floats(2, 6, 4, 3)], {}),
     ("OneHot", ints(1, 0, 3), [np.array(4), np.array([0, 1], np.float32)], {}),
     ("OneHot", ints(1, 0, 3), [np.array(4), np.array([2, 5], np.float32)], {"axis": 0}),
+    ("Pad", X, [ints(0, 0, 1, 2, 0, 0, 3, 0)], {}),
+    ("Pad", X, [ints(1, 2, -1, 0), np.array(0.5, np.float32), ints(-1, 1)], {}),
+    ("Pad", ints(1, 2), [ints(0, 2), np.array(7)], {"mode": "constant"}),
+    ("Range", np.array(1), [np.array(7), np.array(2)], {}),
+    ("Range", np.array(1, np.float32), [np.array(0, np.float32), np.array(-0.25, np.float32)], {}),
     ("Reshape", X, [ints(0, 3, -1)], {}),
     ("Resize", X, [None, np.array([1, 1, 2, 3], np.float32)], {"mode": "nearest"}),
     (
@@ -85,7 +96,8 @@ CASES: list[Case] = [
 ]
 CASES += [(kind, X, [floats(1, 6, 1, 1)], {}) for kind in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Greater")]
 CASES += [
-    (kind, X, [], {}) for kind in ("Neg", "Sin", "Cos", "Exp", "Tanh", "Sigmoid", "Round", "Identity", "Gelu")
+    (kind, X, [], {})
+    for kind in ("Neg", "Sin", "Cos", "Exp", "Tanh", "Sigmoid", "Round", "Identity", "Gelu", "Relu")
 ]
 CASES += [(kind, np.abs(X), [], {}) for kind in ("Sqrt", "Log")]
 
@@ -125,6 +137,11 @@ def test_every_operator_is_compared() -> None:
 @pytest.mark.parametrize(
     ("kind", "others", "attributes", "what"),
     [
+        ("ArgMax", [], {"select_last_index": 1}, "ArgMax that takes the last"),
+        ("CumSum", [np.array(0)], {"exclusive": 1}, "CumSum that is exclusive"),
+        ("CumSum", [np.array(0)], {"reverse": 1}, "CumSum that is .* backwards"),
+        ("GatherND", [ints(0, 1)], {"batch_dims": 1}, "GatherND with batch_dims=1"),
+        ("Pad", [ints(0, 0, 1, 1, 0, 0, 1, 1)], {"mode": "reflect"}, "Pad with mode=reflect"),
         ("Conv", [floats(8, 6, 3, 3)], {"auto_pad": "SAME_UPPER"}, "Conv other than"),
         ("Gelu", [], {"approximate": "tanh"}, "Gelu with approximate=tanh"),
         ("Resize", [None, np.array([1, 1, 1.5, 1], np.float32)], {"mode": "nearest"}, "Resize other than"),

@@ -1,4 +1,4 @@
-"""Every graph of Stable Diffusion's architectures, scaled down, becomes a TensorRT plan without a GPU."""
+"""Every graph of Stable Diffusion's architectures, scaled down, to TensorRT and to torch, without a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
+import onnx
 import pytest
 
 from engines.backends.base import Precision
+from engines.backends.torch_fused import fuse
 from tests.support.compiled import check_compiles
-from tests.support.scaled_down import Exported, step_of, surroundings
+from tests.support.on_torch import check_on_torch
+from tests.support.scaled_down import Exported, random_rows, step_of, surroundings
 
 PRECISIONS = [
     pytest.param("float32", marks=pytest.mark.long),
@@ -53,3 +56,29 @@ def test_text_encoders_and_autoencoder_compile(
 ) -> None:
     for exported in around(kind):
         assert check_compiles(trt, exported.file, exported.spec, precision) > 0, exported.name
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_every_step_graph_runs_on_torch(step: Callable[[str], Exported], kind: str) -> None:
+    check_on_torch(step(kind).file, step(kind).spec, random_rows(step(kind), 3))
+    check_fused(step(kind))
+
+
+@pytest.mark.parametrize("kind", SURROUNDINGS)
+def test_text_encoders_and_autoencoder_run_on_torch(around: Callable[[str], list[Exported]], kind: str) -> None:
+    for exported in around(kind):
+        check_on_torch(exported.file, exported.spec, random_rows(exported, 3))
+        if not exported.name.endswith("decode_tiny"):  # convolutions alone
+            check_fused(exported)
+
+
+def check_fused(exported: Exported) -> None:
+    """All attention, and every product with a bias, is one operator: exporters may change how they spell it."""
+    graph = onnx.load(str(exported.file)).graph
+    fuse(graph)
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    biases = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
+    assert {"Attention", "Linear"} <= set(makers.values())
+    assert "Softmax" not in makers.values()
+    added = [node for node in graph.node if node.op_type == "Add" and biases & set(node.input)]
+    assert not [node for node in added if "MatMul" in {makers.get(name) for name in node.input}]

@@ -1,0 +1,214 @@
+"""Graphs for a GPU's torch: what its kernels do at once, done at once.
+
+Exporters spell out attention as products around a softmax, which writes every score to memory; here it is one
+operator again, as are a linear layer with its bias and SiLU. What products hand each other in 16 bits stays in 16
+bits while it is only reshaped. Results are those of the graph up to rounding: kernels sum in another order, and
+scores are not rounded to 16 bits in between.
+
+``Attention`` (with an additive mask) and ``Swish`` mean what ONNX takes them to mean from opsets 23 and 24 on;
+``Linear`` is MatMul with a matrix, and a bias. Source: https://onnx.ai/onnx/operators
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (the field's name for it)
+
+from engines.backends.base import Precision
+from engines.backends.lowering import PRODUCTS, TYPES, lower_products
+from engines.backends.torch import OnnxModule, attributes_of, tensor_of
+from engines.backends.torch_operators import OPERATORS, Operator
+from engines.manifest import Lowered
+
+_MOVES = frozenset({"Reshape", "Transpose"})
+
+
+def fused_module(model: onnx.ModelProto, precision: Precision = "float32", device: str = "cpu") -> OnnxModule:
+    """The model as a module, its products in ``precision``. model: float32; its graph is rewritten in place.
+
+    Raises: BackendError as OnnxModule does.
+    """
+    fuse(model.graph)
+    if precision != "float32":
+        model = lower_products(model, precision)
+        keep_low(model.graph, precision)
+    return OnnxModule(model, device, FUSED).eval()
+
+
+def fuse(graph: onnx.GraphProto) -> None:
+    """Put one node in the place of each pattern, whose own go where nothing else reads them."""
+    known = _Known(graph)
+    for node in graph.node:
+        fused = known.attention(node) or known.linear(node) or known.swish(node)
+        if fused is not None:
+            node.CopyFrom(fused)
+    _drop_unread(graph)
+
+
+def keep_low(graph: onnx.GraphProto, dtype: Lowered) -> None:
+    """Move the casts after lowered products past nodes that only move values; casts back to ``dtype`` then go."""
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    low: dict[str, str] = {}  # float32 values, and the 16-bit ones they are copies of
+    joined: dict[str, str] = {}
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = joined.get(name, name)
+        source, output = next(iter(node.input), ""), node.output[0]
+        if node.op_type == "Cast" and source in low and attributes_of(node)["to"] == TYPES[dtype]:
+            joined[output] = low[source]
+            continue
+        if node.op_type == "Cast" and makers.get(source) in PRODUCTS:
+            low[output] = source
+        if node.op_type in _MOVES and source in low:
+            low[output] = f"{output}/{dtype}"
+            node.input[0], node.output[0] = low[source], low[output]
+            graph.node.extend([node, helper.make_node("Cast", [low[output]], [output], to=TensorProto.FLOAT)])
+        else:
+            graph.node.append(node)
+    _drop_unread(graph)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Leave the nodes that an output depends on."""
+    read = {output.name for output in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if not read.isdisjoint(node.output):
+            read.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+class _Known:
+    """Where the values of a graph come from."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._makers = {name: node for node in graph.node for name in node.output}
+        self._constants = {constant.name: constant for constant in graph.initializer}
+
+    def attention(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """softmax(s·q·s·kᵀ + mask)·v."""
+        softmax = self._made_by(node.input[0], "Softmax") if node.op_type == "MatMul" else None
+        if softmax is None or attributes_of(softmax).get("axis", -1) != -1:
+            return None
+        scores, mask = self._made_by(softmax.input[0], "MatMul"), ""
+        if (added := self._made_by(softmax.input[0], "Add")) is not None:
+            for product, other in (added.input, reversed(added.input)):
+                scores, mask = self._made_by(product, "MatMul"), other
+                if scores is not None:
+                    break
+        if scores is None:
+            return None
+        (q, of_q), (swapped, of_k) = (self._unscaled(name) for name in scores.input)
+        if (k := self._swapped(swapped)) is None:
+            return None
+        inputs = [q, k, node.input[1], *([mask] if mask else [])]
+        return helper.make_node("Attention", inputs, node.output, scale=of_q * of_k)
+
+    def linear(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """x·weight + bias."""
+        if node.op_type != "Add":
+            return None
+        for product, bias in (node.input, reversed(node.input)):
+            matmul = self._made_by(product, "MatMul")
+            if matmul is not None and (self._rank(matmul.input[1]), self._rank(bias)) == (2, 1):
+                return helper.make_node("Linear", [*matmul.input, bias], node.output)
+        return None
+
+    def swish(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """x·sigmoid(x)."""
+        if node.op_type != "Mul":
+            return None
+        for x, gate in (node.input, reversed(node.input)):
+            sigmoid = self._made_by(gate, "Sigmoid")
+            if sigmoid is not None and sigmoid.input[0] == x:
+                return helper.make_node("Swish", [x], node.output)
+        return None
+
+    def _made_by(self, name: str, kind: str) -> onnx.NodeProto | None:
+        node = self._makers.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    def _rank(self, name: str) -> int | None:
+        """Dimensions of a weight, which may be kept in 16 bits; None of what is none."""
+        cast = self._made_by(name, "Cast")
+        constant = self._constants.get(name if cast is None else cast.input[0])
+        return None if constant is None else len(constant.dims)
+
+    def _unscaled(self, name: str) -> tuple[str, float]:
+        """A value before it was multiplied by a number, and the number: 1 where it was not."""
+        if (scaled := self._made_by(name, "Mul")) is not None:
+            for x, factor in (scaled.input, reversed(scaled.input)):
+                number = self._constants.get(factor)
+                if number is not None and math.prod(number.dims) == 1:
+                    return x, float(tensor_of(number))
+        return name, 1.0
+
+    def _swapped(self, name: str) -> str | None:
+        """The value whose last two axes were swapped, as exporters do: Reshape, Transpose, Reshape. None: not so.
+
+        Shapes in between are computed by the graph, so whether it is a swap is tried out.
+        """
+        source = name
+        for kind in ("Reshape", "Transpose", "Reshape"):
+            if (node := self._made_by(source, kind)) is None:
+                return None
+            source = node.input[0]
+        probe = torch.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7)
+        try:
+            moved = self._computed(name, {source: probe})
+        except (KeyError, RuntimeError):  # of values that are no shapes, or shapes of another rank
+            return None
+        return source if torch.equal(moved, probe.mT) else None
+
+    def _computed(self, name: str, given: Mapping[str, Tensor]) -> Tensor:
+        """A value, where some are given. Raises: KeyError where it depends on others."""
+        if name in given:
+            return given[name]
+        if name in self._constants:
+            return tensor_of(self._constants[name])
+        node = self._makers[name]
+        computed: Tensor = OPERATORS[node.op_type](
+            *(self._computed(each, given) for each in node.input), **attributes_of(node)
+        )
+        return computed
+
+
+# ---- operators
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,
+    transB: int = 0,
+) -> Tensor:
+    left, right = a.T if transA else a, b.T if transB else b
+    return alpha * (left @ right) if c is None else torch.addmm(c, left, right, beta=beta, alpha=alpha)
+
+
+FUSED: dict[str, Operator] = {
+    **OPERATORS,
+    "Attention": _attention,
+    "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
+    "Gemm": _gemm,
+    "Linear": lambda x, weight, bias: F.linear(x, weight.T, bias),
+    "MatMul": torch.matmul,
+    "Swish": F.silu,
+}

@@ -1,0 +1,250 @@
+"""What torch does at once on a GPU is what the graph spells out; near misses are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.backends.lowering import lower_products
+from engines.backends.torch import OnnxModule
+from engines.backends.torch_fused import FUSED, fuse, fused_module, keep_low
+from engines.manifest import Lowered
+
+Array = NDArray[np.float32]
+B, HEADS, ROWS, WIDTH = 2, 3, 5, 4
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> Array:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+def model_of(nodes: list[onnx.NodeProto], inputs: dict[str, Array], constants: dict[str, Array]) -> onnx.ModelProto:
+    """Its output is the last node's."""
+    graph = helper.make_graph(
+        nodes,
+        "pattern",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in inputs.items()],
+        [helper.make_empty_tensor_value_info(nodes[-1].output[0])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def check(model: onnx.ModelProto, inputs: dict[str, Array], kinds: dict[str, int]) -> None:
+    """Fusing leaves ``kinds`` of nodes among others (0: none), and the result."""
+    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    [expected] = OnnxModule(model)(given).values()
+    fuse(model.graph)
+    found = Counter(each.op_type for each in model.graph.node)
+    assert {kind: found[kind] for kind in kinds} == kinds
+    [got] = OnnxModule(model, operators=FUSED)(given).values()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- attention
+
+HEADS_SHAPE = (B, HEADS, ROWS, WIDTH)
+QKV = {name: floats(*HEADS_SHAPE) for name in "qkv"}
+HALF = np.array([0.5], np.float32)
+CONSTANTS = {
+    "half": HALF,
+    "third": np.array(1 / 3, np.float32),
+    "zero": np.array([0]),
+    "minus_two": np.array([-2]),
+    "minus_one": np.array([-1]),
+    "end": np.array([2**63 - 1]),
+}
+
+
+def swap(order: str = "batch last before") -> list[onnx.NodeProto]:
+    """k with its last two axes swapped, as torch's exporter does. order: of the axes it reshapes to in the end."""
+    return [
+        node("Shape", "k", "shape"),
+        node("Slice", "shape minus_one end", "last"),
+        node("Slice", "shape minus_two minus_one", "before"),
+        node("Slice", "shape zero minus_two", "batch"),
+        node("Concat", "minus_one before last", "to_three", axis=0),
+        node("Reshape", "k to_three", "k3"),
+        node("Transpose", "k3", "k3t", perm=[0, 2, 1]),
+        node("Concat", order, "to_four", axis=0),
+        node("Reshape", "k3t to_four", "kt"),
+    ]
+
+
+def scaled_scores() -> list[onnx.NodeProto]:
+    return [
+        node("Mul", "q half", "qs"),
+        node("Mul", "third kt", "ks"),
+        node("MatMul", "qs ks", "scores"),
+    ]
+
+
+def weighted(scores: str = "scores", axis: int = -1) -> list[onnx.NodeProto]:
+    return [node("Softmax", scores, "weights", axis=axis), node("MatMul", "weights v", "out")]
+
+
+def test_attention_is_one_operator() -> None:
+    model = model_of([*swap(), *scaled_scores(), *weighted()], QKV, CONSTANTS)
+    check(model, QKV, {"Attention": 1})
+    [fused] = model.graph.node
+    assert list(fused.input) == ["q", "k", "v"]
+    assert helper.get_attribute_value(fused.attribute[0]) == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("order", ["scores mask", "mask scores"])
+def test_a_mask_goes_with_it(order: str) -> None:
+    nodes = [*swap(), *scaled_scores(), node("Add", order, "masked"), *weighted("masked")]
+    causal = np.triu(np.full((1, 1, ROWS, ROWS), np.finfo(np.float32).min), 1).astype(np.float32)
+    model = model_of(nodes, QKV, {**CONSTANTS, "mask": causal})
+    check(model, QKV, {"Attention": 1, "Softmax": 0})
+
+
+def test_scores_without_a_scale_are_attention_too() -> None:
+    model = model_of([*swap(), node("MatMul", "q kt", "scores"), *weighted()], QKV, CONSTANTS)
+    check(model, QKV, {"Attention": 1, "Softmax": 0})
+
+
+def test_a_softmax_over_queries_is_not_attention() -> None:
+    model = model_of([*swap(), *scaled_scores(), *weighted(axis=2)], QKV, CONSTANTS)
+    check(model, QKV, {"Attention": 0, "Softmax": 1})
+
+
+def test_keys_that_are_not_swapped_are_not_attention() -> None:
+    """A reshape to (rows, width) of what has been (width, rows) in memory mixes the keys up."""
+    inputs = {**QKV, "q": floats(B, HEADS, ROWS, ROWS), "v": floats(B, HEADS, WIDTH, WIDTH)}
+    nodes = [*swap("batch before last"), node("MatMul", "q kt", "scores"), *weighted()]
+    check(model_of(nodes, inputs, CONSTANTS), inputs, {"Attention": 0, "Softmax": 1})
+
+
+def test_keys_from_elsewhere_are_not_attention() -> None:
+    inputs = {**QKV, "k": floats(B, HEADS, WIDTH, ROWS)}
+    nodes = [node("MatMul", "q k", "scores"), *weighted()]
+    check(model_of(nodes, inputs, CONSTANTS), inputs, {"Attention": 0, "Softmax": 1})
+
+
+def test_scores_that_something_else_reads_stay() -> None:
+    nodes = [
+        *swap(),
+        *scaled_scores(),
+        *weighted(),
+        node("ReduceMean", "weights", "mean"),
+        node("Add", "out mean", "both"),
+    ]
+    check(model_of(nodes, QKV, CONSTANTS), QKV, {"Attention": 1, "Softmax": 1})
+
+
+# ---- linear layers and SiLU
+
+X = {"x": floats(B, ROWS, WIDTH)}
+
+
+@pytest.mark.parametrize("order", ["product bias", "bias product"])
+def test_a_product_with_a_bias_is_one_operator(order: str) -> None:
+    nodes = [node("MatMul", "x weight", "product"), node("Add", order, "out")]
+    model = model_of(nodes, X, {"weight": floats(WIDTH, 6), "bias": floats(6)})
+    check(model, X, {"Linear": 1, "MatMul": 0, "Add": 0})
+
+
+def test_weights_kept_in_16_bits_are_weights() -> None:
+    nodes = [
+        node("Cast", "weight", "weight32", to=TensorProto.FLOAT),
+        node("Cast", "bias", "bias32", to=TensorProto.FLOAT),
+        node("MatMul", "x weight32", "product"),
+        node("Add", "product bias32", "out"),
+    ]
+    half = {"weight": floats(WIDTH, 6).astype(np.float16), "bias": floats(6).astype(np.float16)}
+    check(model_of(nodes, X, half), X, {"Linear": 1, "MatMul": 0})
+
+
+@pytest.mark.parametrize("added", ["x", "matrix"])
+def test_what_is_no_bias_is_added_by_itself(added: str) -> None:
+    nodes = [node("MatMul", "x weight", "product"), node("Add", f"product {added}", "out")]
+    constants = {"weight": floats(WIDTH, WIDTH), "matrix": floats(ROWS, WIDTH)}
+    check(model_of(nodes, X, constants), X, {"Linear": 0, "MatMul": 1, "Add": 1})
+
+
+@pytest.mark.parametrize("attributes", [{}, {"transB": 1, "alpha": 0.5, "beta": 2.0}, {"transA": 1}])
+@pytest.mark.parametrize("inputs", ["x weight", "x weight bias"])
+def test_gemm(inputs: str, attributes: dict[str, float]) -> None:
+    square = {"x": floats(WIDTH, WIDTH)}
+    constants = {"weight": floats(WIDTH, WIDTH), "bias": floats(WIDTH)}
+    check(model_of([node("Gemm", inputs, "out", **attributes)], square, constants), square, {"Gemm": 1})
+
+
+def test_gelu() -> None:
+    check(model_of([node("Gelu", "x", "out")], X, {}), X, {"Gelu": 1})
+
+
+@pytest.mark.parametrize("order", ["x gate", "gate x"])
+def test_silu_is_one_operator(order: str) -> None:
+    nodes = [node("Sigmoid", "x", "gate"), node("Mul", order, "out")]
+    check(model_of(nodes, X, {}), X, {"Swish": 1, "Sigmoid": 0, "Mul": 0})
+
+
+def test_the_quick_gelu_is_not_silu() -> None:
+    nodes = [node("Mul", "x slope", "steep"), node("Sigmoid", "steep", "gate"), node("Mul", "x gate", "out")]
+    check(model_of(nodes, X, {"slope": np.array(1.702, np.float32)}), X, {"Swish": 0, "Sigmoid": 1})
+
+
+def test_what_nothing_reads_is_not_run() -> None:
+    nodes = [node("Cast", "x", "unread", to=TensorProto.FLOAT16), node("Neg", "x", "out")]
+    check(model_of(nodes, X, {}), X, {"Cast": 0, "Neg": 1})
+
+
+# ---- 16 bits
+
+LOW: dict[Lowered, int] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_is_reshaped_between_products_stays_in_16_bits(dtype: Lowered) -> None:
+    """And is the same to the bit: to float32 and back loses nothing."""
+    nodes = [
+        node("MatMul", "x first", "a"),
+        node("Reshape", "a four", "b"),
+        node("Transpose", "b", "c", perm=[0, 2, 1, 3]),
+        node("MatMul", "c second", "d"),
+        node("Cast", "c", "levels", to=TensorProto.INT32),
+        node("Cast", "levels", "whole", to=TensorProto.FLOAT),
+        node("Add", "d whole", "out"),
+    ]
+    constants = {"first": floats(WIDTH, 6), "four": np.array([0, 0, 2, 3]), "second": floats(3, 3)}
+    lowered = lower_products(model_of(nodes, X, constants), dtype)
+    given = {"x": torch.from_numpy(X["x"])}
+    [expected] = OnnxModule(lowered, operators=FUSED)(given).values()
+    keep_low(lowered.graph, dtype)
+    [got] = OnnxModule(lowered, operators=FUSED)(given).values()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    makers = {name: each for each in lowered.graph.node for name in each.output}
+    second = next(each for each in lowered.graph.node if each.output[0].startswith("d/"))
+    chain = [(moved := makers[second.input[0]]).op_type, (reshaped := makers[moved.input[0]]).op_type]
+    assert [*chain, makers[reshaped.input[0]].op_type] == ["Transpose", "Reshape", "MatMul"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("float16", 0.004)])
+def test_a_unet_in_16_bits_loses_no_more_than_its_products_do(
+    unet_file: Path, dtype: Lowered, bound: float
+) -> None:
+    """As tests/unit/engines/test_lowering.py bounds them, whose casts these are half of."""
+    from tests.support.step_rows import random_rows
+
+    model = onnx.load(str(unet_file))
+    rows = {name: torch.from_numpy(array) for name, array in random_rows(4, seed=3).items()}
+    with torch.inference_mode():
+        expected = OnnxModule(model)(rows)
+        got = fused_module(onnx.load(str(unet_file)), dtype)(rows)
+    for name, tensor in expected.items():
+        error = (got[name] - tensor).abs().max() / tensor.abs().max()
+        assert 0 < error < bound
