@@ -33,6 +33,7 @@ class BenchResult(Frozen):
     ms: median by call (``engines.calls``) and batch size. flop: arithmetic of one row of each, products alone;
     ceiling_gflop_s: of square products in the same engine; fraction: what of it each call reaches. throughput: each
     student, what those medians add up to; generate: the default student, whole batches timed from prompt to image.
+    repeats: of a call, at most: a long one has as many as fit into as many seconds.
     host_memory_mb: what the process holds of the machine's memory at the end; device_memory_mb: what its engines
     hold of the GPU's between calls, None where they run on the CPU.
     """
@@ -67,7 +68,7 @@ def bench(
 ) -> BenchResult:
     """Measure a loaded pipeline, which gets the costs found.
 
-    ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size; machine: what its engines run
+    ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size, fewer of long ones; machine: what its engines run
     on; memory: made before they were loaded. Raises: BackendError when the arithmetic of a graph cannot be
     counted.
     """
