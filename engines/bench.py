@@ -68,9 +68,9 @@ def bench(
 ) -> BenchResult:
     """Measure a loaded pipeline, which gets the costs found.
 
-    ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size, fewer of long ones; machine: what
-    its engines run on; memory: made before they were loaded. Raises: BackendError when the arithmetic of a graph
-    cannot be counted.
+    ceiling_gflop_s: ``engines.ceiling``'s; repeats: calls per graph and batch size, fewer of long ones; machine:
+    what its engines run on; memory: made before they were loaded. Raises: BackendError when the arithmetic of a
+    graph cannot be counted.
     """
     graphs = pipeline.manifest.graphs
     flop = {
