@@ -91,6 +91,6 @@ def _read(file: Path) -> _Record | None:
 
 
 def _fits(record: _Record, key: EngineKey, rungs: Sequence[int]) -> bool:
-    if EngineKey(**record.model_dump(include=asdict(key).keys())) != key:
+    if EngineKey(**record.model_dump(include=set(asdict(key)))) != key:
         return False
     return all(rung in record.ms and math.isfinite(record.ms[rung]) and record.ms[rung] > 0 for rung in rungs)
