@@ -59,10 +59,15 @@ def vocabulary() -> dict[str, int]:
     return {word: index for index, word in enumerate(words)}
 
 
-def tokenizer(folder: Path, pad: str = END) -> CLIPTokenizer:
-    """A CLIP tokenizer of all bytes and two words, read from the files SD folders ship."""
+def tokenizer(folder: Path, pad: str = END, size: int = 0) -> CLIPTokenizer:
+    """A CLIP tokenizer of all bytes and two words, read from the files SD folders ship.
+
+    size: of its vocabulary at least, made up with words that no text becomes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary()), encoding="utf-8")
+    words = vocabulary()
+    words |= {f"never {i}": i for i in range(len(words), size)}
+    (folder / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=pad)

@@ -25,7 +25,7 @@ _TEXT: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 _VOCABULARY = 49_408
-"""Rows of CLIP's embedding. The tokenizer knows bytes and two words: the true vocabulary would be a download."""
+"""Of CLIP. What texts become are bytes and two words: the true vocabulary would be a download."""
 
 
 def make_teacher(model: str, folder: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def make_teacher(model: str, folder: Path) -> dict[str, Any]:
     pipeline = StableDiffusionPipeline(
         vae=_vae(architecture.vae),
         text_encoder=_text_encoder(_TEXT[model]),
-        tokenizer=tiny.tokenizer(folder.with_name("words")),
+        tokenizer=tiny.tokenizer(folder.with_name("words"), size=_VOCABULARY),
         unet=_unet({"sample_size": architecture.side, **architecture.unet}),
         scheduler=DDIMScheduler(**tiny.SCHEDULER, prediction_type="v_prediction", rescale_betas_zero_snr=True),
         safety_checker=None,
