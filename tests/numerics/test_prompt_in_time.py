@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +200,9 @@ def test_what_else_comes_with_the_timestep_is_refused_by_name(
     kind: str, folder: PipelineFolder, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copy"
-    complete(copied, folder)
     for part in ("unet", "scheduler"):
-        (copied / part).mkdir()
-        for file in (folder.path / part).iterdir():
-            (copied / part / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(folder.path / part, copied / part)
+    complete(copied, folder)
     config = copied / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "addition_embed_type": kind}))
     message = f"addition_embed_type is {kind!r}; only None or 'text' is supported"
