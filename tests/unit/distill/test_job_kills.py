@@ -16,7 +16,7 @@ from tests.support.job_process import JobRun
 from tests.support.tiny_recipe import OVERRIDES, PHASES, weights_of
 
 KILLS = 20
-MOST_EVENTS = 45
+MOST_EVENTS = 50
 FOLDERS = {folder.split("/")[-1]: folder for folder in PHASES}
 
 
