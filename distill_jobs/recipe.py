@@ -237,9 +237,12 @@ class Recipe(Section):
         drawing = (*self.export.students, *(self.consistency.students if self.consistency else ()))
         if min(drawing) > FEW_STEPS or NoiseSchedule(self.schedule).zero_terminal_snr:
             return ()
+        mend = "set schedule.rescale_zero_terminal_snr, and teacher.v_finetune for a folder"
+        if self.schedule.kind == "cosine":
+            mend = "leave schedule.log_snr_min out"
         return (
             f"the schedule leaves some of the image at its end, and students of {FEW_STEPS} steps and fewer start "
-            "where training never was; set schedule.rescale_zero_terminal_snr, and teacher.v_finetune for a folder",
+            f"where training never was; {mend}",
         )
 
     def to_yaml(self) -> str:

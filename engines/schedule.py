@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+IDLE_IN_COSINE = ("beta_start", "beta_end", "rescale_zero_terminal_snr")
+
 CLEAN = -1
 """Table index of the clean end, t = 0."""
 
@@ -43,6 +45,10 @@ class ScheduleSpec(BaseModel):
         low, high = self.log_snr_min, self.log_snr_max
         if self.kind != "cosine" and (low is not None or high is not None):
             raise ValueError("log_snr_min and log_snr_max belong to kind: cosine")
+        fields = type(self).model_fields
+        idle = [name for name in IDLE_IN_COSINE if getattr(self, name) != fields[name].default]
+        if self.kind == "cosine" and idle:
+            raise ValueError(f"{' and '.join(idle)} say nothing with kind: cosine; leave them out")
         if low is not None and high is not None and low >= high:
             raise ValueError("log_snr_min must be below log_snr_max")
         return self

@@ -115,6 +115,8 @@ def test_indices_off_the_table_are_refused(k: int) -> None:
         {"log_snr_min": 5, "log_snr_max": -5},
         {"timesteps": 1},
         {"kind": "sigmoid"},
+        {"beta_end": 0.02},
+        {"kind": "cosine", "rescale_zero_terminal_snr": True},
         {"unknown": 1},
     ],
 )

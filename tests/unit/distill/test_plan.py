@@ -70,16 +70,17 @@ def test_a_plan_says_what_it_names_and_the_disk_has_not(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("schedule", "students", "cautioned"),
+    ("schedule", "students", "caution"),
     [
-        ("{kind: scaled_linear}", "[4, 2]", True),
-        ("{kind: scaled_linear}", "[8, 4]", False),
-        ("{kind: scaled_linear, rescale_zero_terminal_snr: true}", "[4, 2]", False),
-        ("{kind: cosine}", "[4, 2]", False),
+        ("{kind: scaled_linear}", "[4, 2]", "set schedule.rescale_zero_terminal_snr"),
+        ("{kind: scaled_linear}", "[8, 4]", None),
+        ("{kind: scaled_linear, rescale_zero_terminal_snr: true}", "[4, 2]", None),
+        ("{kind: cosine}", "[4, 2]", None),
+        ("{kind: cosine, log_snr_min: -9.0}", "[4, 2]", "leave schedule.log_snr_min out"),
     ],
 )
 def test_a_plan_cautions_of_few_steps_from_a_start_that_was_never_trained(
-    schedule: str, students: str, cautioned: bool, tmp_path: Path
+    schedule: str, students: str, caution: str | None, tmp_path: Path
 ) -> None:
     recipe = read_recipe("digits", [*OVERRIDES, f"schedule={schedule}"])
     export = recipe.export.model_copy(update={"students": yaml.safe_load(students)})
@@ -87,7 +88,8 @@ def test_a_plan_cautions_of_few_steps_from_a_start_that_was_never_trained(
     console = Console(file=io.StringIO(), width=400)
     print_plan(plan_of(recipe), None, tmp_path, console)
     page = console.file.getvalue()  # type: ignore[attr-defined]
-    assert ("set schedule.rescale_zero_terminal_snr" in page) == cautioned
+    assert ("where training never was" in page) == (caution is not None)
+    assert caution is None or caution in page
 
 
 def test_the_plan_counts_what_the_job_builds() -> None:
