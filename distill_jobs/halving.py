@@ -6,13 +6,12 @@ Sources: Meng et al. 2023, Alg. 2 (deterministic) and section 3.2 (stochastic); 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from distill_jobs.objectives import Noisy, Tables, float32, row_mse, wide
-from distill_jobs.student import predict
+from distill_jobs.objectives import Field, Noisy, Tables, float32, network_v, row_mse, wide
 from engines.sampler import Sampler, compose, deterministic_step, encoder_plan
 from engines.schedule import NoiseSchedule
 
@@ -91,27 +90,16 @@ def target_loss(
     grid: Tensor | None = None,
 ) -> Tensor:
     """(B,) truncated-SNR loss against a target v. grid: (B,) step counts, for shared weights."""
-    prediction = predict(student, z_t, rows.t, rows.condition, w, rows.extra, grid)
+    prediction = network_v(student, z_t, rows, w, grid)
     return tables.truncated_snr(rows.t) * row_mse(prediction, target)
 
 
 @torch.no_grad()
-def two_step_target(
-    teacher: nn.Module,
-    halving: HalvingTables,
-    z_t: Tensor,
-    rows: Noisy,
-    point: Tensor,
-    w: Tensor | None,
-    grid: Tensor | None = None,
-) -> Tensor:
-    """The v with which one step lands where the teacher's two steps do, shaped as z_t; from unclipped outputs.
-
-    grid: (B,) the teacher's step counts, for shared weights.
-    """
-    first = predict(teacher, z_t, rows.t, rows.condition, w, rows.extra, grid)
+def two_step_target(field: Field, halving: HalvingTables, z_t: Tensor, rows: Noisy, point: Tensor) -> Tensor:
+    """The v with which one step lands where two along ``field`` do, shaped as z_t; from unclipped outputs."""
+    first = field(z_t, rows)
     z_middle = wide(halving.a[point], z_t) * z_t + wide(halving.d[point], z_t) * first
-    second = predict(teacher, z_middle, halving.middle[point], rows.condition, w, rows.extra, grid)
+    second = field(z_middle, replace(rows, t=halving.middle[point]))
     return (
         wide(halving.target_x[point], z_t) * z_t
         + wide(halving.target_first[point], z_t) * first

@@ -7,7 +7,8 @@ Sources: Ho & Salimans 2022 (condition dropout); Meng et al. 2023, eq. 4 (stage 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ class Noisy:
         )
 
 
+Field = Callable[[Tensor, Noisy], Tensor]
+"""What steps are taken along: z_t: (B, C, h, w) and its rows to the v there, shaped as z_t."""
+
+
 @dataclass(frozen=True)
 class Tables:
     """A schedule's tables on the training device: alpha, sigma (T,) float32, computed in float64."""
@@ -74,25 +79,41 @@ def teacher_loss(teacher: nn.Module, tables: Tables, rows: Noisy, dropped: Tenso
     """(B,) v-MSE with the condition dropped on the rows marked in ``dropped``: (B,) bool."""
     z_t, v = tables.noisy(rows)
     condition = rows.null.where(dropped, rows.condition)
-    return row_mse(predict(teacher, z_t, rows.t, condition, extra=rows.extra), v)
+    return row_mse(network_v(teacher, z_t, replace(rows, condition=condition)), v)
+
+
+def network_v(
+    network: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor | None = None, grid: Tensor | None = None
+) -> Tensor:
+    """What a network says of the rows at z_t, shaped as z_t. w, grid: as ``predict`` has them."""
+    return predict(network, z_t, rows.t, rows.condition, w, rows.extra, grid)
 
 
 def guided_v(teacher: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
-    """True guidance: the teacher with and without the condition, combined at w: (B,). Shaped as z_t."""
-    return guided(both_ways(teacher, z_t, rows), w)
+    """True guidance: the teacher with and without the condition, combined at w: (B,). Shaped as z_t.
+
+    Rows at weight 0 are evaluated with it alone. One call: processes sharing a network must call it alike.
+    """
+    on = w != 0
+    v, unconditional = both_ways(teacher, z_t, rows, on)
+    v[on] = guided((v[on], unconditional), w[on])
+    return v
 
 
-def both_ways(teacher: nn.Module, z_t: Tensor, rows: Noisy) -> tuple[Tensor, Tensor]:
-    """The teacher's v with the condition and without it, in one call, each shaped as z_t."""
+def both_ways(teacher: nn.Module, z_t: Tensor, rows: Noisy, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The teacher's v with the condition and without it, in one call, each shaped as z_t.
+
+    without: (B,) bool, the only rows that are evaluated without it.
+    """
+    again = torch.ones_like(rows.t, dtype=torch.bool) if without is None else without
     both = predict(
         teacher,
-        torch.cat([z_t, z_t]),
-        torch.cat([rows.t, rows.t]),
-        Condition.cat([rows.condition, rows.null]),
-        extra=None if rows.extra is None else torch.cat([rows.extra, rows.extra]),
+        torch.cat([z_t, z_t[again]]),
+        torch.cat([rows.t, rows.t[again]]),
+        Condition.cat([rows.condition, rows.null[again]]),
+        extra=None if rows.extra is None else torch.cat([rows.extra, rows.extra[again]]),
     )
-    conditional, unconditional = both.chunk(2)
-    return conditional, unconditional
+    return both[: len(z_t)], both[len(z_t) :]
 
 
 def guided(both: tuple[Tensor, Tensor], w: Tensor) -> Tensor:
@@ -105,8 +126,7 @@ def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows:
     z_t, _ = tables.noisy(rows)
     with torch.no_grad():
         target = guided_v(teacher, z_t, rows, w)
-    prediction = predict(student, z_t, rows.t, rows.condition, w, rows.extra)
-    return tables.truncated_snr(rows.t) * row_mse(prediction, target)
+    return tables.truncated_snr(rows.t) * row_mse(network_v(student, z_t, rows, w), target)
 
 
 def row_mse(prediction: Tensor, target: Tensor) -> Tensor:

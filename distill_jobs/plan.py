@@ -117,7 +117,8 @@ def plan_of(recipe: Recipe) -> Plan:
     student = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH})
     phases = list(_teacher_phases(recipe, teacher))
     if recipe.stage_two.guidance != "at_sampling":
-        phases.append(PhasePlan("stage_one", recipe.stage_one, student, teacher, 2))
+        twice = _guided_passes(recipe, recipe.stage_one.unguided_share)
+        phases.append(PhasePlan("stage_one", recipe.stage_one, student, teacher, twice))
     phases += _halvings(recipe, teacher, student)
     if recipe.consistency is not None:  # learns from two passes: the teacher's, and its own average's
         phases.append(PhasePlan("consistency", recipe.consistency, student, student, 2))
@@ -168,7 +169,7 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     elif section.lora is not None:  # over a frozen stage one
         trained = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH}, section.lora.rank)
         halved = replace(student, parameters=2 * student.parameters)
-    return [
+    phases = [
         PhasePlan(
             f"{prefix}{halving.steps}",
             section.training(halving),
@@ -180,6 +181,15 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
         for prefix in ("du" if section.guidance == "at_sampling" else "d")
         for halving in section.halvings
     ]
+    if section.first_target == "teacher":
+        more = 2 * (_guided_passes(recipe, section.unguided_share) - 1)
+        phases[0] = replace(phases[0], frozen_passes=phases[0].frozen_passes + more)
+    return phases
+
+
+def _guided_passes(recipe: Recipe, unguided_share: float) -> float:
+    """The teacher's evaluations for a row's true guidance: one where guidance is off, two elsewhere."""
+    return 2 - (unguided_share if recipe.guidance.min == 1 else 0)
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,16 @@ class StageTwoSection(ChainSection):
     sampler: whose steps the students learn; they serve no other. weights: a network for every step count, or
     one for all of them that is told its grid. guidance: an input, as everywhere else; or a guidance_scale, the
     only one these students are for; or at_sampling, where a conditional and an unconditional network are halved
-    without guidance and combined when sampling: the paper's two baselines. on_policy: share of the rows whose z_t
-    is where the student itself arrives, instead of noisy data. lora: train adapters only.
+    without guidance and combined when sampling: the paper's two baselines. first_target: whose two steps the first
+    halving learns, stage one's as in the paper, or those of the teacher under guidance: two evaluations more, and
+    none of stage one's error is handed on, which is then where it starts. on_policy: share of the rows whose z_t is
+    where the student itself arrives, instead of noisy data. lora: train adapters only.
     """
 
     sampler: Literal["deterministic", "stochastic"] = "deterministic"
     weights: Literal["separate", "shared"] = "separate"
     guidance: Literal["input", "at_sampling"] | Annotated[float, Field(ge=1)] = "input"
+    first_target: Literal["stage_one", "teacher"] = "stage_one"
     on_policy: float = Field(0.0, ge=0, le=1)
     lora: LoraSection | None = None
 
@@ -148,16 +151,16 @@ class StageTwoSection(ChainSection):
     def _chain(self) -> StageTwoSection:
         if not self.halvings and (self.sampler, self.weights) != ("deterministic", "separate"):
             raise ValueError("sampler and weights say nothing without halvings; leave them out")
-        if not self.halvings and (self.on_policy or self.lora):
-            raise ValueError("on_policy and lora say nothing without halvings; leave them out")
+        if not self.halvings and (self.on_policy or self.lora or self.first_target == "teacher"):
+            raise ValueError("first_target, on_policy and lora say nothing without halvings; leave them out")
         if self.sampler == "stochastic" and self.steps[-1] == 1:
             raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
         if self.sampler == "stochastic" and self.weights == "shared":
             raise ValueError("weights can be shared in the deterministic chain only")
         if self.weights == "shared" and (self.guidance == "at_sampling" or self.on_policy or self.lora):
             raise ValueError("guidance: at_sampling, on_policy and lora need weights: separate")
-        if self.guidance == "at_sampling" and (self.on_policy or self.lora):
-            raise ValueError("guidance: at_sampling goes without on_policy and lora")
+        if self.guidance == "at_sampling" and (self.on_policy or self.lora or self.first_target == "teacher"):
+            raise ValueError("guidance: at_sampling goes without first_target: teacher, on_policy and lora")
         if self.weights == "separate" and any(
             h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
         ):

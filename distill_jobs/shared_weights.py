@@ -1,21 +1,29 @@
 """One set of weights for every step count: a student told its grid, trained on all the grids learned so far.
 
 In the phase of N a share of the rows is on the new grid, the others rehearse the grids before it. Each row's
-teacher is the network as the phase found it, on the row's grid 2N'; the coarsest teacher of all, above the first
-grid, is the stage-one student and stays it, so that the chain is anchored to what never changes.
+teacher is the network as the phase found it, on the row's grid 2N'; above the first grid it is the stage-one
+student or the teacher's true guidance and stays it, so that the chain is anchored to what never changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.halving import HalvingTables, two_step_target
-from distill_jobs.objectives import Noisy
+from distill_jobs.objectives import Noisy, network_v
 from engines.schedule import NoiseSchedule
+
+
+class Anchor(Protocol):
+    """What the chain begins with: the v of rows at z_t with guidance weights w: (B,), shaped as z_t."""
+
+    def __call__(self, z_t: Tensor, rows: Noisy, *, w: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -57,19 +65,18 @@ class Grids:
 
     @torch.no_grad()
     def target(
-        self, anchor: nn.Module, snapshot: nn.Module, z_t: Tensor, rows: Noisy, drawn: GridRows, w: Tensor
+        self, anchor: Anchor, snapshot: nn.Module, z_t: Tensor, rows: Noisy, drawn: GridRows, w: Tensor
     ) -> Tensor:
         """The target v of every row, shaped as z_t.
 
-        anchor: the stage-one student, for rows on the oldest grid; snapshot: for all others.
+        anchor: for rows on the oldest grid; snapshot: the network as the phase found it, for all others.
         """
         target = torch.empty_like(z_t)
         oldest = drawn.grid == self.steps[0]
-        if bool(oldest.any()):
-            at = rows[oldest]
-            target[oldest] = two_step_target(anchor, self.tables, z_t[oldest], at, drawn.point[oldest], w[oldest])
-        if not bool(oldest.all()):
-            newer = ~oldest
-            point, grid = drawn.point[newer], 2 * drawn.grid[newer]
-            target[newer] = two_step_target(snapshot, self.tables, z_t[newer], rows[newer], point, w[newer], grid)
+        of_oldest = partial(anchor, w=w[oldest])
+        of_newer = partial(network_v, snapshot, w=w[~oldest], grid=2 * drawn.grid[~oldest])
+        for which, field in ((oldest, of_oldest), (~oldest, of_newer)):
+            if bool(which.any()):
+                at, point = rows[which], drawn.point[which]
+                target[which] = two_step_target(field, self.tables, z_t[which], at, point)
         return target

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill_jobs.adapters import Adapters
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.halving import HalvingTables, target_loss, two_step_target
+from distill_jobs.objectives import guided_v, network_v
 from distill_jobs.phases import Phases
 from distill_jobs.rollout import Rollout
 from distill_jobs.sections import ChainSection, Halving, StageTwoSection
@@ -76,7 +77,8 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
     """Train a copy of the network in ``source`` to do in one step what that network does in two."""
     section, n = chain.section, halving.steps
     halves = chain.tables(phases.schedule, n, phases.device)
-    teacher, own = phases.frozen(source), Rollout.of(phases.recipe, section, n)
+    own = Rollout.of(phases.recipe, section, n)
+    followed = _followed(phases, section, source, first=source == chain.source)
     adapters = Adapters.of(section, base=chain.source, before=None if source == chain.source else source)
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
@@ -88,7 +90,7 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
         z_t, _ = phases.tables.noisy(rows)
         if own is not None:
             z_t = own.replace(z_t, network, draws, update, rows, point, w)
-        target = two_step_target(teacher, halves, z_t, rows, point, w)
+        target = two_step_target(partial(followed, w=w), halves, z_t, rows, point)
         return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target), w)
 
     training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
@@ -97,6 +99,13 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
         phases.train(name, training, adapters.start, loss, folder, save=adapters.save, trained=trained)
     else:
         phases.train(name, training, lambda: load_stock(source), loss, folder, trained=trained)
+
+
+def _followed(phases: Phases, section: ChainSection, source: Path, *, first: bool) -> partial[Tensor]:
+    """Whose v a halving takes two steps along, given z_t, rows, w: that of ``source``, or true guidance."""
+    if first and isinstance(section, StageTwoSection) and section.first_target == "teacher":
+        return partial(guided_v, phases.frozen(phases.folder.teacher))
+    return partial(network_v, phases.frozen(source))
 
 
 def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, batch: int) -> Tensor:
@@ -136,7 +145,7 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         return network if takes_grid(network) else told_its_grid(network)
 
     grids = Grids.of(phases.schedule, steps, halving.newest_share, phases.device)
-    anchor = phases.frozen(phases.folder.stage_one)
+    anchor = _followed(phases, section, phases.folder.stage_one, first=True)
     snapshot = phases.processes.frozen(begin())
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from distill_jobs.data.digits import class_condition
 from distill_jobs.errors import RecipeError
 from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.job import run_job
-from distill_jobs.objectives import Noisy
+from distill_jobs.objectives import Noisy, network_v
 from distill_jobs.plan import plan_of
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import read_recipe
@@ -66,7 +67,7 @@ def test_one_encoder_step_on_the_target_lands_where_two_of_its_teacher_do(n: int
         z = torch.randn(B, 1, 8, 8, generator=generator)
         at = Noisy(z, condition, null, z, tables.t[torch.full((B,), j)])
         with torch.no_grad():
-            target = two_step_target(teacher, tables, z, at, torch.full((B,), j), w)
+            target = two_step_target(partial(network_v, teacher, w=w), tables, z, at, torch.full((B,), j))
             want = z
             for step in fine[2 * j : 2 * j + 2]:
                 timestep = torch.full((B,), float(step.timestep))

@@ -1,5 +1,7 @@
 """Objectives and students against what they must equal, without training."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
@@ -7,7 +9,7 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
 from distill_jobs.errors import JobError
 from distill_jobs.halving import HalvingTables, two_step_target
-from distill_jobs.objectives import Noisy, Tables, guided_v, stage_one_loss, teacher_loss
+from distill_jobs.objectives import Noisy, Tables, guided_v, network_v, stage_one_loss, teacher_loss
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
 from engines.sampler import deterministic_step
@@ -79,6 +81,40 @@ def test_guided_v_is_the_two_passes_combined(teacher: UNet2DConditionModel, rows
         assert torch.allclose(guided_v(teacher, rows.x, rows, w), expected, atol=1e-5)
 
 
+def test_rows_at_weight_zero_are_evaluated_with_their_condition_alone(
+    teacher: UNet2DConditionModel, rows: Noisy
+) -> None:
+    seen: list[int] = []
+    watched = teacher.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        with torch.no_grad():
+            for zeros in (0, 4, B):
+                w = torch.tensor([0.0] * zeros + [2.0] * (B - zeros))
+                got = guided_v(teacher, rows.x, rows, w)
+                c, u = (predict(teacher, rows.x, rows.t, each) for each in (rows.condition, rows.null))
+                torch.testing.assert_close(got, c + w[:, None, None, None] * (c - u), rtol=0, atol=1e-5)
+    finally:
+        watched.remove()
+    assert seen[::3] == [2 * B, 2 * B - 4, B]
+
+
+def test_the_target_of_true_guidance_lands_where_two_guided_teacher_steps_do(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    halving, grid, point, w = HalvingTables.of(schedule, 4), schedule.grid(8), torch.full((B,), 2), WEIGHTS
+    here = Noisy(rows.x, rows.condition, rows.null, rows.noise, halving.t[point])
+    z = rows.noise
+    with torch.no_grad():
+        for k in (6, 5):
+            at = torch.full((B,), grid[k])
+            c, u = (predict(teacher, z, at, each) for each in (rows.condition, rows.null))
+            v = c + w[:, None, None, None] * (c - u)
+            z, _ = deterministic_step(schedule, grid[k], grid[k - 1]).apply(z, v)
+        target = two_step_target(partial(guided_v, teacher, w=w), halving, rows.noise, here, point)
+    landed, _ = deterministic_step(schedule, grid[6], grid[4]).apply(rows.noise, target)
+    torch.testing.assert_close(landed, z, rtol=0, atol=2e-5)
+
+
 def test_stage_one_loss_is_zero_exactly_where_student_is_the_guided_teacher(
     teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
 ) -> None:
@@ -118,8 +154,10 @@ def test_one_step_with_the_target_lands_where_two_teacher_steps_do(
             middle, _ = first.apply(rows.noise, predict(student, rows.noise, t, rows.condition, WEIGHTS))
             at_middle = torch.full((B,), first.target)
             end, _ = second.apply(middle, predict(student, middle, at_middle, rows.condition, WEIGHTS))
-            target = two_step_target(student, halving, rows.noise, here, point, WEIGHTS)
-            other = two_step_target(student, halving, rows.noise, here, point, WEIGHTS.flip(0))
+            target = two_step_target(partial(network_v, student, w=WEIGHTS), halving, rows.noise, here, point)
+            other = two_step_target(
+                partial(network_v, student, w=WEIGHTS.flip(0)), halving, rows.noise, here, point
+            )
         landed, _ = deterministic_step(schedule, grid[2 * i], grid[2 * i - 2]).apply(rows.noise, target)
         assert torch.allclose(landed, end, atol=4e-6)
         assert float((target - other).abs().max()) > 1e-3
@@ -138,7 +176,7 @@ def test_a_stochastic_students_step_lands_where_two_teacher_steps_of_its_own_gri
             for t, s in ((grid[i], grid[i - 1]), (grid[i - 1], grid[i - 2])):
                 v = predict(student, z, torch.full((B,), t), rows.condition, w)
                 z, _ = deterministic_step(schedule, t, s).apply(z, v)
-            target = two_step_target(student, halving, rows.noise, here, point, w)
+            target = two_step_target(partial(network_v, student, w=w), halving, rows.noise, here, point)
         landed, _ = deterministic_step(schedule, grid[i], grid[i - 2]).apply(rows.noise, target)
         assert torch.allclose(landed, z, atol=2e-6)
 
@@ -150,7 +188,7 @@ def test_a_stochastic_students_last_step_is_its_teachers(schedule: NoiseSchedule
     assert torch.equal(here.t, t)
     with torch.no_grad():
         own = predict(student, rows.noise, t, rows.condition, w)
-        assert torch.equal(two_step_target(student, halving, rows.noise, here, point, w), own)
+        assert torch.equal(two_step_target(partial(network_v, student, w=w), halving, rows.noise, here, point), own)
 
 
 def test_a_stock_folder_brings_the_same_network_back(

@@ -60,6 +60,7 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("stage_two.lora={rank: 0}", "stage_two.lora.rank"),
         ("stage_two={halvings: [], lora: {rank: 8}}", "on_policy and lora say nothing without halvings"),
         ("stage_two={halvings: [], on_policy: 0.5}", "on_policy and lora say nothing without halvings"),
+        ("stage_two={halvings: [], first_target: teacher}", "first_target, on_policy and lora say nothing without"),
         ("unet.dropout=0.1", "unet: .*dropout must be 0"),
         ("consistency={source: 64, grid: 64, updates: 1}", "consistency.source 64"),
         ("consistency={source: 4, grid: 8, updates: 1}", "grid must be 4"),
@@ -159,6 +160,11 @@ def test_variants_exclude_sharding_and_two_networks(override: str) -> None:
         read_recipe("digits", [f"stage_two.{override}", "compute.shard=true"])
     with pytest.raises(RecipeError, match="at_sampling goes without"):
         read_recipe("digits-two-networks", [f"stage_two.{override}"])
+
+
+def test_two_networks_have_no_guidance_to_learn_from_the_teacher() -> None:
+    with pytest.raises(RecipeError, match="at_sampling goes without first_target: teacher"):
+        read_recipe("digits-two-networks", ["stage_two.first_target=teacher"])
 
 
 def test_consistency_needs_students_that_take_guidance() -> None:

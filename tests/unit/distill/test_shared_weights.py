@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from distill_jobs.data.digits import class_condition
 from distill_jobs.draws import Draws
 from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.job import run_job
-from distill_jobs.objectives import Noisy
+from distill_jobs.objectives import Noisy, network_v
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.shared_weights import GridRows, Grids
 from distill_jobs.student import COND_PROJ, fold_grid, load_stock, predict, takes_grid, told_its_grid
@@ -88,14 +89,15 @@ def test_stage_one_teaches_the_first_grid_and_the_snapshot_the_others_on_grids_t
     grids = Grids.of(SCHEDULE, (4, 2, 1), 0.5, CPU)
     drawn = GridRows(torch.tensor([4, 4, 4, 2, 2, 1, 1, 4]), torch.tensor([0, 3, 1, 4, 5, 6, 6, 2]))
     at = Noisy(rows.x, rows.condition, rows.null, rows.noise, grids.tables.t[drawn.point])
-    got = grids.target(anchor, snapshot, rows.noise, at, drawn, w)
+    got = grids.target(partial(network_v, anchor), snapshot, rows.noise, at, drawn, w)
     with torch.no_grad():
         for i in range(B):
             n, mine = int(drawn.grid[i]), torch.arange(B) == i
             point = drawn.point[mine] - {4: 0, 2: 4, 1: 6}[n]
             teacher, grid = (anchor, None) if n == 4 else (snapshot, torch.tensor([2 * n]))
             own = HalvingTables.of(SCHEDULE, n)
-            want = two_step_target(teacher, own, rows.noise[mine], at[mine], point, w[mine], grid)
+            field = partial(network_v, teacher, w=w[mine], grid=grid)
+            want = two_step_target(field, own, rows.noise[mine], at[mine], point)
             torch.testing.assert_close(got[mine], want, rtol=0, atol=2e-6)
 
 

@@ -22,6 +22,7 @@ from distill_jobs.draws import Draw, Draws
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy
+from distill_jobs.phases import Phases
 from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.rollout import Rollout
@@ -48,6 +49,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VARIANTS = {
     "lora": "stage_two.lora={rank: 2}",
     "on-policy": "stage_two.on_policy=0.5",
+    "of-the-teacher": "stage_two.first_target=teacher",
     "single": "stage_two.guidance=4.0",
     "two": "stage_two.guidance=at_sampling",
 }
@@ -257,6 +259,33 @@ def test_a_killed_variant_ends_in_the_same_bytes(name: str, variant: Variant, tm
         assert (out / f"students/d{n}" / WEIGHTS).read_bytes() == (whole.student(n) / WEIGHTS).read_bytes()
 
 
+# ---- whose steps the first halving learns
+
+
+@pytest.mark.parametrize("weights", ["separate", "shared"])
+def test_only_the_first_halving_may_learn_from_the_teacher(
+    weights: str, plain: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage one that nothing is learned from is not even loaded to be followed."""
+    followed: list[str] = []
+    own = Phases.frozen
+
+    def frozen(self: Phases, folder: Path) -> nn.Module:
+        followed.append(folder.name)
+        return own(self, folder)
+
+    monkeypatch.setattr(Phases, "frozen", frozen)
+    overrides = [*SHORT, VARIANTS["of-the-teacher"], f"stage_two.weights={weights}"]
+    run_job(read_recipe("digits", overrides), tmp_path / "run", resume=False, progress=QUIET, taken_from=plain.path)
+    assert followed == (["teacher", "d4"] if weights == "separate" else ["teacher", "teacher"])
+
+
+def test_a_student_of_the_teacher_is_another_than_one_of_stage_one(plain: RunFolder, variant: Variant) -> None:
+    other = variant("of-the-teacher")
+    for n in (4, 2):
+        assert (other.student(n) / WEIGHTS).read_bytes() != (plain.student(n) / WEIGHTS).read_bytes()
+
+
 # ---- what they cost
 
 
@@ -267,6 +296,9 @@ def test_the_plan_counts_the_variants() -> None:
     usual, own = phases(), phases(VARIANTS["on-policy"])
     assert own["d4"].frozen_passes == usual["d4"].frozen_passes + 0.5 * 3 / 2
     assert list(phases(VARIANTS["two"])) == ["teacher", "d4", "d2", "u4", "u2"]
+    guided, off = phases(VARIANTS["of-the-teacher"]), read_recipe("digits", SHORT).stage_two.unguided_share
+    assert guided["d4"].frozen_passes == usual["d4"].frozen_passes + 2 * (1 - off)
+    assert guided["d2"].frozen_passes == usual["d2"].frozen_passes
     lora = phases(VARIANTS["lora"])["d4"]
     assert lora.trained.parameters < usual["d4"].trained.parameters / 2
     assert lora.trained.flops == usual["d4"].trained.flops
