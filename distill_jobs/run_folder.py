@@ -151,8 +151,13 @@ class RunFolder:
         """Start the recipe's run here, or go on with it, with other fields where they change rounding at most.
 
         A run that ended before it made anything, as of data that are not there, is started afresh.
-        Raises: RecipeError when the folder holds another's.
+        Raises: RecipeError when the folder holds another's, or phases of nobody knows which.
         """
+        if not self.recipe.is_file() and (training_seconds(self) or (self.path / "checkpoints").is_dir()):
+            raise RecipeError(
+                f"{self.path} holds phases but no recipe.yaml, which says what they were trained for; put it back, "
+                "or choose another --out"
+            )
         if not self.recipe.is_file() or all(path.name in BARE for path in self.path.iterdir()):
             for of_another_start in (self.machine, self.data, self.pictures):
                 of_another_start.unlink(missing_ok=True)

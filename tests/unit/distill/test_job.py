@@ -83,6 +83,16 @@ def test_a_run_that_ended_before_it_made_anything_takes_another_recipe(recipe: R
         folder.take_up(recipe, resume=True)
 
 
+@pytest.mark.parametrize("left", ["checkpoints/teacher/00000010/weights", "students/d4/phase.json"])
+def test_phases_without_their_recipe_are_not_gone_on_with(left: str, recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).write_text('{"name": "d4", "updates": 10, "seconds": 1.0}')
+    for resume in (False, True):
+        with pytest.raises(RecipeError, match=r"phases but no recipe\.yaml"):
+            RunFolder(tmp_path).take_up(recipe, resume=resume)
+    assert not RunFolder(tmp_path).recipe.exists()
+
+
 def test_batches_are_checked_before_any_phase_starts(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
