@@ -104,7 +104,7 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     own["stage_one"].pop("max_relative_error")  # it changes no weights, and is asked again of what is taken
     found = list(_teachers(recipe, fields))
     if recipe.decoder is not None:
-        past = {**fields, "decoder": own["decoder"]}
+        past = {**_computed_anyhow(fields), "decoder": own["decoder"]}
         found.append(Past(DECODER, ("decoder",), "decoder/phase.json", past))
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
@@ -126,11 +126,8 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
 
 
 def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
-    """The phases that make the teacher; a folder's network that is taken as it is comes from there again.
-
-    How a teacher was computed does not matter to those who learn from it.
-    """
-    section, fields = recipe.teacher, {name: field for name, field in fields.items() if name != "compute"}
+    """The phases that make the teacher; a folder's network that is taken as it is comes from there again."""
+    section, fields = recipe.teacher, _computed_anyhow(fields)
     if isinstance(section, FolderTeacher):
         if section.v_finetune is not None:
             yield Past("v_finetune", ("teacher",), "teacher/phase.json", dict(fields))
@@ -144,6 +141,11 @@ def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
         seen = {name: fields[name] for name in ("seed", "data", "unet")}
         yield Past("text_encoder", ("text_encoder",), "text_encoder/phase.json", {**seen, "teacher": own})
     yield Past("teacher", ("teacher",), "teacher/phase.json", dict(fields))
+
+
+def _computed_anyhow(fields: dict[str, Any]) -> dict[str, Any]:
+    """How a teacher or a decoder was computed does not matter to those who use it."""
+    return {name: field for name, field in fields.items() if name != "compute"}
 
 
 def _autoencoder(fields: dict[str, Any]) -> Past:

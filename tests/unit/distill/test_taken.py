@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from onnx import numpy_helper
 from rich.progress import Progress
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from distill_jobs.latent_sections import GlyphData
 from distill_jobs.loop import Trainer
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.text import PromptEncoder
+from distill_jobs.pipelines.tiny_decoder import load_decoder
 from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.run_folder import RunFolder
@@ -182,7 +185,7 @@ def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Pat
     """It gives back discs of any colour on white, which it never saw."""
     recipe, shipped = read_recipe("emoji"), RunFolder(ROOT / "distill_jobs" / "weights" / "emoji")
     assert isinstance(recipe.data, GlyphData)
-    assert takeable(recipe, shipped).names == {"autoencoder", "text_encoder", "teacher"}
+    assert takeable(recipe, shipped).names == {"autoencoder", "text_encoder", "teacher", "decoder"}
     mine = RunFolder(tmp_path)
     list(take_phases(recipe, shipped, mine))
     vae = AutoencoderKL.from_pretrained(mine.autoencoder, use_safetensors=True).eval()
@@ -192,6 +195,17 @@ def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Pat
     with torch.inference_mode():
         back = vae.decode(vae.encode(discs).latent_dist.mean).sample
     assert float((back - discs).abs().mean((1, 2, 3)).max()) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_emoji_decoder_that_comes_with_the_source_is_that_of_the_bundle(precision: str, tmp_path: Path) -> None:
+    recipe = read_recipe("emoji", [f"compute.precision={precision}"])
+    list(take_phases(recipe, RunFolder(ROOT / "distill_jobs" / "weights" / "emoji"), RunFolder(tmp_path)))
+    tiny = load_decoder(RunFolder(tmp_path).decoder)
+    graph = onnx.load(str(ROOT / "server" / "bundles" / "emoji" / "decode.onnx")).graph
+    held = {each.name.removesuffix("/kept"): numpy_helper.to_array(each) for each in graph.initializer}
+    for name, weight in tiny.state_dict().items():
+        assert torch.equal(weight, torch.tensor(held[f"decoder.{name}"]).float())
 
 
 def test_the_emoji_teacher_that_comes_with_the_source_is_taken(tmp_path: Path) -> None:
