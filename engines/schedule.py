@@ -48,7 +48,9 @@ class ScheduleSpec(BaseModel):
         fields = type(self).model_fields
         idle = [name for name in IDLE_IN_COSINE if getattr(self, name) != fields[name].default]
         if self.kind == "cosine" and idle:
-            raise ValueError(f"{' and '.join(idle)} say nothing with kind: cosine; leave them out")
+            raise ValueError(
+                f"with kind: cosine, the default, these say nothing: {', '.join(idle)}; give another kind"
+            )
         if low is not None and high is not None and low >= high:
             raise ValueError("log_snr_min must be below log_snr_max")
         return self

@@ -227,7 +227,8 @@ def test_the_empty_condition_keeps_the_framing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unet": {"sample_size": 16}}, "its unet has .*leave unet out"),
+        ({"unet": {"sample_size": 16}, "schedule": {"kind": "scaled_linear"}}, "its unet has .*leave unet out"),
+        ({"unet": {"sample_size": 16}}, "with kind: cosine, the default, .*rescale_zero_terminal_snr"),
         ({"inpainting": {}}, "unet.in_channels must be 9: inpainting is for teachers that see the mask"),
         ({"schedule": {"beta_end": 0.5}}, "may change rescale_zero_terminal_snr"),
         ({"schedule": None}, "give teacher.v_finetune"),
@@ -239,6 +240,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
     ],
     ids=[
         "unet",
+        "unet and no kind of schedule",
         "inpainting",
         "schedule",
         "no fine-tune",
