@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 IDLE_IN_COSINE = ("beta_start", "beta_end", "rescale_zero_terminal_snr")
+"""Fields of the beta schedules: the cosine is a formula, and without bounds it ends in pure noise by itself."""
 
 CLEAN = -1
 """Table index of the clean end, t = 0."""
