@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from distill_jobs.objectives import Field, Noisy, Tables, float32, network_v, row_mse, wide
+from distill_jobs.objectives import Noisy, Tables, VectorField, float32, network_v, row_mse, wide
 from engines.sampler import Sampler, compose, deterministic_step, encoder_plan
 from engines.schedule import NoiseSchedule
 
@@ -95,7 +95,7 @@ def target_loss(
 
 
 @torch.no_grad()
-def two_step_target(field: Field, halving: HalvingTables, z_t: Tensor, rows: Noisy, point: Tensor) -> Tensor:
+def two_step_target(field: VectorField, halving: HalvingTables, z_t: Tensor, rows: Noisy, point: Tensor) -> Tensor:
     """The v with which one step lands where two along ``field`` do, shaped as z_t; from unclipped outputs."""
     first = field(z_t, rows)
     z_middle = wide(halving.a[point], z_t) * z_t + wide(halving.d[point], z_t) * first

@@ -50,7 +50,7 @@ class Noisy:
         )
 
 
-Field = Callable[[Tensor, Noisy], Tensor]
+VectorField = Callable[[Tensor, Noisy], Tensor]
 """What steps are taken along: z_t: (B, C, h, w) and its rows to the v there, shaped as z_t."""
 
 

@@ -169,22 +169,19 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     elif section.lora is not None:  # over a frozen stage one
         trained = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH}, section.lora.rank)
         halved = replace(student, parameters=2 * student.parameters)
-    phases = [
+    more = 2 * (_guided_passes(recipe, section.unguided_share) - 1) if section.first_target == "teacher" else 0
+    return [
         PhasePlan(
             f"{prefix}{halving.steps}",
             section.training(halving),
             trained,
             halved,
-            2 + section.on_policy * (halving.steps - 1) / 2,
+            2 + section.on_policy * (halving.steps - 1) / 2 + more * share,
             beside=beside,
         )
         for prefix in ("du" if section.guidance == "at_sampling" else "d")
-        for halving in section.halvings
+        for halving, share in zip(section.halvings, section.first_shares, strict=True)
     ]
-    if section.first_target == "teacher":
-        more = 2 * (_guided_passes(recipe, section.unguided_share) - 1)
-        phases[0] = replace(phases[0], frozen_passes=phases[0].frozen_passes + more)
-    return phases
 
 
 def _guided_passes(recipe: Recipe, unguided_share: float) -> float:

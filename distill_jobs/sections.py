@@ -65,11 +65,13 @@ class StageOneSection(Denoising):
 class Halving(Section):
     """One student of stage two: its step count and how long it trains.
 
-    newest_share: with shared weights, the share of rows on this grid; the others rehearse the grids before it.
+    lr: its own learning rate, or null for the chain's. newest_share: with shared weights, the share of rows on this
+    grid; the others rehearse the grids before it.
     """
 
     steps: int = Field(ge=1)
     updates: int = Field(ge=1)
+    lr: float | None = Field(None, gt=0)
     newest_share: float = Field(0.5, gt=0, le=1)
 
 
@@ -107,7 +109,7 @@ class ChainSection(Section):
             updates=halving.updates,
             batch_size=self.batch_size,
             accumulate=self.accumulate,
-            lr=self.lr,
+            lr=self.lr if halving.lr is None else halving.lr,
             warmup=self.warmup,
             anneal=True,
             ema=self.ema,
@@ -146,6 +148,15 @@ class StageTwoSection(ChainSection):
     first_target: Literal["stage_one", "teacher"] = "stage_one"
     on_policy: float = Field(0.0, ge=0, le=1)
     lora: LoraSection | None = None
+
+    @property
+    def first_shares(self) -> tuple[float, ...]:
+        """Share of each halving's rows that are on the grid of the first one."""
+        rehearsed = self.weights == "shared"
+        return tuple(
+            (1 - halving.newest_share) / older * rehearsed if older else 1.0
+            for older, halving in enumerate(self.halvings)
+        )
 
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:

@@ -36,7 +36,9 @@ _SCALARS = frozenset({TIMESTEP, GUIDANCE, GRID, TIME_IDS})
 def check_installed() -> None:
     """Raises: BackendError when NNCF is missing."""
     if find_spec("nncf") is None or find_spec("onnxruntime") is None:
-        raise BackendError("int8 is made by NNCF on ONNX Runtime; install both with: pip install 'halfstep[int8]'")
+        raise BackendError(
+            "int8 is made by NNCF on ONNX Runtime; install both in the checkout: pip install -e '.[int8]'"
+        )
 
 
 def quantize_graph(model: onnx.ModelProto, batches: Sequence[Arrays], folder: Path) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from typing import Any
 
 from engines.errors import BundleError
 
-_MISSING = "Signatures need the extra 'signing': pip install 'halfstep[signing]'."
+_MISSING = "Signatures need the extra 'signing': pip install -e '.[signing]' in the checkout."
 
 
 def signature_of(bundle: Path) -> Path:

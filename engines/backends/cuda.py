@@ -62,7 +62,8 @@ def memory_in_use() -> int:
 def _torch() -> Any:
     if find_spec("torch") is None:
         raise BackendError(
-            f"A GPU's buffers are torch's, which is not installed: pip install 'halfstep[torch]', {_INSTEAD}."
+            "A GPU's buffers are torch's, which is not installed: pip install -e '.[torch]' in the checkout, "
+            f"{_INSTEAD}."
         )
     return import_module("torch")
 

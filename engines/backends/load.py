@@ -40,9 +40,9 @@ INT8: frozenset[str] = frozenset({"openvino", "onnxruntime"})
 # Fastest first, as measured on CPUs: what ``auto`` tries. A GPU is used where it is asked for by name.
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime", "torch")
 _INSTALL = {
-    "openvino": "pip install halfstep",
-    "onnxruntime": "pip install 'halfstep[onnxruntime]'",
-    "torch": "pip install 'halfstep[torch]'",
+    "openvino": "pip install -e . (in the checkout)",
+    "onnxruntime": "pip install -e '.[onnxruntime]' (in the checkout)",
+    "torch": "pip install -e '.[torch]' (in the checkout)",
 }
 
 

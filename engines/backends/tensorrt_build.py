@@ -45,8 +45,8 @@ def find_library() -> ModuleType:
     name = next((name for name in LIBRARIES if find_spec(name) is not None), None)
     if name is None:
         raise BackendError(
-            "The tensorrt backend needs tensorrt or tensorrt_rtx; install one with: pip install 'halfstep[trt]' "
-            "(data-centre GPUs) or pip install 'halfstep[rtx]' (GeForce and RTX)"
+            "The tensorrt backend needs tensorrt or tensorrt_rtx; install one in the checkout: "
+            "pip install -e '.[trt]' (data-centre GPUs) or pip install -e '.[rtx]' (GeForce and RTX)"
         )
     try:
         return import_module(name)
@@ -70,7 +70,7 @@ def check_target(trt: ModuleType, device: Device) -> None:
     if is_rtx(trt) and not hasattr(trt.ComputeCapability, f"SM{major}{minor}"):
         raise BackendError(
             f"{library_name(trt)} makes no engines for {device.name} (sm_{major}{minor}); install full TensorRT: "
-            "pip install 'halfstep[trt]', or use --backend torch-cuda."
+            "pip install -e '.[trt]' in the checkout, or use --backend torch-cuda."
         )
 
 

@@ -299,6 +299,9 @@ def test_the_plan_counts_the_variants() -> None:
     guided, off = phases(VARIANTS["of-the-teacher"]), read_recipe("digits", SHORT).stage_two.unguided_share
     assert guided["d4"].frozen_passes == usual["d4"].frozen_passes + 2 * (1 - off)
     assert guided["d2"].frozen_passes == usual["d2"].frozen_passes
+    shared = "stage_two.weights=shared"
+    rehearsed, anchored = phases(shared), phases(shared, VARIANTS["of-the-teacher"])
+    assert anchored["d2"].frozen_passes == rehearsed["d2"].frozen_passes + 0.5 * 2 * (1 - off)
     lora = phases(VARIANTS["lora"])["d4"]
     assert lora.trained.parameters < usual["d4"].trained.parameters / 2
     assert lora.trained.flops == usual["d4"].trained.flops

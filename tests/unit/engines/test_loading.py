@@ -38,9 +38,9 @@ def uninstall(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("openvino", r"pip install halfstep$"),
-        ("onnxruntime", r"pip install 'halfstep\[onnxruntime\]'$"),
-        ("torch", r"pip install 'halfstep\[torch\]'$"),
+        ("openvino", r"pip install -e \. \(in the checkout\)$"),
+        ("onnxruntime", r"pip install -e '\.\[onnxruntime\]' \(in the checkout\)$"),
+        ("torch", r"pip install -e '\.\[torch\]' \(in the checkout\)$"),
     ],
 )
 def test_a_missing_library_says_what_to_install(

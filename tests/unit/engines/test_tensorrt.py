@@ -47,7 +47,7 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, device: Device 
 
 def test_no_library_says_which_to_install(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_build, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"pip install 'halfstep\[trt\]'.*pip install 'halfstep\[rtx\]'"):
+    with pytest.raises(BackendError, match=r"pip install -e '\.\[trt\]'.*pip install -e '\.\[rtx\]'"):
         load_backend("tensorrt", toy, "decode")
 
 
