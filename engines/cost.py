@@ -54,6 +54,15 @@ class CostTable:
         costs = self.ms[call]
         return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
 
+    def split(self, call: str, rows: int) -> tuple[int, ...]:
+        """The rungs, largest first, in which ``rows`` rows take the least time; of equals, the fewest calls."""
+        costs = self.ms[call]
+        ways: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]  # by rows: milliseconds, calls, rungs
+        for n in range(1, rows + 1):
+            after = [(rung, ways[max(0, n - rung)]) for rung in costs]
+            ways.append(min((costs[rung] + ms, count + 1, (*rungs, rung)) for rung, (ms, count, rungs) in after))
+        return tuple(sorted(ways[rows][2], reverse=True))
+
 
 def climb(rungs: Sequence[int], column: Callable[[int], Mapping[str, float]]) -> CostTable:
     """The costs of ascending rungs, up to the first at which a call takes ``LONG_S``: larger ones are not worth it.

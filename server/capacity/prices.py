@@ -8,19 +8,19 @@ from engines.cost import CostTable
 
 
 class Prices:
-    """best_rung: as of ``CostTable``; call_ms: see ``_call_ms``. Both remember what they are asked so often."""
+    """best_rung: as of ``CostTable``; step_ms, stage_ms: see below. All remember what they are asked so often."""
 
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self.best_rung = cache(table.best_rung)
-        self.call_ms = cache(self._call_ms)
+        self.step_ms = cache(self._step_ms)
+        self.stage_ms = cache(self._stage_ms)
 
-    def _call_ms(self, call: str, rows: int) -> float:
-        """Milliseconds of ``rows`` ≥ 1 rows as a pipeline runs them: padded to a rung, in several calls beyond
-        the largest.
-        """
+    def _step_ms(self, call: str, rows: int) -> float:
+        """Milliseconds of a step of ``rows`` ≥ 1 rows, padded to a rung as a pipeline does."""
         costs = self.table.ms[call]
-        largest = max(costs)
-        if rows > largest:
-            return self._call_ms(call, largest) + self._call_ms(call, rows - largest)
         return costs[min(rung for rung in costs if rung >= rows)]
+
+    def _stage_ms(self, call: str, rows: int) -> float:
+        """Milliseconds of ``rows`` ≥ 1 rows in another stage, in the calls that a pipeline splits them into."""
+        return sum(self.table.ms[call][rung] for rung in self.table.split(call, rows))

@@ -71,12 +71,12 @@ class SimulatedWorker:
             return Turn(ms / 1000)
         first = batch.tickets[0].row
         kind = first.of.kind
-        ms += kind.prices.call_ms(first.step, len(batch.tickets))
+        ms += kind.prices.step_ms(first.step, len(batch.tickets))
         for ticket in batch.tickets:
             _advance(ticket)
         done = self._batcher.stepped(batch)
         if done:
-            ms += kind.prices.call_ms(kind.decode, len(done))
+            ms += kind.prices.stage_ms(kind.decode, len(done))
         made = []
         for call in (ticket.row.of for ticket in done):
             call.unmade -= 1
@@ -109,11 +109,11 @@ def _start_ms(calls: Sequence[Call]) -> float:
     """calls: newcomers of one model."""
     prices = calls[0].kind.prices
     prompts = sum(call.kind.prompts for call in calls if call.new_prompt)
-    ms = prices.call_ms(CONDITION_GRAPH, prompts) if prompts else 0.0
+    ms = prices.stage_ms(CONDITION_GRAPH, prompts) if prompts else 0.0
     for encode in dict.fromkeys(call.kind.encode for call in calls):
         kinds = [call.kind for call in calls if call.kind.encode == encode]
         for rows in (sum(kind.request.image is not None for kind in kinds), sum(kind.seen for kind in kinds)):
-            ms += prices.call_ms(encode, rows) if rows else 0.0
+            ms += prices.stage_ms(encode, rows) if rows else 0.0
     return ms
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations_with_replacement
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from engines.backends.base import Rows
 from engines.backends.load import engine_key
 from engines.bundle import Bundle
 from engines.cache import EngineKey
+from engines.calls import calls
 from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, climb, load_costs, save_costs
 from engines.errors import BackendError
 from engines.measure import measure_costs
@@ -58,6 +61,50 @@ def test_no_rung_does_better_than_the_best(ms: dict[int, float], waiting: int) -
 def test_best_rung_needs_a_row() -> None:
     with pytest.raises(ValueError, match="needs a row that waits"):
         TABLE.best_rung("step", 0)
+
+
+@pytest.mark.parametrize(
+    ("ms", "rows", "rungs"),
+    [
+        ({1: 3, 2: 5, 4: 9, 8: 17}, 5, (4, 1)),  # a call more is cheaper than three empty places
+        ({1: 10, 4: 11, 8: 14}, 5, (8,)),  # and here it is not
+        ({1: 1, 2: 2, 4: 4}, 4, (4,)),  # of equals the fewest calls
+        ({1: 5, 2: 5, 4: 5}, 3, (4,)),
+        ({1: 5, 2: 6, 4: 30}, 4, (2, 2)),
+        ({4: 4}, 9, (4, 4, 4)),
+    ],
+)
+def test_rows_that_wait_for_no_others_take_the_calls_of_least_time(
+    ms: dict[int, float], rows: int, rungs: tuple[int, ...]
+) -> None:
+    assert CostTable({"decode": ms}).split("decode", rows) == rungs
+
+
+@given(
+    ms=st.dictionaries(st.sampled_from([1, 2, 4, 8]), st.integers(1, 50), min_size=1),
+    rows=st.integers(1, 12),
+)
+def test_no_split_takes_less_time(ms: dict[int, float], rows: int) -> None:
+    found = CostTable({"decode": ms}).split("decode", rows)
+    enough = (way for calls in range(1, rows + 1) for way in combinations_with_replacement(ms, calls))
+    assert sum(ms[rung] for rung in found) == min(sum(ms[r] for r in way) for way in enough if sum(way) >= rows)
+    assert sum(found) >= rows > sum(found[:-1])
+
+
+def test_a_pipeline_decodes_in_the_calls_of_least_time(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, called = open_pipeline(toy.path, rungs=(1, 4, 8), warm=False), list[int]()
+    latents = list(np.random.default_rng(0).standard_normal((5, 1, 8, 8)).astype(np.float32))
+    whole, engine = pipeline.decode(latents), pipeline.engine("decode")
+    run = engine.run
+
+    def watched(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        called.append(len(inputs["latent"]))
+        return run(inputs)
+
+    monkeypatch.setattr(engine, "run", watched)
+    pipeline.costs = CostTable({str(call): {1: 3.0, 4: 9.0, 8: 17.0} for call in calls(pipeline.manifest)})
+    np.testing.assert_array_equal(pipeline.decode(latents), whole)
+    assert called == [4, 1]
 
 
 def test_a_kept_table_comes_back(tmp_path: Path) -> None:

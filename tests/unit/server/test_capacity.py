@@ -109,10 +109,13 @@ def test_the_nearest_rank_counts() -> None:
 def test_a_call_is_padded_as_a_pipeline_pads_it(toy_bundle: Path, rows: int) -> None:
     prices = Prices(CostTable({"step": {rung: float(rung) for rung in RUNGS}}))
     bench = Bench(toy_bundle)
-    assert prices.call_ms("step", min(rows, bench.pipeline.max_rows)) == bench.pipeline.rung(
-        min(rows, bench.pipeline.max_rows)
-    )
-    assert prices.call_ms("step", 32 + rows) == 32 + prices.call_ms("step", rows)
+    rows = min(rows, bench.pipeline.max_rows)
+    assert prices.step_ms("step", rows) == bench.pipeline.rung(rows)
+
+
+def test_another_stage_costs_what_its_calls_cost() -> None:
+    prices = Prices(CostTable({"decode": {1: 3.0, 4: 9.0, 8: 17.0}}))
+    assert [prices.stage_ms("decode", rows) for rows in (1, 3, 5, 8, 13)] == [3, 9, 12, 17, 29]
 
 
 # ---- against theory
