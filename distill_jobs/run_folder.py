@@ -228,7 +228,7 @@ def stored_recipe(folder: RunFolder) -> Recipe:
 
 
 def training_seconds(folder: RunFolder) -> dict[str, float]:
-    """Seconds of training by finished phase."""
-    files = sorted(folder.path.glob("**/phase.json"))
+    """Seconds of training by finished phase, without the image encoder of the glyph table, which only judges."""
+    files = sorted(file for file in folder.path.glob("**/phase.json") if file.parent != folder.glyph_encoder)
     phases = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return {phase["name"]: phase["seconds"] for phase in phases}

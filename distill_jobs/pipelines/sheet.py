@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,8 @@ def prompt_sheet(prompts: Sequence[str], titles: Sequence[str], drawn: Sequence[
 
 
 def _fitting(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """As much of the words as fits, without accents: Pillow's own font has none."""
+    words = unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode()
     if font.getlength(words) <= width:
         return words
     while words and font.getlength(f"{words}…") > width:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from tests.support.serving import serving
 
 COLUMNS = 10
 CELL, GAP, LABEL = 64, 8, 130
+LETTERS, PROMPT_LINE = 12, 14
+"""Most letters, and height, of a line above a column."""
 FIRST_SEED = 100
 EDIT_STRENGTHS = (0.5, 0.75)
 TIMEOUT_S = 300
@@ -74,24 +77,30 @@ class Artist:
             rows.append((f"as its neighbour,\nstrength {strength:g}", edited))
         mask = _lower_half(before[0].size)
         rows.append(("its lower half,\ninpainted", [self.edit(*each, mask) for each in asked]))
-        return sheet(rows)
+        return sheet(prompts, rows)
 
     def _sheet(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> Image.Image:
         return sheet(
+            self.prompts,
             [
                 (label, [self.draw(prompt, FIRST_SEED + i, **wish) for i, prompt in enumerate(self.prompts)])
                 for label, wish in rows
-            ]
+            ],
         )
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Labelled rows of pictures."""
-    size = (LABEL + max(len(row) for _, row in rows) * (CELL + GAP) + GAP, len(rows) * (CELL + GAP) + GAP)
-    page = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+def sheet(prompts: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Labelled rows of pictures, a prompt above each column."""
+    told = ["\n".join(textwrap.wrap(prompt, LETTERS)) for prompt in prompts]
+    head = GAP + PROMPT_LINE * max(words.count("\n") + 1 for words in told)
+    width, height = LABEL + len(told) * (CELL + GAP) + GAP, head + len(rows) * (CELL + GAP) + GAP
+    page = Image.new("RGB", (width, height), "white")
+    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(14), ImageFont.load_default(11)
+    for c, words in enumerate(told):
+        middle = LABEL + c * (CELL + GAP) + CELL // 2
+        pen.multiline_text((middle, head), words, fill="gray", font=small, anchor="md", align="center", spacing=2)
     for r, (label, row) in enumerate(rows):
-        top = GAP + r * (CELL + GAP)
+        top = head + GAP + r * (CELL + GAP)
         pen.multiline_text((GAP, top + CELL // 2), label, fill="black", font=font, anchor="lm")
         for c, picture in enumerate(row):
             page.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (LABEL + c * (CELL + GAP), top))
