@@ -44,6 +44,8 @@ PARITY_ROWS = sum(PARITY_BATCHES)
 FEW_BATCHES = (1, 2)
 LOWERED: tuple[Lowered, ...] = ("bfloat16", "float16")
 LOWERED_ROWS = 2
+PATCH = 8
+"""Positions along a side of what is flat in the latents that are decoded."""
 LARGE_LATENT = 64 * 64
 """Positions from which a row takes gigabytes and a minute, so that few are checked: those of 512² images."""
 
@@ -228,8 +230,16 @@ def _of_all(each: Sequence[Parity]) -> Parity:
 
 
 def parity_latents(rows: int, shape: tuple[int, int, int]) -> Tensor:
-    """(rows, C, h, w) latents that reach beyond -1 … 1, for the decode graph."""
-    return torch.randn((rows, *shape), generator=torch.Generator().manual_seed(1))
+    """(rows, C, h, w) latents that reach beyond -1 … 1, for the decode graph: noise and flat patches by turns.
+
+    Of noise the terms of a convolution mostly cancel; of patches, which pictures have, they add up, and overflow a
+    narrow type first. Nothing after the graph would see it: its pixels are whole numbers whatever they came of.
+    """
+    latents = torch.randn((rows, *shape), generator=torch.Generator().manual_seed(1))
+    _, height, width = shape
+    patches = latents[1::2, :, ::PATCH, ::PATCH].repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+    latents[1::2] = patches[:, :, :height, :width]
+    return latents
 
 
 def parity_images(rows: int, shape: tuple[int, ...]) -> Tensor:

@@ -30,6 +30,11 @@ from server.work import Crashed, Died, Event, Failed, Late, Made
 START_S = 900.0
 """Most time to load and measure the models."""
 
+TOO_LATE = (
+    "The engine process was not ready within {:g} s and was ended. Build its engines ahead (python -m engines "
+    "build), serve on a start_backend meanwhile, or make fewer rungs ready."
+)
+
 TOLD = {"bundles", "bundle_key", "backend", "precision", "threads", "rungs", "cache_dir", "hang_s", "log_level"}
 """Settings the process is told: what it loads and how it runs, and no secret."""
 
@@ -76,28 +81,20 @@ class EngineProcess:
 
     def spawn(self) -> None:
         """Start the process and wait until its models are ready. Raises: BackendError with what it says."""
-        ours, theirs = socket.socketpair()
-        page = shared_page()
-        descriptors = (theirs.fileno(), page.fileno())
         try:
-            process = self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*self._command, *map(str, descriptors)], pass_fds=descriptors, stdout=subprocess.DEVNULL
-            )
+            process, ours = self._begin()
         except OSError as error:
             raise BackendError(f"The engine process cannot be started: {error}.") from error
-        finally:
-            theirs.close()
         if self._closed:  # meanwhile; nobody else would end it, and its loading would be waited for
             process.kill()
-        self._watch = CallWatch(page.fileno())
-        page.close()
-        self._link = ours
         known = {name: offer.model_dump() for name, offer in self._offers.items()}
         try:
             ours.settimeout(START_S)
             told = self._settings.model_dump(mode="json", include=TOLD)
             ours.sendall(frame({"settings": told, "known": known, "versions": self._versions}))
             answer = _read(ours)
+        except TimeoutError:
+            answer = {"refused": TOO_LATE.format(START_S)}
         except OSError:
             answer = {}
         if "loaded" not in answer:
@@ -106,6 +103,17 @@ class EngineProcess:
             ours.close()
             raise BackendError(answer.get("refused", "The engine process ended while it loaded; the log says why."))
         self._offers = {name: Offer(**body) for name, body in answer["loaded"].items()}
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """The child and our end of the link. Raises: OSError without descriptors, memory or processes to be had."""
+        self._link, theirs = socket.socketpair()
+        with theirs, shared_page() as page:
+            self._watch = CallWatch(page.fileno())
+            descriptors = (theirs.fileno(), page.fileno())
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [*self._command, *map(str, descriptors)], pass_fds=descriptors, stdout=subprocess.DEVNULL
+            )
+        return self._process, self._link
 
     def start(self, report: Report) -> None:
         """Begin to listen, in the running event loop. report: called with the events of one step."""

@@ -207,13 +207,19 @@ class Succession(EngineSwitch):
     async def _go_back(self) -> None:
         """To the first engine; the jobs of the failed one start anew there. There is nothing else left to try."""
         self._preferred = False
-        await self._current.close()  # first, for the memory it has
         while True:
             try:
+                await self._current.close()  # first, for the memory it has
                 async with self._beside(start_settings(self._settings, self._versions), self._versions) as engine:
                     self.take_up(engine, None, give_up=True)
-            except HalfstepError as error:
-                _log.error("engine_not_started", backend=self._settings.start_backend, reason=str(error))
+            except Exception as error:  # nobody awaits this task, and jobs wait for an engine
+                unexpected = not isinstance(error, HalfstepError)
+                _log.error(
+                    "engine_not_started",
+                    backend=self._settings.start_backend,
+                    reason=str(error),
+                    exc_info=unexpected,
+                )
                 self.hand_back(str(error))
                 await asyncio.sleep(RETRY_S)
             else:

@@ -17,6 +17,7 @@ import distill_jobs.cli
 import engines.cli
 import server.cli
 from distill_jobs.recipe_file import shipped_recipes
+from engines.backends.load import BUILT, ON_GPU
 from server.api.operations import operations_routes
 from server.app import routers
 from server.errors import StartError
@@ -108,6 +109,8 @@ def _settings(container: Container) -> Iterator[str]:
             values[field] = value
     try:
         settings = Settings(**values, host=container.flag("--host") or "127.0.0.1")
+        if settings.backend in BUILT & ON_GPU and settings.start_backend is None:
+            yield f"nothing checks the {settings.backend} engines, and there is nothing to fall back to"
         if container.words[3:4] == ("api",) and not container.where.startswith("image "):
             check_exposure(settings)
             if f"{PREFIX}SECRET" not in container.env:

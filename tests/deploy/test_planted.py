@@ -38,6 +38,16 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
             ('HALFSTEP_ALLOW_ANONYMOUS: "true"', 'HALFSTEP_ALLOW_ANONYMOUS: "false"', "API keys"),
             ("HALFSTEP_RESULT_STORE: /results", "HALFSTEP_RESULT_STORE: /files", "nothing is mounted at /files"),
         ],
+        "docker/compose.gpu.yaml": [
+            ("HALFSTEP_START_BACKEND: torch-cuda", "HALFSTEP_PRECISION: auto", "nothing to fall back to"),
+        ],
+        "k8s/overlays/gpu/worker.yaml": [
+            (
+                "name: HALFSTEP_START_BACKEND, value: torch-cuda",
+                "name: HALFSTEP_PRECISION, value: auto",
+                "nothing to fall back to",
+            ),
+        ],
         "k8s/base/worker.yaml": [
             ("[worker, ", "[work, ", "has no command work"),
             ("containerPort: 9464", "containerPort: 9465", "does not listen on port metrics"),

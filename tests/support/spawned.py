@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from engines.errors import BackendError
 from server.engine import Report
 from server.engine_thread import EngineThread
 from server.jobs import Lease
@@ -14,9 +13,9 @@ from tests.support.fake_engines import Bench
 
 
 class SpawnedThread(EngineThread):
-    """bench: its steps; refusal: what it says when it is spawned, if it refuses; away: once dead, it stays so."""
+    """bench: its steps; refusal: raised when it is spawned, if it is; away: once dead, it stays so."""
 
-    def __init__(self, bundle: Path, name: str, refusal: str = "") -> None:
+    def __init__(self, bundle: Path, name: str, refusal: Exception | None = None) -> None:
         self.bench = Bench(bundle, name)
         super().__init__({"toy-digits": self.bench.pipeline})
         self.refusal = refusal
@@ -26,7 +25,7 @@ class SpawnedThread(EngineThread):
 
     def spawn(self) -> None:
         if self.refusal:
-            raise BackendError(self.refusal)
+            raise self.refusal
 
     def start(self, report: Report) -> None:
         def noting(events: list[Event]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import select
@@ -218,6 +219,29 @@ async def test_others_get_what_a_worker_without_supervision_held(
 async def test_an_engine_that_cannot_be_started_says_so(settings: Settings) -> None:
     with pytest.raises(BackendError, match="cannot be started"):
         await asyncio.to_thread(EngineProcess(settings, ("/nowhere/to/be/found",)).spawn)
+
+
+@pytest.mark.parametrize("want", ["socketpair", "mmap"])
+async def test_an_engine_for_which_there_is_no_room_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, want: str
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr({"socketpair": "socket.socketpair", "mmap": "server.call_watch.mmap.mmap"}[want], refused)
+    with pytest.raises(BackendError, match=r"cannot be started: .*Too many open files"):
+        EngineProcess(settings).spawn()
+
+
+async def test_an_engine_that_is_not_ready_in_time_says_so_and_what_to_do(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine_process.START_S", 0.2)
+    engine = EngineProcess(settings, (sys.executable, "-c", "import time; time.sleep(300)"))
+    with pytest.raises(BackendError, match=r"not ready within 0\.2 s .*engines build.*start_backend.*rungs"):
+        await asyncio.to_thread(engine.spawn)
+    assert engine._process is not None
+    assert engine._process.returncode == -signal.SIGKILL
 
 
 async def test_a_cancelled_job_leaves_the_engine_process(settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -153,7 +154,7 @@ async def test_a_build_that_fails_leaves_the_first_engine(toy_bundle: Path) -> N
 
 @pytest.mark.parametrize("fault", ["unlike", "nan", "raises", "refused"])
 async def test_a_wrong_engine_is_never_taken_up(toy_bundle: Path, fault: str) -> None:
-    built = SpawnedThread(toy_bundle, BUILT, refusal="no such device" if fault == "refused" else "")
+    built = SpawnedThread(toy_bundle, BUILT, refusal=BackendError("no such device") if fault == "refused" else None)
     built.bench.factor = {"unlike": 0.48, "nan": float("nan")}.get(fault, 0.5)
     built.bench.poison = 1 if fault == "raises" else None
     async with stage(toy_bundle, built) as on:
@@ -188,9 +189,10 @@ async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_fi
         assert built.closed
 
 
-async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(toy_bundle: Path) -> None:
+@pytest.mark.parametrize("refusal", [BackendError("no such device"), OSError(errno.EMFILE, "Too many open files")])
+async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(toy_bundle: Path, refusal: Exception) -> None:
     built = SpawnedThread(toy_bundle, BUILT)
-    async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal="no such device")) as on:
+    async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal=refusal)) as on:
         await on.at_work(built)
         built.bench.factor = float("nan")
         built.bench.allow()
