@@ -79,8 +79,7 @@ def bench(
         )
         for call in calls(pipeline.manifest)
     }
-    pipeline.costs = measure_costs(pipeline, repeats, progress)
-    ms = {call: dict(costs) for call, costs in pipeline.costs.ms.items()}
+    ms = {call: dict(costs) for call, costs in measure_costs(pipeline, repeats, progress).ms.items()}
     return BenchResult(
         bundle=pipeline.manifest.name,
         engine=pipeline.engine_name,

@@ -179,21 +179,23 @@ def compare(
         Path | None,
         typer.Option(help="Folder of what build compiled, used and added to.", show_default="nothing is kept"),
     ] = None,
+    rungs: RungsOption = ALL_RUNGS,
 ) -> None:
     """Compare backends with ONNX Runtime float32 over random rows, timesteps and w; exit 1 above tolerance.
 
-    Also checks that rows come out bit-equal whatever their batch.
+    Also checks that rows come out bit-equal whatever their batch; on a GPU, that they differ within tolerance.
     """
+    batch_sizes = _rungs(rungs)
     verified = verify_bundle(bundle)
     folder = None if cache is None else open_cache(cache)
     with _progress("comparing") as report:
-        differences = compare_backends(verified, backend, precision, rows, seed, report, folder)
+        differences = compare_backends(verified, backend, precision, rows, seed, report, folder, batch_sizes)
     _out.print(difference_table(differences, tolerance))
     failed = next((difference for difference in differences if not difference.within(tolerance)), None)
     if failed is not None:
         instead = (
             "serve with --backend onnxruntime, or pass a --tolerance you accept."
-            if failed.rows_equal
+            if failed.rows_equal or failed.on_gpu
             else "rows have other bytes in other batches, which no --tolerance allows; serve with a backend whose "
             "rows are bit-equal."
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.cache import EngineKey
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.manifest import Frozen
 
 _log = logging.getLogger(__name__)
@@ -30,14 +30,20 @@ MAX_COST_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class CostTable:
-    """ms: by call (``engines.calls``), then by rung, the median time of one."""
+    """ms: by call (``engines.calls``), then by rung, the median time of one. too_large: a rung that did not fit."""
 
     ms: Mapping[str, Mapping[int, float]]
+    too_large: int | None = None
 
     @property
     def rungs(self) -> tuple[int, ...]:
         """Ascending."""
         return tuple(sorted(next(iter(self.ms.values()), {})))
+
+    def below(self, rung: int) -> CostTable:
+        """What is left once ``rung`` turns out not to fit."""
+        kept = {call: {r: ms for r, ms in row.items() if r < rung} for call, row in self.ms.items()}
+        return CostTable(kept, rung)
 
     def step_ms(self, call: str, rung: int) -> float:
         """Milliseconds of one call with ``rung`` rows. Raises: KeyError when it was not measured."""
@@ -67,11 +73,19 @@ class CostTable:
 def climb(rungs: Sequence[int], column: Callable[[int], Mapping[str, float]]) -> CostTable:
     """The costs of ascending rungs, up to the first at which a call takes ``LONG_S``: larger ones are not worth it.
 
-    column: milliseconds by call of one rung; asked from the smallest on, and passed through if it raises.
+    column: milliseconds by call of one rung, asked from the smallest on. Where it raises OutOfMemoryError, the rung
+    before was the last. Raises: OutOfMemoryError when there is none before; whatever else ``column`` raises.
     """
     table: dict[str, dict[int, float]] = {}
     for rung in rungs:
-        ms = column(rung)
+        try:
+            ms = column(rung)
+        except OutOfMemoryError as error:
+            if rung == rungs[0]:
+                raise OutOfMemoryError(f"not even the smallest batch size fits into memory: {error}") from error
+            largest = max(r for r in rungs if r < rung)
+            _log.warning("no call is given more rows than %d here, for %d do not fit: %s", largest, rung, error)
+            return CostTable(table, rung)
         for call in ms:
             table.setdefault(call, {})[rung] = ms[call]
         slowest = max(ms, key=lambda call: ms[call])
@@ -93,24 +107,32 @@ class _Record(Frozen):
     source: str = ""
     repeats: int
     ms: dict[int, float]
+    too_large: int | None = None
 
 
 def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path) -> CostTable | None:
     """The kept table of these calls and ascending rungs, or None where any of it is missing, foreign or damaged.
 
-    Rungs that are not worth it (``climb``) need not be there.
+    Rungs that are not worth it, or did not fit (``climb``), need not be there.
     """
-    records = {call: _read(key, cache_dir) for call, key in keys.items()}
+    tables = [_read(call, key, cache_dir) for call, key in keys.items()]
+
+    def column(rung: int) -> dict[str, float]:
+        for table in tables:
+            if table.too_large is not None and rung >= table.too_large:
+                raise OutOfMemoryError("it was so when they were measured, as python -m engines build does again")
+        return {call: row[rung] for table in tables for call, row in table.ms.items()}
+
     try:
-        return climb(rungs, lambda rung: {call: ms[rung] for call, ms in records.items()})
-    except KeyError:
+        return climb(rungs, column)
+    except (KeyError, OutOfMemoryError):
         return None
 
 
 def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
     """Keep a table, one file a call, each replaced whole. Raises: BackendError when it cannot be written."""
     for call, key in keys.items():
-        record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]))
+        record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]), too_large=table.too_large)
         folder = key.folder(cache_dir)
         partial = folder / f"{COST_FILE}.{secrets.token_hex(8)}"  # pids repeat from container to container
         try:
@@ -121,14 +143,16 @@ def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path,
             raise BackendError(f"cannot keep costs in {folder}: {error}; choose another cache") from error
 
 
-def _read(key: EngineKey, cache_dir: Path) -> dict[int, float]:
-    """Milliseconds by rung, of those that can be believed; none of a file that is missing, foreign or damaged."""
-    file = key.folder(cache_dir) / COST_FILE
+def _read(call: str, key: EngineKey, cache_dir: Path) -> CostTable:
+    """Of one call, what can be believed; no rungs of a file that is missing, foreign or damaged."""
+    file, nothing = key.folder(cache_dir) / COST_FILE, CostTable({call: {}})
     try:
         if file.stat().st_size > MAX_COST_BYTES:
-            return {}
+            return nothing
         record = _Record.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
-        return {}
-    ours = EngineKey(**record.model_dump(include=set(asdict(key)))) == key
-    return {rung: ms for rung, ms in record.ms.items() if ours and math.isfinite(ms) and ms > 0}
+        return nothing
+    if EngineKey(**record.model_dump(include=set(asdict(key)))) != key:
+        return nothing
+    believed = {rung: ms for rung, ms in record.ms.items() if math.isfinite(ms) and ms > 0}
+    return CostTable({call: believed}, record.too_large)

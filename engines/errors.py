@@ -3,6 +3,7 @@
 HalfstepError
 ├── BundleError     a bundle on disk is incomplete, altered, or not one of ours
 ├── BackendError    an engine cannot be loaded or run on this machine
+│   └── OutOfMemoryError    it could, with fewer rows or less memory for each
 └── RequestError    a caller asked for what the model does not offer; names the field
 """
 
@@ -17,6 +18,10 @@ class BundleError(HalfstepError):
 
 class BackendError(HalfstepError):
     """A backend is missing, unsupported on this machine, or failed while running."""
+
+
+class OutOfMemoryError(BackendError):
+    """What an engine holds, or is asked to run, does not fit into its device's memory."""
 
 
 class RequestError(HalfstepError):

@@ -10,6 +10,7 @@ from engines.calls import Call, calls
 from engines.cost import CostTable, climb
 from engines.examples import example_inputs
 from engines.pipeline import Pipeline
+from engines.warm import warm
 
 Progress = Callable[[str, int], None]
 """Told the call and batch size about to be measured."""
@@ -19,9 +20,10 @@ REPEAT_S = 1.0
 
 
 def measure_costs(pipeline: Pipeline, repeats: int = 5, progress: Progress | None = None) -> CostTable:
-    """Median of every graph at every size and rung that is worth it (``climb``), after one call to warm up.
+    """Median of every graph at every size and rung that fits and is worth it (``climb``), after a call to warm up.
 
-    repeats: calls each, as far as they fit in ``repeats`` times ``REPEAT_S``; one at least.
+    The pipeline gets them, and stays warm. repeats: calls each, as far as they fit in ``repeats`` times
+    ``REPEAT_S``; one at least. Raises: OutOfMemoryError when no rung fits; BackendError.
     """
 
     def column(rung: int) -> dict[str, float]:
@@ -32,7 +34,10 @@ def measure_costs(pipeline: Pipeline, repeats: int = 5, progress: Progress | Non
             ms[str(call)] = _median_ms(pipeline, call, rung, repeats)
         return ms
 
-    return climb(pipeline.rungs, column)
+    pipeline.costs = climb(pipeline.rungs, column)
+    if pipeline.release():  # smaller batches gave way to larger ones; one that did not fit holds memory still
+        warm(pipeline)
+    return pipeline.costs
 
 
 def _median_ms(pipeline: Pipeline, call: Call, rung: int, repeats: int) -> float:

@@ -17,6 +17,7 @@ from engines.cost import CostTable, load_costs, save_costs
 from engines.errors import BackendError
 from engines.measure import Progress, measure_costs
 from engines.pipeline import Pipeline
+from engines.warm import warm
 
 _log = logging.getLogger(__name__)
 
@@ -112,13 +113,13 @@ def know_costs(
     kept = None if again else kept_costs(bundle, backend, precision, threads, cache_dir, pipeline.rungs)
     if kept is not None:
         pipeline.costs = kept
-        pipeline.warm()
+        warm(pipeline)
         return
-    pipeline.costs = measure_costs(pipeline, repeats, progress)
+    costs = measure_costs(pipeline, repeats, progress)
     if cache_dir is None:
         return
     try:
-        save_costs(pipeline.costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)
+        save_costs(costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)
     except BackendError as error:
         if again:
             raise

@@ -7,7 +7,6 @@ guidance, seed, sampler position or task; ``Pipeline.step`` advances each by one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ from numpy.typing import NDArray
 
 from engines.backends.base import RUNGS, EngineBackend
 from engines.bundle import Bundle
-from engines.calls import Call, call_of, calls
+from engines.calls import Call, call_of
 from engines.condition import Tokenizer, load_tokenizer
 from engines.cost import CostTable
 from engines.errors import RequestError
-from engines.examples import example_inputs
 from engines.framing import whole_image
 from engines.manifest import (
     CLEAN_ESTIMATE,
@@ -53,7 +51,7 @@ class Pipeline:
     """All graphs of a verified bundle on loaded engines.
 
     rungs: the ladder of batch sizes to be ready for; a batch is padded up to the next. costs: what a call takes at
-    each rung, once measured (``engines.open``); rungs that were not worth measuring (``engines.cost``) are not run.
+    each rung, once measured (``engines.open``); rungs not worth it, or too large (``engines.cost``), are not run.
     """
 
     def __init__(self, bundle: Bundle, load: Callable[[str], EngineBackend], rungs: Sequence[int] = RUNGS) -> None:
@@ -158,11 +156,15 @@ class Pipeline:
             self.step(rows)
         return self.decode([row.latent for row in rows])
 
-    def warm(self) -> None:
-        """Run every graph once at every size and rung, so that no request pays for a first run."""
-        for call, rung in product(calls(self.manifest), self.rungs):
-            inputs = example_inputs(self.manifest, self.tokenizer, call.graph, rung, size=call.size)
-            self._engines[call.graph].run(inputs)
+    def give_up(self, rung: int) -> None:
+        """Run no batch of so many rows again, and no larger one."""
+        self._rungs = tuple(r for r in self.rungs if r < rung)
+        self.costs = None if self.costs is None else self.costs.below(rung)
+
+    def release(self) -> bool:
+        """Give back the memory that engines hold between calls; whether any did, and is to be warmed again."""
+        gave = [engine.release() for engine in self._engines.values()]
+        return any(gave)
 
     def rung(self, n: int) -> int:
         """The smallest rung that holds n rows."""

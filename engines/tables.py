@@ -61,7 +61,8 @@ def difference_table(differences: Sequence[Difference], tolerance: float) -> Tab
     for heading in ("graph", "engine", "max error", "mean error", "rows bit-equal", "within"):
         table.add_column(heading)
     for d in differences:
-        verdicts = ("yes" if d.rows_equal else "NO", "yes" if d.within(tolerance) else "NO")
+        rows = "yes" if d.rows_equal else f"NO: {d.row_error:.2g}"
+        verdicts = (rows, "yes" if d.within(tolerance) else "NO")
         table.add_row(d.call, d.engine, f"{d.max_abs_error:.2g}", f"{d.mean_abs_error:.2g}", *verdicts)
     return table
 

@@ -24,5 +24,8 @@ class EngineAround:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._engine.outputs
 
+    def release(self) -> bool:
+        return self._engine.release()
+
     def close(self) -> None:
         self._engine.close()

@@ -36,7 +36,14 @@ class EngineBackend(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
-        """Raises: BackendError when the engine fails."""
+        """Raises: OutOfMemoryError when the device has no room for the rows; BackendError when the engine fails."""
+        ...
+
+    def release(self) -> bool:
+        """Give back the memory that calls hold until the next; the next of each batch size is slow again.
+
+        False where there is none to give back.
+        """
         ...
 
     def close(self) -> None:
@@ -56,3 +63,7 @@ class OfGraph:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._spec.outputs
+
+    def release(self) -> bool:
+        """Nothing is held, unless a backend says otherwise."""
+        return False

@@ -45,6 +45,12 @@ def find_device() -> Device:
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), _driver(torch))
 
 
+def says_out_of_memory(reason: object) -> bool:
+    """Whether an error is one of the device's memory: torch, CUDA, its libraries and TensorRT agree on no type."""
+    words = str(reason).lower().replace(" ", "")
+    return "outofmemory" in words or "alloc_failed" in words
+
+
 def memory_in_use() -> int:
     """Bytes of the current device's memory that are taken, by whatever process.
 

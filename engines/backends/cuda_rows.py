@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engines.backends.base import Rows
+from engines.backends.cuda import says_out_of_memory
 from engines.calls import Shapes, row_shapes
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.manifest import GraphSpec, Size
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "uint8": torch.uint8}
@@ -62,6 +63,14 @@ class CudaRows:
         return {name: self._views[name][:count].copy() for name in self.outputs}
 
 
+class _Ready(NamedTuple):
+    """A batch size of images of one size. call: ``enqueue``, or its graph's replay, which needs what that holds."""
+
+    rows: CudaRows
+    enqueue: Enqueue
+    call: Enqueue
+
+
 class Ladder:
     """Runs any number of rows as calls of fixed batch sizes, each made ready when it first comes.
 
@@ -70,8 +79,8 @@ class Ladder:
     launch. device: cuda, or cpu to rehearse without graphs.
 
     All graphs share one pool of memory for what they compute on the way: calls follow each other on one stream, and
-    outputs are copied to rows outside it. The largest batch is captured before any other, so smaller ones need no
-    more.
+    outputs are copied to rows outside it. Smaller batches fit into what a larger one took before them, and not the
+    other way round: a larger one releases those made ready before it, which are made again when they come.
     """
 
     def __init__(
@@ -92,60 +101,63 @@ class Ladder:
         self._device = device
         self.stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         self._pool: Any = None
-        self._calls: dict[tuple[int, int], tuple[CudaRows, Enqueue]] = {}
+        self._calls: dict[tuple[int, int], _Ready] = {}
         self.captured: dict[int, bool] = {}
         """Whether each batch size made ready so far replays a graph, at every size of image it was made for."""
 
     def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
-        """All outputs of the rows. Raises: BackendError naming an input of another dtype or shape."""
+        """All outputs of the rows.
+
+        Raises: OutOfMemoryError; BackendError naming an input of another dtype or shape.
+        """
         count, largest = len(rows[self._spec.inputs[0].name]), self._rungs[-1]
         size = check_rows(self._spec, self._shapes, rows)
-        pieces = [
-            self._run(size, {t.name: rows[t.name][first : first + largest] for t in self._spec.inputs})
-            for first in range(0, count, largest)
-        ]
+        try:
+            pieces = [
+                self._run(size, {t.name: rows[t.name][first : first + largest] for t in self._spec.inputs})
+                for first in range(0, count, largest)
+            ]
+        except (BackendError, RuntimeError) as error:
+            if not says_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"{self._spec.file} finds no memory for {min(count, largest)} rows: give smaller --rungs, or a "
+                f"lower --precision ({error})"
+            ) from error
         if len(pieces) == 1:
             return pieces[0]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def close(self) -> None:
-        """Free rows and graphs, once what is under way is done."""
+    def release(self) -> None:
+        """Free rows and graphs, once what is under way is done; each batch size has its own made again."""
         if self.stream is not None:
             self.stream.synchronize()
         self._calls.clear()
         self._pool = None
+        if self.stream is not None:
+            torch.cuda.empty_cache()  # TensorRT allocates beside torch
 
     def _run(self, size: int, piece: Rows) -> dict[str, NDArray[Any]]:
         count = len(piece[self._spec.inputs[0].name])
         rung = next(rung for rung in self._rungs if rung >= count)
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            if (rung, size) not in self._calls and rung < self._rungs[-1]:
-                self._make_room(size)
             if (rung, size) not in self._calls:
                 self._calls[rung, size] = self._ready(rung, size)
-            rows, enqueue = self._calls[rung, size]
-            rows.upload(piece)
-            enqueue()
-            rows.download()
+            ready = self._calls[rung, size]
+            ready.rows.upload(piece)
+            ready.call()
+            ready.rows.download()
         if self.stream is not None:
             self.stream.synchronize()
-        return rows.taken(count)
+        return ready.rows.taken(count)
 
-    def _make_room(self, size: int) -> None:
-        """Have the largest batch in the pool first; where it does not fit, smaller ones may."""
-        largest = self._rungs[-1]
-        if self.stream is None or not self._capture or (largest, size) in self._calls:
-            return
-        try:
-            self._calls[largest, size] = self._ready(largest, size)
-        except torch.OutOfMemoryError as error:
-            _log.warning("%s has no room for %d rows: %s", self._spec.file, largest, error)
-
-    def _ready(self, rung: int, size: int) -> tuple[CudaRows, Enqueue]:
+    def _ready(self, rung: int, size: int) -> _Ready:
+        if self._capture and all(made < rung for made, _ in self._calls):
+            self.release()
         rows = CudaRows(self._spec, rung, self._device, self._shapes[size], size)
         replay = self._captured(rows, enqueue := self._make(rows))
         self.captured[rung] = replay is not None and self.captured.get(rung, True)
-        return rows, replay or enqueue
+        return _Ready(rows, enqueue, replay or enqueue)
 
     def _captured(self, rows: CudaRows, enqueue: Enqueue) -> Enqueue | None:
         """The call as a graph's replay; None where it is not to be, or cannot be, captured."""
@@ -159,8 +171,10 @@ class Ladder:
             with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 enqueue()
         except (BackendError, RuntimeError) as error:
-            _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rows.rung, error)
             self._pool = None  # torch may still take it for the broken capture's, and refuse it to the next
+            if says_out_of_memory(error):
+                raise
+            _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rows.rung, error)
             return None
         replay: Enqueue = graph.replay
         return replay

@@ -16,7 +16,7 @@ from engines.backends.base import RUNGS, OfGraph, Precision, Rows
 from engines.backends.cuda import find_device
 from engines.backends.plan_store import PlanStore
 from engines.backends.tensorrt_build import Network, check_target, find_library, library_name
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.manifest import GraphSpec, Size
 
 
@@ -26,7 +26,8 @@ class TensorRtBackend(OfGraph):
     precision: of the network body. rungs: batch sizes to be ready for; a batch between two is filled up, one
     beyond the largest runs in pieces. sizes: of images to be ready for, where the graph takes several. store: where
     the plan is kept, or None to build it every time.
-    Raises: BackendError when there is no library or GPU, or the graph cannot be built.
+    Raises: OutOfMemoryError when the plan does not fit into the GPU; BackendError when there is no library or GPU,
+    or the graph cannot be built.
     """
 
     def __init__(
@@ -76,8 +77,15 @@ class TensorRtBackend(OfGraph):
             raise BackendError("this TensorRT engine was closed; load it again")
         try:
             return self._plan.run(rows)
+        except OutOfMemoryError:
+            raise
         except Exception as error:
             raise BackendError(f"TensorRT failed on {self._spec.file}: {error}") from error
+
+    def release(self) -> bool:
+        if self._plan is not None:
+            self._plan.release()
+        return True
 
     def close(self) -> None:
         if self._plan is not None:

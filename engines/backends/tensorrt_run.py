@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.backends.base import Rows
+from engines.backends.cuda import says_out_of_memory
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
 from engines.backends.plan_store import PlanStore
 from engines.backends.tensorrt_build import is_rtx, logger
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.manifest import GraphSpec, Size
 
 
@@ -22,7 +23,8 @@ class LoadedPlan:
     """The engine of a plan, whose profiles are ``rungs`` in this order, for each of ``sizes`` in turn.
 
     tensorrt_rtx compiles kernels for the GPU when a context is made, which ``store`` keeps, and captures CUDA
-    graphs itself; for tensorrt the ladder does.
+    graphs itself; for tensorrt the ladder does. Scratch memory is the largest profile's, as the library demands for
+    all of them. Raises: OutOfMemoryError where there is none.
     """
 
     def __init__(
@@ -41,9 +43,14 @@ class LoadedPlan:
         self._spec = spec
         self._rungs = tuple(rungs)
         size = max(engine.device_memory_size_v2, 1)
-        self._scratch: Tensor | None = torch.empty(size, dtype=torch.uint8, device="cuda")
+        try:
+            self._scratch: Tensor | None = torch.empty(size, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the plan of {spec.file} for {max(rungs)} rows takes {size / 1e6:.0f} MB beside its weights, "
+                f"which do not fit: give smaller --rungs, or a lower --precision ({error})"
+            ) from error
         self._kernels = _Kernels(engine, store) if is_rtx(trt) else None
-        self._contexts: list[Any] = []
         self._ladder = Ladder(spec, rungs, self._make, capture=self._kernels is None, sizes=sizes)
 
     @classmethod
@@ -56,9 +63,16 @@ class LoadedPlan:
         sizes: Sequence[Size],
         store: PlanStore | None,
     ) -> Self | None:
-        """Load a plan, or give None where the library does not take it."""
-        runtime = trt.Runtime(logger(trt))
+        """Load a plan, or give None where the library does not take it. Raises: OutOfMemoryError."""
+        log = logger(trt)
+        log.errors.clear()
+        runtime = trt.Runtime(log)
         engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None and says_out_of_memory(log.reasons()):
+            raise OutOfMemoryError(
+                f"the weights of {spec.file} do not fit into the GPU's memory: free some, or give a lower "
+                f"--precision ({log.reasons()})"
+            )
         return None if engine is None else cls(trt, runtime, engine, spec, rungs, sizes, store)
 
     @property
@@ -70,16 +84,20 @@ class LoadedPlan:
         """All outputs of any number of rows."""
         return self._ladder.run(rows)
 
+    def release(self) -> None:
+        """Free the contexts and what calls hold; the next call of each batch size makes its own again."""
+        self._ladder.release()
+
     def close(self) -> None:
         """Free everything, contexts before the engine they belong to."""
-        self._ladder.close()
-        self._contexts.clear()
+        self._ladder.release()
         self._kernels = self._engine = self._runtime = None
         self._scratch = None  # now: the ladder refers back to this plan, so both wait for the garbage collector
 
     def _make(self, rows: CudaRows) -> Enqueue:
         assert self._ladder.stream is not None
         assert self._scratch is not None
+        logger(self._trt).errors.clear()
         context, stream = self._context(), self._ladder.stream.cuda_stream
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         profile = rows.size * len(self._rungs) + self._rungs.index(rows.rung)
@@ -114,7 +132,6 @@ class LoadedPlan:
         context = self._engine.create_execution_context(config)
         if context is None:
             raise BackendError(f"the engine gives no execution context: {logger(trt).reasons()}")
-        self._contexts.append(context)
         return context
 
 

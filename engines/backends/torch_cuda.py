@@ -21,7 +21,7 @@ from engines.backends.cuda import find_device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
 from engines.backends.torch import OnnxModule
 from engines.backends.torch_fused import fused_module
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.manifest import GraphSpec, Size
 
 
@@ -72,12 +72,18 @@ class TorchCudaBackend(OfGraph):
         try:
             with torch.inference_mode():
                 return self._ladder.run(rows)
+        except OutOfMemoryError:
+            raise
         except (BackendError, RuntimeError, IndexError, KeyError) as error:
             raise BackendError(f"torch failed on {self._spec.file}: {error}") from error
 
+    def release(self) -> bool:
+        self._ladder.release()
+        return True
+
     def close(self) -> None:
         if self._module is not None:
-            self._ladder.close()
+            self._ladder.release()
         self._module = None
 
     def _make(self, rows: CudaRows) -> Enqueue:

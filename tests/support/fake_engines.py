@@ -50,6 +50,9 @@ class FakeEngine:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._spec.outputs
 
+    def release(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 

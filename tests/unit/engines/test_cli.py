@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
@@ -17,7 +20,7 @@ from engines.backends.onnxruntime import OnnxRuntimeBackend
 from engines.bench import BenchResult, Throughput
 from engines.bundle import Bundle
 from engines.cli import app
-from engines.compare import Difference
+from engines.compare import Difference, compare_backends
 from engines.cost import COST_FILE
 from engines.errors import BackendError
 from engines.tables import throughput_table
@@ -161,12 +164,67 @@ def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:
 def test_rows_that_depend_on_their_batch_are_told_from_what_a_tolerance_allows(
     toy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wavering = Difference("step_4", "engine", 1.0, 1.0, rows_equal=False, levels=False)
+    wavering = difference(rows_equal=False, row_error=1e-6)
     monkeypatch.setattr("engines.cli.compare_backends", lambda *_: [wavering])
     result = run("compare", toy.path)
     assert result.exit_code == 1
     assert "engine fails on graph 'step_4': rows have other bytes in other batches" in result.stderr
     assert "you accept" not in result.stderr
+
+
+def test_rows_on_a_gpu_may_differ_by_what_a_tolerance_allows(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wavering = difference(rows_equal=False, row_error=0.03, on_gpu=True)
+    monkeypatch.setattr("engines.cli.compare_backends", lambda *_: [wavering])
+    result = run("compare", toy.path, "--tolerance", 0.05)
+    assert result.exit_code == 0, result.output
+    assert "NO: 0.03" in result.stdout
+    result = run("compare", toy.path, "--tolerance", 0.02)
+    assert result.exit_code == 1
+    assert "pass a --tolerance you accept" in result.stderr
+
+
+def test_compare_tells_how_far_rows_differ_and_asks_for_bits_of_cpus_alone(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose rows depend on how many they are, taken for one of each kind."""
+
+    class Wavering(OnnxRuntimeBackend):
+        def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+            out, count = super().run(rows), len(next(iter(rows.values())))
+            if "next_latent" in out and count == 1:
+                out["next_latent"] = out["next_latent"] + np.float32(0.25)
+            return out
+
+    loaded = []
+
+    def load(name: str, bundle: Bundle, graph: str, **options: Any) -> OnnxRuntimeBackend:
+        kind = OnnxRuntimeBackend if name == "onnxruntime" else Wavering
+        loaded.append((name, options.get("rungs")))
+        return kind(bundle.graph_file(graph), bundle.manifest.graphs[graph])
+
+    monkeypatch.setattr("engines.compare.load_backend", load)
+    for backend, on_gpu in (("torch", False), ("torch-cuda", True)):
+        found = {d.call: d for d in compare_backends(toy, [backend], "auto", 4, 0, rungs=(1, 4))}
+        assert (backend, (1, 4)) in loaded
+        step = found["step_4"]
+        assert (step.rows_equal, step.on_gpu) == (False, on_gpu)
+        assert step.row_error == pytest.approx(0.25, rel=1e-3)
+        assert step.within(0.3) == on_gpu
+        assert not step.within(0.2)
+        assert (found["condition"].rows_equal, found["condition"].row_error) == (True, 0.0)
+
+
+def test_compare_hands_its_batch_sizes_on(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def compare(*arguments: object) -> list[Difference]:
+        given.extend(arguments)
+        return []
+
+    monkeypatch.setattr("engines.cli.compare_backends", compare)
+    assert run("compare", toy.path, "--rungs", "4,1").exit_code == 0
+    assert given[-1] == (1, 4)
+    assert run("compare", toy.path, "--rungs", "0").exit_code == 2
 
 
 def test_compare_takes_compiled_models_from_a_cache_that_is_named(toy: Bundle, tmp_path: Path) -> None:
@@ -178,14 +236,33 @@ def test_compare_takes_compiled_models_from_a_cache_that_is_named(toy: Bundle, t
     assert {blob: blob.stat().st_mtime_ns for blob in tmp_path.glob("cache/*/models/*.blob")} == compiled
 
 
+def difference(
+    error: float = 0.0,
+    *,
+    rows_equal: bool = True,
+    row_error: float = 0.0,
+    levels: bool = False,
+    on_gpu: bool = False,
+) -> Difference:
+    return Difference("step_4", "engine", error, error, rows_equal, row_error, levels, on_gpu)
+
+
 def test_a_difference_passes_only_with_equal_rows_and_one_level_at_most() -> None:
-    step = Difference("step", "engine", 0.5, 0.1, rows_equal=True, levels=False)
-    assert step.within(0.5)
-    assert not step.within(0.4)
-    image = Difference("decode", "engine", 1.0, 0.1, rows_equal=True, levels=True)
-    assert image.within(0.0)
-    assert not Difference("decode", "engine", 2.0, 0.1, rows_equal=True, levels=True).within(0.0)
-    assert not Difference("step", "engine", 0.0, 0.0, rows_equal=False, levels=False).within(1.0)
+    assert difference(0.5).within(0.5)
+    assert not difference(0.5).within(0.4)
+    assert difference(1.0, levels=True).within(0.0)
+    assert not difference(2.0, levels=True).within(0.0)
+    assert not difference(rows_equal=False, row_error=1e-6).within(1.0)
+
+
+def test_on_a_gpu_rows_count_as_errors_do() -> None:
+    rows = partial(difference, rows_equal=False, on_gpu=True)
+    assert rows(row_error=0.5).within(0.5)
+    assert not rows(row_error=0.5).within(0.4)
+    assert not rows(0.5, row_error=0.1).within(0.4)
+    assert rows(row_error=1.0, levels=True).within(0.0)
+    assert not rows(row_error=2.0, levels=True).within(0.0)
+    assert not rows(row_error=math.nan).within(1.0)
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -16,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engines.backends.base import Rows
+from engines.backends.base import EngineBackend, Rows
 from engines.backends.load import engine_key
 from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.calls import calls
 from engines.cost import COST_FILE, MAX_COST_BYTES, CostTable, climb, load_costs, save_costs
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.measure import measure_costs
-from engines.open import know_costs, open_pipeline
+from engines.open import kept_costs, know_costs, open_pipeline
 from server.engine_around import EngineAround
 
 KEY = EngineKey(graph_sha256="a" * 64, engine="openvino 1.2 float32", machine="a CPU, 2 cores", threads=0)
@@ -176,6 +177,116 @@ def test_rungs_beyond_a_long_call_are_neither_asked_for_nor_missed(
     save_costs(table, keys, tmp_path, repeats=3)
     assert load_costs(keys, (1, 2, 4, 8), tmp_path) == table
     assert load_costs(keys, (1,), tmp_path) == CostTable({"step": {1: 500.0}, "decode": {1: 1100.0}})
+
+
+def too_large_from(rung: int) -> Callable[[int], dict[str, float]]:
+    """5 ms a call; no memory from this rung on."""
+
+    def column(asked: int) -> dict[str, float]:
+        if asked >= rung:
+            raise OutOfMemoryError(f"no memory for {asked} rows: give smaller --rungs")
+        return {"step": 5.0, "decode": 5.0}
+
+    return column
+
+
+def test_a_rung_that_does_not_fit_is_the_top_of_the_ladder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = climb((1, 2, 4, 8), too_large_from(4))
+    assert (table.rungs, table.too_large) == ((1, 2), 4)
+    assert "no call is given more rows than 2 here, for 4 do not fit: no memory for 4 rows" in caplog.text
+    assert "give smaller --rungs" in caplog.text
+    keys = {call: replace(KEY, graph_sha256=call) for call in table.ms}
+    save_costs(table, keys, tmp_path, repeats=3)
+    assert load_costs(keys, (1, 2, 4, 8), tmp_path) == table
+    assert load_costs(keys, (1, 2), tmp_path) == replace(table, too_large=None)
+    assert load_costs(keys, (4, 8), tmp_path) is None
+
+
+def test_where_not_even_the_smallest_rung_fits_it_is_said() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"not even the smallest batch size fits.*for 1 rows.*--rungs"):
+        climb(RUNGS, too_large_from(1))
+
+
+def test_what_fails_for_another_reason_than_memory_is_passed_on() -> None:
+    def fails(rung: int) -> dict[str, float]:
+        if rung > 1:
+            raise BackendError("no such kernel")
+        return {"step": 5.0}
+
+    with pytest.raises(BackendError, match="no such kernel"):
+        climb(RUNGS, fails)
+
+
+class Crowded(EngineAround):
+    """On a device with room for so many rows a call, and for so many over all batch sizes made ready.
+
+    It keeps what is ready, as a CUDA engine does, until that is released.
+    """
+
+    call_rows, all_rows = 1000, 1000
+
+    def __init__(self, engine: EngineBackend) -> None:
+        super().__init__(engine)
+        self.ready: list[int] = []
+
+    def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        count = len(next(iter(rows.values())))
+        if count not in self.ready:
+            if count > self.call_rows or sum(self.ready) + count > self.all_rows:
+                raise OutOfMemoryError(f"no memory for {count} rows: give smaller --rungs")
+            self.ready.append(count)
+        return self._engine.run(rows)
+
+    def release(self) -> bool:
+        self.ready.clear()
+        return True
+
+
+@pytest.mark.parametrize(
+    ("call_rows", "all_rows", "rungs"),
+    [(1000, 1000, (1, 2, 4)), (3, 1000, (1, 2)), (1000, 5, (1, 2)), (1, 1, (1,))],
+)
+def test_what_fits_is_made_ready_the_largest_first_and_served(
+    toy: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call_rows: int,
+    all_rows: int,
+    rungs: tuple[int, ...],
+) -> None:
+    """Measured, then from the kept costs."""
+    monkeypatch.setattr(Crowded, "call_rows", call_rows)
+    monkeypatch.setattr(Crowded, "all_rows", all_rows)
+    for _ in range(2):
+        pipeline = open_pipeline(toy.path, "onnxruntime", rungs=RUNGS, warm=False)
+        pipeline.wrap_engines(lambda _, engine: Crowded(engine))
+        know_costs(pipeline, "onnxruntime", "auto", 0, tmp_path, repeats=1)
+        assert pipeline.rungs == rungs
+        for graph in toy.manifest.graphs:
+            engine = pipeline.engine(graph)
+            assert isinstance(engine, Crowded)
+            assert engine.ready == sorted(rungs, reverse=True)
+        pipeline.close()
+    assert kept_costs(toy, "onnxruntime", "auto", 0, tmp_path, RUNGS) == pipeline.costs
+
+
+def test_kept_costs_give_way_where_there_is_less_memory_now(
+    toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_pipeline(toy.path, "onnxruntime", rungs=RUNGS, cache_dir=tmp_path).close()
+    pipeline = open_pipeline(toy.path, "onnxruntime", rungs=RUNGS, warm=False)
+    pipeline.wrap_engines(lambda _, engine: Crowded(engine))
+    monkeypatch.setattr(Crowded, "call_rows", 2)
+    know_costs(pipeline, "onnxruntime", "auto", 0, tmp_path)
+    assert pipeline.max_rows == 2
+    assert "no call is given more rows than 2 here: no memory for 4 rows" in caplog.text
+    monkeypatch.setattr(Crowded, "call_rows", 0)
+    pipeline.release()
+    with pytest.raises(OutOfMemoryError, match=r"not even the smallest batch size fits.*for 1 rows.*--rungs"):
+        know_costs(pipeline, "onnxruntime", "auto", 0, tmp_path)
+    pipeline.close()
 
 
 def test_a_model_of_long_calls_runs_the_smallest_rung_alone(

@@ -22,7 +22,7 @@ from engines.backends.torch_fused import fused_module
 from engines.bundle import Bundle, verify_bundle
 from engines.calls import row_shapes
 from engines.condition import load_tokenizer
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from engines.examples import example_inputs
 from engines.manifest import LATENT, GraphSpec, Parity, TensorSpec
 from tests.support.on_torch import check_on_torch, run_on_meta
@@ -115,20 +115,21 @@ class FakeCuda:
 
 
 class Captured(Summing):
-    """Summing on that device. refuses: raised while it is captured. too_many: rows that there is no memory for."""
+    """Summing on that device. refuses: raised while it is captured. full: raised for ``too_many`` rows."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__()
         self._cuda = cuda
         self.refuses: Exception | None = None
         self.too_many = 1000
+        self.full: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def make(self, rows: CudaRows) -> Enqueue:
         compute = super().make(rows)
 
         def enqueue() -> None:
             if rows.rung >= self.too_many:
-                raise torch.OutOfMemoryError("no memory")
+                raise self.full
             if self._cuda.capturing is None:
                 compute()
             elif self.refuses is not None:
@@ -160,16 +161,27 @@ def check_sums(ladder: Ladder, count: int) -> None:
     np.testing.assert_allclose(ladder.run({"a": a, "tokens": tokens})["sum"], a.sum(1) + tokens, rtol=1e-6)
 
 
-def test_calls_replay_graphs_of_one_pool_the_largest_made_first(fake_cuda: FakeCuda) -> None:
+def test_calls_replay_graphs_of_one_pool_which_the_largest_of_them_began(fake_cuda: FakeCuda) -> None:
     engine = Captured(fake_cuda)
     ladder = ladder_of(engine)
-    for count in (1, 1, 2, 4, 2):
+    for count in (4, 1, 1, 2, 4, 2):
         check_sums(ladder, count)
     assert engine.made == [4, 1, 2]
     assert fake_cuda.pools == [1, 1, 1]
-    assert [graph.replays for graph in fake_cuda.graphs] == [1, 2, 2]
+    assert [graph.replays for graph in fake_cuda.graphs] == [2, 2, 2]
     assert ladder.captured == dict.fromkeys(RUNGS, True)
-    ladder.close()
+    ladder.release()
+    check_sums(ladder, 1)
+    assert (engine.made, fake_cuda.pools) == ([4, 1, 2, 1], [1, 1, 1, 2])
+
+
+def test_a_larger_batch_begins_a_pool_into_which_smaller_ones_come_again(fake_cuda: FakeCuda) -> None:
+    engine = Captured(fake_cuda)
+    ladder = ladder_of(engine)
+    for count in (1, 2, 4, 2, 1, 4):
+        check_sums(ladder, count)
+    assert engine.made == [1, 2, 4, 2, 1], "no batch was made ready before it came"
+    assert fake_cuda.pools == [1, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("refusal", [BackendError("refused"), RuntimeError("refused")])
@@ -197,17 +209,42 @@ def test_a_refusal_is_quoted_where_the_capture_itself_ends_well(
     assert "without a CUDA graph: the engine does not run 4 rows" in caplog.text
 
 
-def test_without_room_for_the_largest_batch_smaller_ones_run(
-    fake_cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        BackendError(
+            "the engine gives no execution context: Error Code 2: OutOfMemory (Requested size was 9 bytes.)"
+        ),
+    ],
+    ids=["torch", "CUDA", "cuBLAS", "TensorRT"],
+)
+def test_a_batch_without_memory_is_told_from_what_fails_and_smaller_ones_run(
+    fake_cuda: FakeCuda, full: Exception
 ) -> None:
     engine = Captured(fake_cuda)
-    engine.too_many = 4
+    engine.too_many, engine.full = 4, full
     ladder = ladder_of(engine)
     check_sums(ladder, 2)
-    assert ladder.captured == {2: True}
-    assert "sum.onnx has no room for 4 rows: no memory" in caplog.text
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        OutOfMemoryError, match=r"sum\.onnx finds no memory for 4 rows: give smaller --rungs"
+    ) as told:
         check_sums(ladder, 4)
+    assert told.value.__cause__ is full
+    check_sums(ladder, 2)
+    assert ladder.captured == {2: True}
+    engine.full = BackendError("no such kernel")
+    with pytest.raises(BackendError, match="no such kernel"):
+        check_sums(ladder, 4)
+
+
+def test_a_graph_without_memory_is_not_run_without_one(fake_cuda: FakeCuda) -> None:
+    engine = Captured(fake_cuda)
+    engine.refuses = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(OutOfMemoryError):
+        check_sums(ladder_of(engine), 4)
 
 
 # ---- rows
@@ -250,6 +287,9 @@ def test_the_rehearsal_computes_what_the_cpu_backend_does(unet_file: Path) -> No
     rows[LATENT] = rows[LATENT][:, :, :3]
     with pytest.raises(BackendError, match=r"torch failed on step\.onnx: latent must be float32"):
         rehearsal.run(rows)
+    assert rehearsal.release()
+    for name, array in rehearsal.run(random_rows(5, seed=2)).items():
+        np.testing.assert_array_equal(array, kept[name])
     rehearsal.close()
     rehearsal.close()
     with pytest.raises(BackendError, match="load it again"):
@@ -272,6 +312,18 @@ def test_an_embedded_bundle_runs_on_torch(name: str) -> None:
     tokenizer = load_tokenizer(bundle)
     for graph, spec in bundle.manifest.graphs.items():
         check_on_torch(bundle.graph_file(graph), spec, example_inputs(bundle.manifest, tokenizer, graph, 3))
+
+
+def test_a_torch_engine_says_what_does_not_fit_by_its_type(
+    unet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = TorchCudaBackend(unet_file, step_spec(unet_file), rungs=RUNGS, device="cpu")
+    monkeypatch.setattr(engine, "_module", full)
+    with pytest.raises(OutOfMemoryError, match=r"step\.onnx finds no memory for 2 rows"):
+        engine.run(random_rows(2, seed=0))
 
 
 class Casts(TorchDispatchMode):

@@ -20,7 +20,7 @@ from engines.backends.plan_store import PlanStore, source_sha256
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.device_memory import DeviceMemory
-from engines.errors import BackendError
+from engines.errors import BackendError, OutOfMemoryError
 from server.loading import load_pipelines
 from server.settings import Settings
 from tests.support.step_rows import step_spec
@@ -95,7 +95,7 @@ def test_no_gpu_is_refused_with_the_reason(
 
 def test_no_torch_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"halfstep\[torch\]"):
+    with pytest.raises(BackendError, match=r"pip install -e '\.\[torch\]'"):
         find_device()
 
 
@@ -203,7 +203,8 @@ class FakeRun:
 
     def open(self, trt: Any, plan: bytes, *_: Any) -> SimpleNamespace:
         self.loaded.append(plan)
-        return SimpleNamespace(run=lambda rows: {}, close=lambda: None, captured={1: True, 2: False})
+        calls = {"run": lambda rows: {}, "release": lambda: None, "close": lambda: None}
+        return SimpleNamespace(**calls, captured={1: True, 2: False})
 
 
 @pytest.fixture
@@ -293,6 +294,48 @@ def test_a_closed_plan_gives_its_scratch_memory_back_at_once(monkeypatch: pytest
     assert kept() is not None
     plan.close()
     assert kept() is None
+
+
+def test_a_plan_without_scratch_memory_names_its_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from engines.backends import tensorrt_run
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    errors = torch.OutOfMemoryError
+    monkeypatch.setattr(tensorrt_run, "torch", SimpleNamespace(empty=full, uint8=None, OutOfMemoryError=errors))
+    engine, spec = SimpleNamespace(device_memory_size_v2=2_000_000), step_spec(Path("step.onnx"))
+    with pytest.raises(OutOfMemoryError, match=r"step\.onnx for 32 rows takes 2 MB .* give smaller --rungs"):
+        tensorrt_run.LoadedPlan(fake_library(), None, engine, spec, (1, 32), (), None)
+
+
+def test_an_engine_says_what_does_not_fit_by_its_type(toy: Bundle, gpu: FakeRun) -> None:
+    engine: Any = load_backend("tensorrt", toy, "step_4")
+    for error in (OutOfMemoryError("no memory for 4 rows"), BackendError("no such kernel")):
+
+        def fails(rows: Any, error: BackendError = error) -> None:
+            raise error
+
+        engine._plan.run = fails
+        with pytest.raises(BackendError, match=str(error)) as told:
+            engine.run({})
+        assert isinstance(told.value, OutOfMemoryError) == isinstance(error, OutOfMemoryError)
+
+
+def test_weights_that_do_not_fit_are_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engines.backends import tensorrt_run
+
+    log = SimpleNamespace(errors=[], reasons=lambda: "Error Code 2: OutOfMemory (Requested size was 9 bytes.)")
+    monkeypatch.setattr(tensorrt_run, "logger", lambda _: log)
+    library = fake_library()
+    library.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda plan: None)  # type: ignore[attr-defined]
+    spec = step_spec(Path("step.onnx"))
+    with pytest.raises(OutOfMemoryError, match=r"weights of step\.onnx do not fit .* lower --precision"):
+        tensorrt_run.LoadedPlan.open(library, b"plan", spec, (1,), (), None)
+    log.reasons = lambda: "another version"
+    assert tensorrt_run.LoadedPlan.open(library, b"plan", spec, (1,), (), None) is None
 
 
 def test_an_engine_tells_which_batch_sizes_replay_graphs(toy: Bundle, gpu: FakeRun) -> None:
