@@ -42,9 +42,9 @@ def matmul_ceiling(backend: str, precision: PrecisionName, threads: int, repeats
 
 
 def write_products(file: Path, side: int, products: int) -> GraphSpec:
-    """y, (B, side): mean over rows of relu((x * w) w … w), where x: (B, 1, side), and w (side, side) keeps the scale.
+    """y, (B, side): the mean over rows of relu((x * w) w … w). x: (B, 1, side); w, (side, side), keeps the scale.
 
-    Relu stands between the products and the mean, which would else be one of a single row before them.
+    Relu keeps the mean behind the products: the mean of a product is the product of a mean, of one row.
     """
     w = np.random.default_rng(1).standard_normal((side, side), dtype=np.float32) / np.float32(side**0.5)
     names = [f"x{i}" for i in range(products + 1)]

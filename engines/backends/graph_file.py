@@ -20,7 +20,7 @@ def read_graph(file: Path) -> onnx.ModelProto:
 
 
 def read_constant(constant: onnx.TensorProto, folder: Path) -> NDArray[Any]:
-    """Its values, not to be written to. folder: of the graph's file. Raises: BackendError when they are not there."""
+    """Its values, not to be written to. folder: of the graph's file. Raises: BackendError where they are not."""
     try:
         return onnx.numpy_helper.to_array(constant, str(folder))
     except Exception as error:  # onnx's own types, and those of what it calls

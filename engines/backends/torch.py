@@ -42,9 +42,9 @@ class _Instruction(NamedTuple):
 class OnnxModule(torch.nn.Module):
     """An ONNX graph as a torch module.
 
-    device: where its inputs are, and its weights, which lie there alone, with channels last, unless it is the CPU.
-    What describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean. folder:
-    where its weights lie that the model does not hold.
+    device: where its inputs are, and its weights, which lie there alone and with channels last unless it is the
+    CPU. What describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
+    folder: where its weights lie that the model does not hold.
     Raises: BackendError for another opset, an operator this backend does not know or weights that cannot be read.
     """
 

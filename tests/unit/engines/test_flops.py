@@ -13,8 +13,8 @@ from diffusers import UNet2DConditionModel
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.bundle import verify_bundle
 from engines.backends.load import BACKENDS, BackendName, load_graph
+from engines.bundle import verify_bundle
 from engines.ceiling import CPU, GPU, matmul_ceiling, write_products
 from engines.errors import BackendError
 from engines.flops import product_flops
