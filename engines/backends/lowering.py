@@ -27,18 +27,15 @@ PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "Linear", "M
 TYPES: Final[dict[Lowered, int]] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
 
 
-def lower_products(model: onnx.ModelProto, dtype: Lowered) -> onnx.ModelProto:
-    """A copy of ``model`` whose products compute in ``dtype``. model: all its products are float32."""
-    lowered = onnx.ModelProto()
-    lowered.CopyFrom(model)
-    for entry in lowered.opset_import:
+def lower_products(model: onnx.ModelProto, dtype: Lowered) -> None:
+    """Let the products compute in ``dtype``. model: all its products are float32; it is rewritten in place."""
+    for entry in model.opset_import:
         entry.version = max(entry.version, OPSET)
-    nodes = list(lowered.graph.node)
-    del lowered.graph.node[:]
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
     cast: set[str] = set()
     for node in nodes:
-        lowered.graph.node.extend(_lowered(node, cast, dtype) if node.op_type in PRODUCTS else (node,))
-    return lowered
+        model.graph.node.extend(_lowered(node, cast, dtype) if node.op_type in PRODUCTS else (node,))
 
 
 def _lowered(node: onnx.NodeProto, cast: set[str], dtype: Lowered) -> Iterator[onnx.NodeProto]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from engines.backends.base import Precision
 from engines.backends.cuda import Device
+from engines.backends.graph_file import read_graph
 from engines.backends.lowering import lower_products
 from engines.calls import row_shapes
 from engines.errors import BackendError
@@ -131,7 +130,8 @@ class Network:
     def _parse(self, precision: Precision) -> None:
         self.log.errors.clear()
         if precision != "float32":
-            model = lower_products(_read(self._file), precision)
+            model = read_graph(self._file)  # the parser finds the weights beside it by the file's path
+            lower_products(model, precision)
             parsed = self._parser.parse(model.SerializeToString(), str(self._file))
         else:
             parsed = self._parser.parse_from_file(str(self._file))
@@ -175,14 +175,6 @@ def _strongly_typed(trt: ModuleType) -> int:
     """The flag, where typing is a choice still."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def _read(file: Path) -> onnx.ModelProto:
-    """The graph without the weights beside it, which the parser finds by the file's path."""
-    try:
-        return onnx.load(str(file), load_external_data=False)
-    except Exception as error:  # protobuf raises its own, undocumented types
-        raise BackendError(f"{file} is not an ONNX graph ({type(error).__name__})") from error
 
 
 def _spec(tensor: Any) -> TensorSpec:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.backends.base import OfGraph, Precision, Rows
+from engines.backends.graph_file import read_constant, read_graph
 from engines.backends.torch_operators import MADE_OF_SHAPES, OPERATORS, SHAPE_INPUTS, Operator
 from engines.errors import BackendError
 from engines.machine import limited_threads
 from engines.manifest import GraphSpec
 
 OPSETS = (21, 22)
+HERE = Path()
+"""For models that hold all of their weights."""
 
 
 class _Instruction(NamedTuple):
@@ -39,28 +42,39 @@ class _Instruction(NamedTuple):
 class OnnxModule(torch.nn.Module):
     """An ONNX graph as a torch module.
 
-    device: where its inputs are, and its weights, which lie there with channels last unless it is the CPU. What
-    describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
-    Raises: BackendError for another opset or an operator this backend does not know.
+    device: where its inputs are, and its weights, which lie there alone and with channels last unless it is the
+    CPU. What describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
+    folder: where its weights lie that the model does not hold.
+    Raises: BackendError for another opset, an operator this backend does not know or weights that cannot be read.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, device: str = "cpu", operators: Mapping[str, Operator] = OPERATORS
+        self,
+        model: onnx.ModelProto,
+        device: str = "cpu",
+        operators: Mapping[str, Operator] = OPERATORS,
+        folder: Path = HERE,
     ) -> None:
         super().__init__()
         opsets = {entry.domain: entry.version for entry in model.opset_import}
         if opsets.keys() != {""} or opsets[""] not in OPSETS:
             raise BackendError(f"the torch backend reads graphs of opset {OPSETS[0]}, not {opsets}")
         self._outputs = tuple(output.name for output in model.graph.output)
-        self._constants = {c.name: tensor_of(c) for c in model.graph.initializer}
         self._device = device
+        self._weights: dict[str, Tensor] = {}
+        """On the device, and nowhere else."""
+        self._constants: dict[str, Tensor] = {}
+        """On the CPU."""
         self._placed: dict[str, Tensor] = {}
-        self._program = _program(model.graph, operators, keep={*self._outputs, *self._constants})
-        self._fold()
+        """Of these, copies on the device."""
+        constants = _Constants(model.graph, folder)
+        program = _program(model.graph, operators, keep={*self._outputs, *constants.stored})
+        self._program = tuple(step for step in program if not constants.make(step))
+        self._keep(constants)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name. inputs: by name, all with one batch size."""
-        values: dict[str, Tensor] = {**self._constants, **inputs}
+        values: dict[str, Tensor] = {**self._weights, **self._constants, **inputs}
         for step in self._program:
             arguments = [values[name] if name else None for name in step.inputs]
             if self._device != "cpu":
@@ -70,27 +84,28 @@ class OnnxModule(torch.nn.Module):
                 del values[name]
         return {name: values[name] for name in self._outputs}
 
-    def _fold(self) -> None:
-        """Compute once what depends on constants alone: casts of lowered weights move more than a step does."""
-        rest = []
-        for step in self._program:
-            if all(name in self._constants or not name for name in step.inputs):
-                arguments = [self._constants[name] if name else None for name in step.inputs]
-                self._constants.update(zip(step.outputs, _results(step, arguments, "cpu"), strict=True))
-            else:
-                rest.append(step)
-        needed = {*self._outputs, *(name for step in rest for name in step.inputs)}
-        self._constants = {name: tensor for name, tensor in self._constants.items() if name in needed}
-        self._program = tuple(rest)
+    def _keep(self, constants: _Constants) -> None:
+        """Compute the constants that are read, one after another, and move each to where it is read."""
+        shapes = {name for step in self._program for i, name in enumerate(step.inputs) if i in _shape_inputs(step)}
+        read = (name for step in self._program for name in step.inputs)
+        for name in dict.fromkeys((*read, *self._outputs)):
+            if name in constants:
+                self._put(name, constants.compute(name), name in shapes)
+
+    def _put(self, name: str, tensor: Tensor, of_shapes: bool) -> None:
+        if self._device != "cpu" and not of_shapes and _data([tensor]):
+            self._weights[name] = self._moved(tensor)
+        else:
+            self._constants[name] = tensor
 
     def _place(self, step: _Instruction, arguments: list[Tensor | None]) -> list[Tensor | None]:
         """The arguments, constants on the device where they meet what is computed there.
 
-        A constant is moved when it is first met, so later runs, and their capture, copy nothing.
+        A constant is copied when it is first met, so later runs, and their capture, copy nothing.
         """
         if all(a is None or a.device.type == "cpu" for a in arguments) and not _data(arguments):
             return arguments  # arithmetic on shapes
-        shapes = SHAPE_INPUTS.get(step.kind, frozenset())
+        shapes = _shape_inputs(step)
         return [
             self._on_device(name) if name in self._constants and i not in shapes else argument
             for i, (name, argument) in enumerate(zip(step.inputs, arguments, strict=True))
@@ -98,10 +113,12 @@ class OnnxModule(torch.nn.Module):
 
     def _on_device(self, name: str) -> Tensor:
         if name not in self._placed:
-            tensor = self._constants[name]
-            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-            self._placed[name] = tensor.to(self._device, memory_format=layout)
+            self._placed[name] = self._moved(self._constants[name])
         return self._placed[name]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        return tensor.to(self._device, memory_format=layout)
 
 
 class TorchBackend(OfGraph):
@@ -115,11 +132,7 @@ class TorchBackend(OfGraph):
         self._spec = spec
         if threads := threads or limited_threads():
             torch.set_num_threads(threads)
-        try:
-            model = onnx.load(str(file))
-        except Exception as error:  # protobuf raises its own, undocumented types
-            raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
-        self._module: OnnxModule | None = OnnxModule(model).eval()
+        self._module: OnnxModule | None = OnnxModule(read_graph(file), folder=file.parent).eval()
 
     @property
     def name(self) -> str:
@@ -153,9 +166,38 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: _attribute(a) for a in node.attribute}
 
 
-def tensor_of(constant: onnx.TensorProto) -> Tensor:
-    """Its values, on the CPU."""
-    return torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
+def tensor_of(constant: onnx.TensorProto, folder: Path) -> Tensor:
+    """Its values, on the CPU. folder: of the graph's file. Raises: BackendError when they cannot be read."""
+    return torch.from_numpy(read_constant(constant, folder).copy())
+
+
+class _Constants:
+    """What a graph stores, and what depends on that alone: casts of lowered weights move more than a step does.
+
+    None of it is kept here, so that of a large network one weight at a time is in memory as it is stored.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self.stored = {constant.name: constant for constant in graph.initializer}
+        self._made: dict[str, _Instruction] = {}
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored or name in self._made
+
+    def make(self, step: _Instruction) -> bool:
+        """Whether a node, whose predecessors were given before, makes constants; then they are known, too."""
+        if constant := all(name in self for name in step.inputs if name):
+            self._made.update(dict.fromkeys(step.outputs, step))
+        return constant
+
+    def compute(self, name: str) -> Tensor:
+        """Its values, on the CPU."""
+        if name in self.stored:
+            return tensor_of(self.stored[name], self._folder)
+        step = self._made[name]
+        arguments = [self.compute(each) if each else None for each in step.inputs]
+        return _results(step, arguments, "cpu")[step.outputs.index(name)]
 
 
 def _program(graph: onnx.GraphProto, operators: Mapping[str, Operator], keep: set[str]) -> tuple[_Instruction, ...]:
@@ -186,6 +228,11 @@ def _results(step: _Instruction, arguments: list[Tensor | None], device: str) ->
     except NotImplementedError as error:
         raise BackendError(f"the torch backend does not run {error}") from None
     return result if isinstance(result, tuple) else (result,)
+
+
+def _shape_inputs(step: _Instruction) -> frozenset[int]:
+    """Which of its inputs are read on the CPU, by position."""
+    return SHAPE_INPUTS.get(step.kind, frozenset())
 
 
 def _data(arguments: list[Tensor | None]) -> bool:

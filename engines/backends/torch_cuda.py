@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from numpy.typing import NDArray
 
 from engines.backends.base import RUNGS, OfGraph, Precision, Rows
 from engines.backends.cuda import find_device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder
+from engines.backends.graph_file import read_graph
 from engines.backends.torch import OnnxModule
 from engines.backends.torch_fused import fused_module
 from engines.errors import BackendError, OutOfMemoryError
@@ -31,7 +31,8 @@ class TorchCudaBackend(OfGraph):
     precision: of the network body. rungs: batch sizes that get a CUDA graph; a batch between two is filled up, one
     beyond the largest runs in pieces. sizes: of images, each with graphs of its own, where the graph takes several.
     device: cuda, or cpu to rehearse.
-    Raises: BackendError when there is no GPU, or the graph cannot be read or holds an operator not known here.
+    Raises: BackendError when there is no GPU or no room on it, or the graph cannot be read or holds an operator not
+    known here.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class TorchCudaBackend(OfGraph):
             find_device()
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        try:
-            model = onnx.load(str(file))
-        except Exception as error:  # protobuf raises its own, undocumented types
-            raise BackendError(f"torch backend: {file} is not an ONNX graph ({type(error).__name__})") from error
         self._spec = spec
         self._precision = precision
-        self._module: OnnxModule | None = fused_module(model, precision, device)
+        try:
+            self._module: OnnxModule | None = fused_module(read_graph(file), precision, device, file.parent)
+            if device == "cuda":
+                torch.cuda.synchronize()  # weights are laid out on another stream than the ladder's
+        except RuntimeError as error:
+            raise BackendError(f"torch cannot load {file}: {error}") from error
         self._ladder = Ladder(spec, sorted(rungs), self._make, capture=True, sizes=sizes, device=device)
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnx
 import torch
@@ -22,28 +23,30 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
 from engines.backends.base import Precision
 from engines.backends.lowering import PRODUCTS, TYPES, lower_products
-from engines.backends.torch import OnnxModule, attributes_of, tensor_of
+from engines.backends.torch import HERE, OnnxModule, attributes_of, tensor_of
 from engines.backends.torch_operators import OPERATORS, Operator
 from engines.manifest import Lowered
 
 _MOVES = frozenset({"Reshape", "Transpose"})
 
 
-def fused_module(model: onnx.ModelProto, precision: Precision = "float32", device: str = "cpu") -> OnnxModule:
+def fused_module(
+    model: onnx.ModelProto, precision: Precision = "float32", device: str = "cpu", folder: Path = HERE
+) -> OnnxModule:
     """The model as a module, its products in ``precision``. model: float32; its graph is rewritten in place.
 
-    Raises: BackendError as OnnxModule does.
+    folder: where its weights lie that it does not hold. Raises: BackendError as OnnxModule does.
     """
-    fuse(model.graph)
+    fuse(model.graph, folder)
     if precision != "float32":
-        model = lower_products(model, precision)
+        lower_products(model, precision)
         keep_low(model.graph, precision)
-    return OnnxModule(model, device, FUSED).eval()
+    return OnnxModule(model, device, FUSED, folder).eval()
 
 
-def fuse(graph: onnx.GraphProto) -> None:
+def fuse(graph: onnx.GraphProto, folder: Path = HERE) -> None:
     """Put one node in the place of each pattern, whose own go where nothing else reads them."""
-    known = _Known(graph)
+    known = _Known(graph, folder)
     for node in graph.node:
         fused = known.attention(node) or known.linear(node) or known.swish(node)
         if fused is not None:
@@ -91,7 +94,8 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 class _Known:
     """Where the values of a graph come from."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self._folder = folder
         self._makers = {name: node for node in graph.node for name in node.output}
         self._constants = {constant.name: constant for constant in graph.initializer}
 
@@ -150,7 +154,7 @@ class _Known:
             for x, factor in (scaled.input, reversed(scaled.input)):
                 number = self._constants.get(factor)
                 if number is not None and math.prod(number.dims) == 1:
-                    return x, float(tensor_of(number))
+                    return x, float(tensor_of(number, self._folder))
         return name, 1.0
 
     def _swapped(self, name: str) -> str | None:
@@ -175,7 +179,7 @@ class _Known:
         if name in given:
             return given[name]
         if name in self._constants:
-            return tensor_of(self._constants[name])
+            return tensor_of(self._constants[name], self._folder)
         node = self._makers[name]
         computed: Tensor = OPERATORS[node.op_type](
             *(self._computed(each, given) for each in node.input), **attributes_of(node)

@@ -34,6 +34,7 @@ from distill_jobs.onnx_export import write_graph
 from engines.backends.base import EngineBackend, Precision
 from engines.backends.load import ON_GPU, BackendName, choose_backend, choose_precision, load_graph, machine_of
 from engines.device_memory import DeviceMemory
+from engines.errors import BackendError
 from engines.manifest import GraphSpec, Parity, TensorSpec
 from tests.gpu.architectures import ARCHITECTURES, Architecture, Graph
 
@@ -100,16 +101,22 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Calls each; the median counts.")] = 7,
     compiled: Annotated[bool, typer.Option(help="Also diffusers under torch.compile.")] = True,
     graph: Annotated[
-        list[Graph] | None, typer.Option(help=f"May be repeated; all when left out: {', '.join(GRAPHS)}.")
+        list[str] | None, typer.Option(help=f"May be repeated; all when left out: {', '.join(GRAPHS)}.")
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Keep the exported graphs here, for the next run.")] = None,
 ) -> None:
     """Measure graph by graph, print a JSON line for each, then one for all. Exit 1 where anything failed."""
-    architecture, sizes = ARCHITECTURES[model], tuple(sorted(int(part) for part in rungs.split(",")))
+    check_known("--model", [model], tuple(ARCHITECTURES))
+    check_known("--graph", graph or (), GRAPHS)
+    architecture, sizes = ARCHITECTURES[model], batch_sizes(rungs)
     wanted = tuple(name for name in GRAPHS if graph is None or name in graph)
-    names = [choose_backend(name) for name in backend or ["torch-cuda"]]
-    backends = {name: choose_precision(name, precision) for name in names}
-    machines = {name: machine_of(name) for name in names}
+    try:
+        names = [choose_backend(name) for name in backend or ["torch-cuda"]]
+        backends = {name: choose_precision(name, precision) for name in names}
+        machines = {name: machine_of(name) for name in names}
+    except BackendError as error:
+        _err.print(f"error: {error}")
+        raise typer.Exit(1) from None
     found = Found(next((name for name in names if name in ON_GPU), names[0]))
     device = "cuda" if found.device in ON_GPU else "cpu"
     with found.going_on("ceilings"):
@@ -128,6 +135,24 @@ def main(
     typer.echo(json.dumps({**told, **summary(found, architecture.step_flops())}))
     if found.failures:
         raise typer.Exit(1)
+
+
+def check_known(option: str, values: Sequence[str], known: Sequence[str]) -> None:
+    """Raises: typer.BadParameter naming the first that is unknown."""
+    for value in values:
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}", param_hint=option)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Ascending. Raises: typer.BadParameter."""
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        sizes = (0,)
+    if sizes[0] < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of batch sizes such as 1,4,8", param_hint="--rungs")
+    return sizes
 
 
 def summary(found: Found, flops: int) -> dict[str, Any]:

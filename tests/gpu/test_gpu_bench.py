@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
+from engines.backends import load
 from engines.backends.base import EngineBackend
+from engines.backends.cuda import Device
 from engines.errors import BackendError
 from tests.gpu import bench
 from tests.gpu.architectures import ARCHITECTURES
@@ -119,6 +122,47 @@ def test_any_backend_is_run_by_its_own_name_on_what_was_exported_before(
     }
 
 
+def refused(*words: str) -> tuple[int, str]:
+    """Exit code, and what is told on stderr, of a run that is to print no figures."""
+    app = typer.Typer()
+    app.command()(bench.main)
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    return result.exit_code, result.stderr
+
+
+def test_no_gpu_is_refused_in_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence is that of tests/unit/engines/test_tensorrt.py."""
+
+    def find_device() -> Device:
+        raise BackendError("No NVIDIA GPU is visible to this process: check nvidia-smi")
+
+    monkeypatch.setattr(load, "find_device", find_device)
+    code, told = refused("--model", "tiny")
+    assert (code, told.splitlines()) == (
+        1,
+        ["error: No NVIDIA GPU is visible to this process: check nvidia-smi"],
+    )
+
+
 def test_a_precision_that_a_backend_does_not_offer_is_refused() -> None:
-    with pytest.raises(BackendError, match="runs float32 only"):
-        bench.main("tiny", ["onnxruntime"], "bfloat16")
+    code, told = refused("--model", "tiny", "--backend", "onnxruntime", "--precision", "bfloat16")
+    assert code == 1
+    assert "runs float32 only; for bfloat16 use --backend" in told
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--model", "sd3", "sd15, sdxl, tiny"),
+        ("--graph", "encode", "step, decode, decode_tiny"),
+        ("--rungs", "1,x", "1,4,8"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_it_may_be(option: str, value: str, known: str) -> None:
+    code, told = refused(option, value)
+    assert code == 2
+    assert option in told
+    assert value in told
+    assert known in told

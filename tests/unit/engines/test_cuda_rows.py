@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +18,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines.backends import torch as torch_backend
 from engines.backends.base import Precision
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
-from engines.backends.torch import TorchBackend
+from engines.backends.graph_file import read_graph
+from engines.backends.torch import TorchBackend, tensor_of
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.backends.torch_fused import fused_module
 from engines.bundle import Bundle, verify_bundle
@@ -346,12 +352,75 @@ def test_weights_are_cast_when_the_engine_is_loaded_and_never_again(toy: Bundle)
     module = fused_module(model, "bfloat16", "meta")
     rows = example_inputs(toy.manifest, load_tokenizer(toy), "step_4", 3)
     inputs = {name: torch.from_numpy(array).to("meta") for name, array in rows.items()}
-    module(inputs)  # places the weights
+    module(inputs)  # copies what is both a shape and data
     with Casts() as casts:
         module(inputs)
     assert casts.shapes
     assert weights
     assert not casts.shapes & weights
+
+
+# ---- the host's memory
+
+
+@pytest.fixture(scope="module")
+def beside(unet_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The UNet with everything it stores in a file beside it, as a large network's weights are."""
+    file = tmp_path_factory.mktemp("beside") / "step.onnx"
+    model, options = onnx.load(str(unet_file)), {"location": "step.onnx.data", "size_threshold": 0}
+    onnx.save_model(model, str(file), save_as_external_data=True, **options)
+    return file
+
+
+def host_bytes() -> int:
+    """Of all tensors in the host's memory."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.device.type == "cpu"]
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+@pytest.mark.parametrize(("device", "share"), [("meta", 0.01), ("cpu", 0.6)], ids=["on a device", "on the CPU"])
+def test_the_host_keeps_no_weight_but_those_that_it_computes_with(beside: Path, device: str, share: float) -> None:
+    """Of float32's bytes: lowered weights are half of them, and on a device none are left here."""
+    stored = beside.with_name("step.onnx.data").stat().st_size
+    assert read_graph(beside).ByteSize() < 0.2 * stored
+    before = host_bytes()
+    module = fused_module(read_graph(beside), "bfloat16", device, beside.parent)
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in random_rows(2, seed=0).items()}
+    outputs = module(inputs)
+    assert len(outputs) == 2
+    del inputs, outputs
+    assert host_bytes() - before < share * stored
+
+
+def test_weights_are_read_one_at_a_time(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is cast and moved before the next is read; lengths and factors of a Resize stay."""
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def reading(*arguments: Any) -> torch.Tensor:
+        assert all((tensor := each()) is None or tensor.numel() <= 4 for each in read)
+        tensor = tensor_of(*arguments)
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch_backend, "tensor_of", reading)
+    fused_module(read_graph(beside), "bfloat16", "meta", beside.parent)
+    assert len(read) > 50
+
+
+def test_weights_beside_a_graph_are_those_within_it(unet_file: Path, beside: Path) -> None:
+    rows = random_rows(3, seed=4)
+    engines = [TorchCudaBackend(file, step_spec(file), rungs=(4,), device="cpu") for file in (unet_file, beside)]
+    within, outside = (engine.run(rows) for engine in engines)
+    for name, array in within.items():
+        np.testing.assert_array_equal(array, outside[name])
+
+
+def test_weights_that_are_missing_are_named(beside: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(beside, tmp_path))
+    for backend in (TorchBackend, partial(TorchCudaBackend, device="cpu")):
+        with pytest.raises(BackendError, match=f"cannot be read from {tmp_path}"):
+            backend(alone, step_spec(alone))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

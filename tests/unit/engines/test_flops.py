@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -12,8 +13,9 @@ from diffusers import UNet2DConditionModel
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
+from engines.backends.load import BACKENDS, BackendName, load_graph
 from engines.bundle import verify_bundle
-from engines.ceiling import matmul_ceiling
+from engines.ceiling import CPU, GPU, matmul_ceiling, write_products
 from engines.errors import BackendError
 from engines.flops import product_flops
 
@@ -56,6 +58,30 @@ def test_a_product_of_unknown_shape_is_named(tmp_path: Path) -> None:
     node = helper.make_node("MatMul", ["a", "b"], ["y"])
     with pytest.raises(BackendError, match="shape of 'b' cannot be told"):
         product_flops(write(tmp_path / "m.onnx", node, [None, None], a=["n", 4], b=["n", "columns"]))
+
+
+@pytest.mark.parametrize(("side", "products"), [CPU, GPU], ids=["CPU", "GPU"])
+def test_the_ceiling_moves_next_to_nothing_and_counts_what_it_computes(
+    tmp_path: Path, side: int, products: int
+) -> None:
+    """A GPU computes some 20,000 FLOP in the time of a byte to or from it."""
+    file = tmp_path / "products.onnx"
+    spec = write_products(file, side, products)
+    flops = product_flops(file)
+    assert flops == 2 * side**3 * products
+    moved = sum(4 * abs(np.prod(tensor.shape)) for tensor in (*spec.inputs, *spec.outputs))
+    assert moved * 20_000 < 0.05 * flops
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ceilings_products_are_of_its_input(tmp_path: Path, backend: BackendName) -> None:
+    file = tmp_path / "products.onnx"
+    engine = load_graph(backend, file, write_products(file, 32, 3), threads=1)
+    w = onnx.numpy_helper.to_array(onnx.load(str(file)).graph.initializer[0])
+    x = np.random.default_rng(2).standard_normal((2, 1, 32), dtype=np.float32)
+    expected = np.maximum((x * w) @ w @ w @ w, 0).mean(1)
+    np.testing.assert_allclose(engine.run({"x": x})["y"], expected, atol=1e-6)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("onnxruntime", "float32"), ("openvino", "bfloat16")])

@@ -221,7 +221,8 @@ def test_what_is_reshaped_between_products_stays_in_16_bits(dtype: Lowered) -> N
         node("Add", "d whole", "out"),
     ]
     constants = {"first": floats(WIDTH, 6), "four": np.array([0, 0, 2, 3]), "second": floats(3, 3)}
-    lowered = lower_products(model_of(nodes, X, constants), dtype)
+    lowered = model_of(nodes, X, constants)
+    lower_products(lowered, dtype)
     given = {"x": torch.from_numpy(X["x"])}
     [expected] = OnnxModule(lowered, operators=FUSED)(given).values()
     keep_low(lowered.graph, dtype)
