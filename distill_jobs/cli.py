@@ -220,6 +220,13 @@ def _one_sentence_errors() -> Iterator[None]:
     except HalfstepError as error:
         errors.print(f"Error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(error.exit_code if isinstance(error, JobError) else 1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+            raise
+        told = str(error).splitlines()[0]
+        hint = "a smaller evaluation.batch_size, or a device with more memory, helps; what was finished is kept"
+        errors.print(f"Error: too little memory ({told}); {hint}", style="red", soft_wrap=True, markup=False)
+        raise typer.Exit(JobError.exit_code) from None
     except OSError as error:  # a full disk, a folder that is a file, a missing permission
         told = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
         errors.print(f"Error: {told}", style="red", soft_wrap=True, markup=False, highlight=False)

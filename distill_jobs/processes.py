@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, release_memory
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    release_memory,
+)
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -22,6 +29,9 @@ from distill_jobs.sections import ComputeSection
 from distill_jobs.sharding import shard
 
 T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(hours=6)
+"""Most time that processes wait for each other, as while the first alone copies, hashes and writes."""
 
 OF_LAUNCH = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -47,6 +57,10 @@ class Processes:
             mixed_precision="bf16" if compute.precision == "bf16" else "no",
             log_with="tensorboard",
             project_dir=str(out),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # the gradients once, not twice
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
         )
         if compute.precision == "bf16" and self.device.type == "cpu":
             # Its backward pass for a CPU takes longer in bfloat16 than all convolutions together.

@@ -18,7 +18,7 @@ from distill_jobs.errors import LockedError, RecipeError
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import changed_fields, read_recipe, without_effect
 
-BARE = {"recipe.yaml", "machine.json", "data.json", "pictures.json", ".lock", "tensorboard"}
+BARE = {"recipe.yaml", "machine.json", "data.json", "pictures.json", "given.json", ".lock", "tensorboard"}
 """What a run folder holds before anything is made that depends on its recipe."""
 
 
@@ -62,6 +62,11 @@ class RunFolder:
     def data(self) -> Path:
         """Which captioned images the run was started with."""
         return self.path / "data.json"
+
+    @property
+    def given(self) -> Path:
+        """The network of the teacher's folder that the run's own teacher was fine-tuned from."""
+        return self.path / "given.json"
 
     @property
     def learned_from(self) -> Path:
@@ -159,7 +164,7 @@ class RunFolder:
                 "or choose another --out"
             )
         if not self.recipe.is_file() or all(path.name in BARE for path in self.path.iterdir()):
-            for of_another_start in (self.machine, self.data, self.pictures):
+            for of_another_start in (self.machine, self.data, self.pictures, self.given):
                 of_another_start.unlink(missing_ok=True)
             write_text(self.recipe, recipe.to_yaml())
             return
@@ -186,6 +191,16 @@ class RunFolder:
         Raises: RecipeError when it is another.
         """
         self._keep(file, {"sha256": identity, "images": images})
+
+    def keep_given(self, teacher: Path, sha256: str) -> None:
+        """Record which network is fine-tuned, by its hash. Raises: RecipeError when it was another."""
+        if not self.given.is_file():
+            write_text(self.given, json.dumps({"folder": str(teacher), "sha256": sha256}) + "\n")
+        elif json.loads(self.given.read_text(encoding="utf-8"))["sha256"] != sha256:
+            raise RecipeError(
+                f"the network in {teacher} is not the one that the teacher in {self.path} was fine-tuned from, "
+                "here or in the run that it was taken from; give the same, or take a new --out without --from"
+            )
 
     def keep_read_by(self, source: RunFolder, teacher: str | None) -> None:
         """Record what a run read whose phases are taken. teacher: hash of its weights, None where it has none.

@@ -18,6 +18,7 @@ from distill_jobs.latent_sections import FinetuneSection, FolderTeacher, MadeTea
 from distill_jobs.objectives import Tables, both_ways, guided, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
+from distill_jobs.pipelines.encoders import network_sha256
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.probe import PROBED_ROWS, contradiction, middle, prediction_errors, unfit
 from distill_jobs.pipelines.teacher import load_network
@@ -50,6 +51,8 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
     """The folder's network, trained to give v on the recipe's schedule where it does not."""
     teacher, folder = phases.teacher, phases.folder.teacher
     assert teacher is not None
+    if section.v_finetune is not None:
+        phases.processes.first(lambda: phases.folder.keep_given(teacher.path, network_sha256(teacher)))
     if not phases.processes.first((folder / "unet").is_dir):
         _probe(phases, teacher, section.max_relative_error)
     if section.v_finetune is not None:

@@ -89,9 +89,9 @@ class TrainingState:
         [bad] = self._processes.any(not (bool(torch.isfinite(loss).all()) and bool(torch.isfinite(norm))))
         if not bad:
             self._optimizer.step()
-            if self._ema is not None:
-                self._ema.step(self._held())
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)  # before the average, which takes as much memory for a moment
+        if not bad and self._ema is not None:
+            self._ema.step(self._held())
         self.streak = self.streak + 1 if bad else 0
         self.update += 1
         return None if bad else RowLoss(loss, _joined([rows.w for rows in parts]))

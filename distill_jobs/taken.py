@@ -130,7 +130,7 @@ def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
     section, fields = recipe.teacher, _computed_anyhow(fields)
     if isinstance(section, FolderTeacher):
         if section.v_finetune is not None:
-            yield Past("v_finetune", ("teacher",), "teacher/phase.json", dict(fields))
+            yield Past("v_finetune", ("teacher", "given.json"), "teacher/phase.json", dict(fields))
         return
     if not isinstance(section, MadeTeacher):
         yield Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))

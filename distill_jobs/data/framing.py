@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
-import warnings
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from distill_jobs.data.captioned import Captioned
 from distill_jobs.errors import DataError
 
 DEEP_TO_BYTE = 65535 / 255
+THREADS = min(8, os.cpu_count() or 1)
+"""At once: decoding and resizing let other threads run."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,28 @@ class Framed:
     time_ids: Tensor
 
 
+def pixels_of(entries: Sequence[Captioned], side: int) -> Tensor:
+    """(B, 3, S, S) the images of entries, framed. Raises: DataError with the name of one that cannot be read."""
+    found = framed_all(entries, side)
+    for each in found:
+        if isinstance(each, DataError):
+            raise each
+    return torch.stack([each.pixels for each in found if isinstance(each, Framed)])
+
+
+def framed_all(entries: Sequence[Captioned], side: int) -> list[Framed | DataError]:
+    """The image of each entry, framed, or why there is none; several at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(partial(_framed_or_error, side=side), entries))
+
+
+def _framed_or_error(entry: Captioned, side: int) -> Framed | DataError:
+    try:
+        return framed(entry, side)
+    except DataError as error:
+        return error
+
+
 def framed(entry: Captioned, side: int) -> Framed:
     """The image of an entry, framed. Raises: DataError with its name."""
     try:
@@ -39,9 +66,10 @@ def framed(entry: Captioned, side: int) -> Framed:
 def frame(data: bytes, side: int) -> Framed:
     """Decode and frame an image; transparency becomes white. Raises: DataError when it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _upright(Image.open(io.BytesIO(data)))
+        opened = Image.open(io.BytesIO(data))
+        if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+            raise DataError(f"an image of {opened.width} × {opened.height} pixels; scale it down")
+        image = _upright(opened)
     except (
         OSError,
         ValueError,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import framed
+from distill_jobs.data.framing import Framed, framed_all
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import DataError, StorageError
 from distill_jobs.pipelines.vae import Encoded
@@ -48,10 +48,14 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What all rows of a cache have in common. encoders: their hash; side_px: of the framed images."""
+    """What all rows of a cache have in common.
+
+    encoders: their hash; side_px: of the framed images; zeros: whether the empty condition is zeros.
+    """
 
     encoders: str
     side_px: int
+    zeros: bool = False
 
     def shard(self, entries: Sequence[Captioned]) -> str:
         """The name of the shard of these images."""
@@ -59,7 +63,8 @@ class CacheKey:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def null(self) -> str:
-        return f"null-{hashlib.sha256(self.encoders.encode()).hexdigest()[:32]}"
+        told = f"{self.encoders} zeros" if self.zeros else self.encoders
+        return f"null-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
@@ -172,12 +177,11 @@ class CacheWriter:
     def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
         """The columns of a shard; none where no image could be read."""
         readable = []
-        for place, entry in enumerate(chunk):
-            try:
-                readable.append((place, entry.caption, framed(entry, self._key.side_px)))
-            except DataError as error:
-                if not self._skip:
-                    raise DataError(f"{error}; leave such images out with data.unreadable: skip") from None
+        for place, picture in enumerate(framed_all(chunk, self._key.side_px)):
+            if isinstance(picture, Framed):
+                readable.append((place, chunk[place].caption, picture))
+            elif not self._skip:
+                raise DataError(f"{picture}; leave such images out with data.unreadable: skip")
         parts: list[dict[str, Tensor]] = []
         for first in range(0, len(readable), ENCODED_ROWS):
             places, captions, pictures = zip(*readable[first : first + ENCODED_ROWS], strict=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import framed
+from distill_jobs.data.framing import pixels_of
 from distill_jobs.data.latent_cache import LatentCache
 from distill_jobs.data.source import Batch, Condition
 from distill_jobs.draws import Draw, Draws
@@ -40,7 +39,7 @@ class LatentSource:
     def pixels(self, draws: Draws, update: int, size: int) -> Tensor:
         """(B, 3, H, W) the images of an update's rows, in -1 … 1."""
         picked = self.cache.images(draws.indices(update, size, len(self.cache)))
-        return torch.stack([framed(self.entries[index], self.side_px).pixels for index in picked])
+        return pixels_of([self.entries[index] for index in picked], self.side_px)
 
     def captions(self, draws: Draws, update: int, size: int) -> list[str]:
         """Those of an update's rows."""

@@ -69,7 +69,7 @@ def _latents(
     progress: Progress,
     stop: StopSignal | None,
 ) -> LatentSource:
-    key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px)
+    key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px, teacher.zeros_for_empty)
     writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
     task = progress.add_task("latents", total=-(-len(entries) // processes.count), loss="")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import framed
+from distill_jobs.data.framing import pixels_of
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import RecipeError
 from distill_jobs.latent_sections import AutoencoderSection
@@ -74,7 +74,7 @@ def autoencoder_loss(section: AutoencoderSection, entries: Sequence[Captioned], 
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         device = next(network.parameters()).device
-        seen = pictures([entries[i] for i in draws.indices(update, batch, len(entries)).tolist()], side).to(device)
+        seen = pixels_of([entries[i] for i in draws.indices(update, batch, len(entries)).tolist()], side).to(device)
         shape = (batch, section.latent_channels, latent_side, latent_side)
         given_back, mean, log_variance = network(seen, draws.normal(update, shape, Draw.LATENT).to(device))
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).mean(1)
@@ -98,11 +98,6 @@ def difference(one: Tensor, other: Tensor, gradient: float) -> Tensor:
         for slope in (wrong.diff(dim=-1), wrong.diff(dim=-2)):
             total = total + gradient * slope.abs().flatten(1).mean(1)
     return total
-
-
-def pictures(entries: Sequence[Captioned], side: int) -> Tensor:
-    """(B, 3, side, side) float32 in -1 … 1. Raises: DataError naming a picture that cannot be read."""
-    return torch.stack([framed(entry, side).pixels for entry in entries])
 
 
 def save_autoencoder(vae: AutoencoderKL, folder: Path, latents: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from distill_jobs.data.captioned import Captioned
+from distill_jobs.data.framing import pixels_of
 from distill_jobs.data.open import entries_of
 from distill_jobs.draws import Draws
 from distill_jobs.latent_sections import CaptionedData, MadeTeacher
@@ -24,7 +25,6 @@ from distill_jobs.making.autoencoder import (
     AutoencoderTraining,
     autoencoder_loss,
     new_autoencoder,
-    pictures,
     save_autoencoder,
 )
 from distill_jobs.making.prompted import PromptedNetwork, PromptSource, new_text_encoder, token_ids
@@ -138,7 +138,7 @@ class _Making:
     @torch.inference_mode()
     def _reconstructions(self, autoencoder: Autoencoder) -> Image.Image:
         """Some pictures, each row of them above the one of what comes back."""
-        shown = pictures(self._entries[-SHOWN:], self._side)
+        shown = pixels_of(self._entries[-SHOWN:], self._side)
         back = autoencoder.decode(autoencoder.encode(shown).mean)
         pairs = zip(torch.split(shown, COLUMNS), torch.split(back, COLUMNS), strict=True)
         return contact_sheet([row for pair in pairs for row in pair])
@@ -154,7 +154,7 @@ class _Making:
         device, parts = next(autoencoder.parameters()).device, []
         for first in range(0, len(entries), ENCODED_ROWS):
             rows = entries[first : first + ENCODED_ROWS]
-            parts.append(autoencoder.encode(pictures(rows, self._side).to(device)))
+            parts.append(autoencoder.encode(pixels_of(rows, self._side).to(device)))
             advance(len(rows))
         means, deviations = ([getattr(part, name).half().cpu() for part in parts] for name in ("mean", "std"))
         return Encoded(torch.cat(means), torch.cat(deviations))

@@ -48,8 +48,17 @@ class Encoders:
 
 def encoders_sha256(folder: PipelineFolder) -> str:
     """Hash of everything that latents and conditions depend on: weights, configs and tokenizer files."""
+    return _parts_sha256(folder, ("vae", *folder.encoders, *folder.tokenizers))
+
+
+def network_sha256(folder: PipelineFolder) -> str:
+    """Hash of the UNet: weights and config."""
+    return _parts_sha256(folder, ("unet",))
+
+
+def _parts_sha256(folder: PipelineFolder, parts: Sequence[str]) -> str:
     digest = hashlib.sha256(folder.layout.encode())
-    for part in ("vae", *folder.encoders, *folder.tokenizers):
+    for part in parts:
         for name, file in sorted(files_read(folder.path / part).items()):
             digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
     return digest.hexdigest()

@@ -58,14 +58,14 @@ class Networks:
     """The networks of contenders on a device, the last one in memory; hashes of their weights."""
 
     device: torch.device
-    _last: tuple[Contender, UNet2DConditionModel] | None = None
-    _hashes: dict[Contender, str] = field(default_factory=dict)
+    _last: tuple[Path, UNet2DConditionModel] | None = None
+    _hashes: dict[tuple[Path, Path | None], str] = field(default_factory=dict)
 
     def of(self, contender: Contender) -> UNet2DConditionModel:
         """Raises: JobError when it is missing."""
-        if self._last is None or self._last[0] != contender:
+        if self._last is None or self._last[0] != contender.folder:
             self._last = None  # before the next one is read
-            self._last = contender, contender.load().to(self.device)
+            self._last = contender.folder, contender.load().to(self.device)
         return self._last[1]
 
     def drop(self) -> None:
@@ -74,9 +74,10 @@ class Networks:
 
     def sha256(self, contender: Contender) -> str:
         """Raises: JobError when it is missing."""
-        if contender not in self._hashes:
-            self._hashes[contender] = contender.weights_sha256()
-        return self._hashes[contender]
+        files = contender.folder, contender.unconditional
+        if files not in self._hashes:
+            self._hashes[files] = contender.weights_sha256()
+        return self._hashes[files]
 
 
 def fingerprint_of(parts: Sequence[object], tensors: Sequence[Tensor | None]) -> str:

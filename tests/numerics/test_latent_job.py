@@ -206,6 +206,20 @@ def test_half_precision_weights_take_their_plain_name(tmp_path: Path) -> None:
     assert (tmp_path / "student" / "text_encoder" / "model.safetensors").is_file()
 
 
+def test_a_teacher_that_was_fine_tuned_from_another_network_is_not_taken(
+    run: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, work = run
+    if name != "sd15":
+        pytest.skip("its teacher is not fine-tuned, or that of sd15 shows it")
+    recipe, other = read_recipe(work / "recipe.yaml"), tmp_path / "other"
+    shutil.copytree(work / "run", other)
+    given = other / "given.json"
+    given.write_text(json.dumps({**json.loads(given.read_text()), "sha256": "of the folder as it was then"}))
+    with pytest.raises(RecipeError, match="fine-tuned from"):
+        run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True), taken_from=other)
+
+
 def test_a_resumed_run_reads_its_recipe_without_the_teacher(run: tuple[str, Path]) -> None:
     _, work = run
     text = (work / "run" / "recipe.yaml").read_text()

@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 
 from distill_jobs import stage_one
 from distill_jobs.data.captioned import index_folder
+from distill_jobs.data.framing import pixels_of
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
@@ -27,7 +28,6 @@ from distill_jobs.job import run_job
 from distill_jobs.latent_sections import AutoencoderSection, TextSection
 from distill_jobs.making.autoencoder import (
     new_autoencoder,
-    pictures,
     save_autoencoder,
 )
 from distill_jobs.making.pipeline import _Making
@@ -107,7 +107,7 @@ def test_what_is_made_is_a_stock_pipeline(work: Path) -> None:
 def test_every_channel_of_the_latents_has_zero_mean_and_unit_deviation(work: Path) -> None:
     autoencoder = Autoencoder.load(open_folder(work / "run" / "teacher"))
     with torch.inference_mode():
-        encoded = autoencoder.encode(pictures(index_folder(work / "images"), 16))
+        encoded = autoencoder.encode(pixels_of(index_folder(work / "images"), 16))
     latents = encoded.sample(Draws(0, "scaling").normal(0, tuple(encoded.mean.shape)))
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(latents.shape[1]), rtol=0, atol=0.01)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(latents.shape[1]), rtol=0, atol=0.01)
@@ -209,7 +209,7 @@ def test_processes_share_the_encoding_of_an_odd_number_of_pictures(work: Path) -
         shares.append(making._encoded_by_all(autoencoder, lambda n: None).mean)
     assert [len(share) for share in shares] == [4, 4]
     with torch.inference_mode():
-        whole = autoencoder.encode(pictures(entries, 16)).mean
+        whole = autoencoder.encode(pixels_of(entries, 16)).mean
     torch.testing.assert_close(torch.cat(shares)[:7].float(), whole, rtol=1e-3, atol=1e-3)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill_jobs.data.captioned import index_folder, index_shards
-from distill_jobs.data.framing import frame, framed
+from distill_jobs.data.framing import frame, framed, pixels_of
 from distill_jobs.errors import DataError
 from tests.support import captioned_images as images
 
@@ -172,6 +172,22 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     Image.fromarray(np.array([[0, 255], [32896, 65535]], np.uint16)).save(buffer, "PNG")
     levels = (frame(buffer.getvalue(), 2).pixels[0] + 1) * 127.5
     torch.testing.assert_close(levels, torch.tensor([[0.0, 1.0], [128.0, 255.0]]))
+
+
+def test_images_read_together_come_in_their_order_or_are_named(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "images", 9))
+    each = [frame(entry.read(), 8).pixels for entry in entries]
+    assert torch.equal(pixels_of(entries, 8), torch.stack(each))
+    entries[4].file.write_bytes(b"x" * entries[4].size)
+    with pytest.raises(DataError, match=entries[4].name):
+        pixels_of(entries, 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"12 × 10 pixels|exceeds limit"):
+        frame(images.encoded(0, (12, 10)), 8)
 
 
 def test_pixels_without_a_largest_value_are_refused() -> None:

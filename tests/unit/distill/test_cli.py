@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from distill_jobs import commands
@@ -36,11 +37,12 @@ def test_only_the_first_of_several_processes_shows_progress(monkeypatch: pytest.
         (OSError(errno.ENOSPC, "No space left on device"), 6, "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 1, "Permission denied: runs"),
         (OSError("no file named model.safetensors"), 1, "no file named model.safetensors"),
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), 1, "too little memory (Tried to allocate 2 GiB)"),
     ],
-    ids=["full disk", "full disk, no name", "permission", "a library's own"],
+    ids=["full disk", "full disk, no name", "permission", "a library's own", "memory"],
 )
 def test_errors_of_the_system_are_one_sentence(
-    error: OSError, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise error

@@ -92,6 +92,16 @@ def test_what_changed_is_computed_again(tmp_path: Path) -> None:
     assert filled(writer(tmp_path, index_folder(folder))) == 3
 
 
+def test_an_empty_caption_that_is_zeros_is_another_than_an_encoded_one(tmp_path: Path) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "images", COUNT))
+    encoded, zeros = (
+        CacheWriter(tmp_path / "cache", CacheKey("e", 8, each), entries, False) for each in (False, True)
+    )
+    filled(encoded)
+    assert filled(zeros) == 0  # the images are the same
+    assert len(list((tmp_path / "cache").glob("null-*"))) == 2
+
+
 def test_an_interrupted_cache_goes_on(tmp_path: Path) -> None:
     entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
 
