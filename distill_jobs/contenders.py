@@ -172,10 +172,10 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
 
 
 def _of_stage_two(folder: RunFolder, recipe: Recipe, shape: tuple[int, int, int]) -> Iterator[Contender]:
-    """Stage one, where the chain starts from it, and the chain's students, each at the guidance it is for."""
+    """Stage one, where the chain learns from it, and the chain's students, each at the guidance it is for."""
     section, guidance = recipe.stage_two, recipe.stage_two.guidance
     student = partial(Contender, STUDENT, shape=shape, sampler=section.sampler)
-    if guidance != "at_sampling":
+    if guidance != "at_sampling" and section.first_target == "stage_one":
         yield Contender(STAGE_ONE, recipe.evaluation.teacher_steps, folder.stage_one, shape)
     for n in sorted(recipe.export.students, reverse=True):
         if guidance == "at_sampling":
