@@ -13,6 +13,7 @@ import pytest
 
 from server.app import create_app
 from server.auth import Keyring
+from server.errors import OverloadedError
 from server.jobs import JobStatus
 from server.request import DenoiseRequest
 from server.service import Service
@@ -295,6 +296,36 @@ async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
         told = (await asyncio.wait_for(follows, PATIENCE_S)).text
     assert "event: queued" in told
     assert "event: completed" not in told
+
+
+async def test_a_process_about_to_end_waits_for_a_request_that_it_is_letting_in(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backlog, looks, told = lab.store.backlog, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **kwargs: Any) -> Any:
+        looks.set()
+        await told.wait()
+        return await backlog(*args, **kwargs)
+
+    monkeypatch.setattr(lab.store, "outlives_process", True)
+    monkeypatch.setattr(lab.store, "backlog", slow)
+    service = serve()
+
+    async def ask() -> bool:
+        async with service.accepted(REQUEST):
+            return await service.idle()
+
+    asks = asyncio.create_task(ask())
+    await looks.wait()
+    service.draining.set()
+    assert not await service.idle()
+    told.set()
+    assert not await asks, "accepted, it is waited for"
+    assert await service.idle()
+    with pytest.raises(OverloadedError):
+        await ask()
+    assert await service.idle(), "what is turned away is not waited for"
 
 
 async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(
