@@ -18,6 +18,7 @@ from server.jobs import JobStatus
 from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
+from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
 from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
 from tests.support.keys import bearer, write_key_file
@@ -255,6 +256,44 @@ async def test_a_job_whose_acceptance_was_never_heard_of_is_cancelled_unless_it_
         assert lease.job.request.prompt == "two"
         again = await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))
         assert outcome(again) == (202, lease.job.id)
+
+
+@pytest.mark.parametrize("prefer", [{}, {"prefer": "wait=30"}])
+async def test_a_job_that_an_outage_hides_after_its_acceptance_is_named_all_the_same(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, prefer: dict[str, str]
+) -> None:
+    """An error would have it sent again, and made twice."""
+    async with asking(serve()) as client:
+        with monkeypatch.context() as outage:
+            outage.setattr(lab.store, "wait", away)
+            outage.setattr(lab.store, "get", away)
+            answer = await client.post(JOBS, json={"prompt": "one"}, headers=prefer)
+        assert answer.status_code == 202
+        body = answer.json()
+        (lease,) = await lab.store.claim("w", MODELS, 4)
+        url = f"http://test{JOBS}/{lease.job.id}"
+        links = {"status_url": url, "events_url": f"{url}/events", "cancel_url": url}
+        assert body == {"id": lease.job.id, "object": "job", "status": "queued", **links}
+        assert answer.headers["location"] == url
+        assert outcome(await client.get(url)) == (200, lease.job.id)
+
+
+@pytest.mark.parametrize("lost", [ResultStoreError("away"), UnreadableJobError("another version wrote it")])
+async def test_an_ended_job_whose_result_cannot_be_told_is_named_all_the_same(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def untold(*_: Any) -> Any:
+        raise lost
+
+    service = serve()
+    monkeypatch.setattr(service, "links_of", untold)
+    async with asking(service) as client:
+        waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
+        (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
+        await lab.store.finish(lease, RESULT)
+        answer = await asyncio.wait_for(waits, PATIENCE_S)
+    assert outcome(answer) == (202, lease.job.id)
+    assert answer.json()["status"] == "succeeded"
 
 
 async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, lab: Lab) -> None:
