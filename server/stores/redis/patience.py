@@ -9,8 +9,9 @@ from typing import ParamSpec, TypeVar
 
 from server.stores.base import StoreUnavailableError
 
-OUTAGE_S = 5.0
-"""Longer than a stalled fsync, a cut connection or a restart on the same machine takes."""
+OUTAGE_S = 1.0
+"""Longer than a cut connection or a stalled fsync takes; and the last read's own limit still ends within 2 s, when
+whoever waits is to be told."""
 
 RETRY_S = 0.2
 

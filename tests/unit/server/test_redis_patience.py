@@ -78,6 +78,7 @@ async def test_every_read_of_those_who_wait_is_repeated(opened: Opened) -> None:
 async def test_an_outage_that_lasts_is_told(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(monotonic=count().__next__)
     monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(patience, "OUTAGE_S", 5)
     store, redis = opened(float("inf"))
     for call in (store.until_ended("a"), store.wait("a"), told(store)):
         redis.calls.clear()
