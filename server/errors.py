@@ -99,6 +99,11 @@ def unreadable_job() -> ApiError:
     return ApiError(500, "unreadable_job", message)
 
 
+def job_gone() -> ApiError:
+    """What a request about a job gets that the store has forgotten."""
+    return ApiError(410, "gone", "This job has ended and its time is over.")
+
+
 def result_store_away() -> OverloadedError:
     """What a request gets while the result store does not answer."""
     message = "The result store does not answer; send the request again."

@@ -85,9 +85,12 @@ class JobBody(BaseModel):
     )
 
 
-class JobLinks(BaseModel):
-    """Where a job is looked at, followed and cancelled."""
+class AcceptedJobBody(BaseModel):
+    """A job, and where it is looked at, followed and cancelled."""
 
+    id: str
+    object: Literal["job"] = "job"
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
     status_url: str
     events_url: str
     cancel_url: str
@@ -106,12 +109,9 @@ class JobImageBody(BaseModel):
     )
 
 
-class JobStateBody(JobLinks):
+class JobStateBody(AcceptedJobBody):
     """A job as of now."""
 
-    id: str
-    object: Literal["job"] = "job"
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
     created: int = Field(description="Seconds since 1970.")
     queue_position: int | None = Field(description="Jobs expected to start before it, while it is queued.")
     step: int = Field(description="Steps done by its slowest image, of total_steps.")

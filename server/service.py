@@ -86,6 +86,8 @@ class Service:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
     _open: set[str] = field(default_factory=set)
+    _entering: int = 0
+    """Submissions under way that were not turned away."""
     _entrance: Entrance = field(init=False)
     _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
     """By idempotency key: its submissions, one after another."""
@@ -222,8 +224,8 @@ class Service:
         return sum(await asyncio.gather(*map(abandon, ending)))
 
     async def idle(self) -> bool:
-        """Nothing accepted here is still to be done by this process or to be answered by it."""
-        if self._open:
+        """Nothing let in here is still to be accepted, to be done by this process or to be answered by it."""
+        if self._entering or self._open:
             return False
         return self.store.outlives_process or (await self.store.backlog()).jobs == 0
 
@@ -263,12 +265,15 @@ class Service:
             base_url=options.base_url,
             trace=carrier(),
         )
+        self._entering += 1  # nothing has waited since the look at ``draining``
         try:
             async with self._entrance.open_to(job):
                 await self._spend_quota(caller, request.n)
                 return job, await self._into_store(job, key)
         except IdempotencyConflictError:
             raise _key_reused() from None
+        finally:
+            self._entering -= 1  # the caller knows of it before anything else can run
 
     async def _into_store(self, job: Job, key: IdempotencyKey | None) -> Submission:
         try:

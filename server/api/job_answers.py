@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 from starlette.requests import Request
 
 from server.api.answers import failure_error, timing_body, used_fields
 from server.api.body import base_url
-from server.job_schemas import JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
+from server.errors import job_gone
+from server.job_schemas import AcceptedJobBody, JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
 from server.jobs import JobEvent, JobState, JobStatus
 from server.schemas import ErrorDetail
 from server.service import Service
 
 
-async def job_body(service: Service, request: Request, state: JobState) -> JobStateBody:
+def accepted_body(request: Request, job_id: str, status: JobStatus) -> AcceptedJobBody:
     """request: names the host, as the client knows it, that the addresses start with."""
+    base = f"{base_url(request)}/v1/jobs/{job_id}"
+    return AcceptedJobBody(
+        id=job_id, status=status.value, status_url=base, events_url=f"{base}/events", cancel_url=base
+    )
+
+
+async def job_body(service: Service, request: Request, state: JobState) -> JobStateBody:
+    """request: as above. Raises: ResultStoreError; StoreUnavailableError."""
     job, wanted, result = state.job, state.job.request, state.result
-    base = f"{base_url(request)}/v1/jobs/{job.id}"
+    accepted = accepted_body(request, job.id, state.status)
     links = await service.links_of(state, base_url(request))
     images = [
         JobImageBody(
@@ -27,14 +35,13 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
             seed=image.seed,
             output_format=image.format,
             flagged=image.flagged,
-            url=None if image.flagged else f"{base}/images/{k}" if link is None else link.url,
+            url=None if image.flagged else f"{accepted.status_url}/images/{k}" if link is None else link.url,
             expires_at=None if link is None else link.expires_at,
         )
         for k, (image, link) in enumerate(zip(result.images if result else (), links, strict=True))
     ]
     return JobStateBody(
-        id=job.id,
-        status=state.status.value,
+        **accepted.model_dump(),
         created=int(job.created_s),
         queue_position=state.queue_position,
         step=state.step,
@@ -49,22 +56,21 @@ async def job_body(service: Service, request: Request, state: JobState) -> JobSt
         timing=timing_body(result.timing) if result else None,
         images=images,
         error=_error(state),
-        status_url=base,
-        events_url=f"{base}/events",
-        cancel_url=base,
     )
 
 
-async def job_events(service: Service, request: Request, job_id: str, after: str | None) -> AsyncIterator[str]:
-    """Server-sent events that come after ``after``, until the job has ended or is gone."""
-    state = await service.store.get(job_id)
-    with suppress(KeyError):  # gone meanwhile
-        async for event in service.store.events(job_id, after):
+async def job_events(service: Service, request: Request, state: JobState, after: str | None) -> AsyncIterator[str]:
+    """Server-sent events that come after ``after``, until the job has ended.
+
+    Raises: ApiError 410 where it was forgotten; StoreUnavailableError; UnreadableJobError; ResultStoreError.
+    """
+    try:
+        async for event in service.store.events(state.job.id, after):
             if event.terminal:
-                state = await service.store.get(job_id)
-            if state is None:
-                return
+                state = await service.store.wait(state.job.id)
             yield await _line(service, request, state, event)
+    except KeyError:
+        raise job_gone() from None
 
 
 async def _line(service: Service, request: Request, state: JobState, event: JobEvent) -> str:

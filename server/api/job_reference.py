@@ -33,7 +33,11 @@ SUBMITTED: dict[int | str, dict[str, Any]] = {
         "description": "Prefer: wait was sent, and the job ended in time",
         "links": _LINKS,
     },
-    202: {"description": "Accepted; the Location header and status_url say where to look", "links": _LINKS},
+    202: {
+        "description": "Accepted; the Location header and status_url say where to look. Without the fields of the "
+        "request where the job could not be read again",
+        "links": _LINKS,
+    },
 }
 
 JOB: dict[int | str, dict[str, Any]] = {200: {"description": "The job as of now"}}

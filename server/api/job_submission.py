@@ -16,16 +16,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.body import IMAGES_BODY_BYTES, base_url, read_object
-from server.api.job_answers import job_body
+from server.api.job_answers import accepted_body, job_body
 from server.api.job_reference import JOB_BODY, REFUSED_SUBMISSION, SUBMITTED
 from server.api.jobs import find_job
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import ApiError, InvalidRequestError
 from server.job_requests import resolve_job
-from server.job_schemas import JobBody, JobStateBody
-from server.jobs import IdempotencyKey, JobState
+from server.job_schemas import AcceptedJobBody, JobBody, JobStateBody
+from server.jobs import IdempotencyKey, JobState, JobStatus
 from server.service import JobOptions, Service
+from server.storage import ResultStoreError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
 
 MAX_WAIT_S = 60
 _MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
@@ -45,7 +47,7 @@ def job_submission_routes(service: Service) -> APIRouter:
     @router.post(
         "",
         status_code=202,
-        response_model=JobStateBody,
+        response_model=JobStateBody | AcceptedJobBody,
         responses=SUBMITTED | REFUSED_SUBMISSION,
         openapi_extra=JOB_BODY,
     )
@@ -61,12 +63,10 @@ def job_submission_routes(service: Service) -> APIRouter:
             body = validate(JobBody, fields)
             job_id = await _submit(service, body, key, base_url(request))
         wait_s = _wait_s(prefer)
-        state = await _ended_or_now(service, job_id, wait_s)
-        status = 200 if state.status.terminal and wait_s else 202
+        status, answer = await _answer(service, request, job_id, wait_s)
         headers = {"location": str(request.url_for("read_job", job_id=job_id))}
         if wait_s:
             headers["preference-applied"] = f"wait={wait_s}"
-        answer = await job_body(service, request, state)
         return Response(answer.model_dump_json(), status, headers, "application/json")
 
     return router
@@ -82,6 +82,21 @@ async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, b
     return await service.submit(
         wanted, key, JobOptions(body.priority or 0, body.deadline_ms, body.webhook_url, base)
     )
+
+
+async def _answer(service: Service, request: Request, job_id: str, wait_s: int) -> tuple[int, AcceptedJobBody]:
+    """Status and body once there is a job.
+
+    Where it cannot be read its id is told all the same: after an error it would be sent again and made twice.
+    """
+    known = JobStatus.QUEUED
+    try:
+        state = await _ended_or_now(service, job_id, wait_s)
+        known = state.status
+        body = await job_body(service, request, state)
+    except (StoreUnavailableError, ResultStoreError, UnreadableJobError):
+        return 202, accepted_body(request, job_id, known)
+    return 200 if known.terminal and wait_s else 202, body
 
 
 async def _ended_or_now(service: Service, job_id: str, wait_s: int) -> JobState:

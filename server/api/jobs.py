@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from server.api.answers import withheld
-from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive
+from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive, with_error_event
 from server.api.job_answers import job_body, job_events
 from server.api.job_reference import EVENTS, IMAGE, JOB, REFUSED, UNKNOWN
 from server.auth import current_caller
-from server.errors import ApiError, InvalidRequestError, NotFoundError, not_worth_a_retry
+from server.errors import ApiError, InvalidRequestError, NotFoundError, job_gone, not_worth_a_retry
 from server.job_schemas import JobStateBody
 from server.jobs import EncodedImage, JobState, JobStatus
 from server.request import media_type
@@ -61,10 +61,10 @@ def job_routes(service: Service) -> APIRouter:
         last_event_id: Annotated[str | SkipJsonSchema[None], _LAST_EVENT_ID] = None,
     ) -> Response:
         """What happens to a job, from its start or from an event on, as server-sent events."""
-        await find_job(service, job_id)
+        state = await find_job(service, job_id)
         if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
-        lines = job_events(service, request, job_id, last_event_id)
+        lines = with_error_event(job_events(service, request, state, last_event_id))
         # Where other processes go on, one of them replays from the last id.
         return StreamingResponse(kept_alive(lines, service.leaving), media_type=EVENT_STREAM, headers=HEADERS)
 
@@ -78,7 +78,7 @@ async def find_job(service: Service, job_id: str) -> JobState:
     if state is not None and state.job.tenant == tenant:
         return state
     if service.signer.made_job_id(tenant, job_id):
-        raise ApiError(410, "gone", "This job has ended and its time is over.")
+        raise job_gone()
     raise NotFoundError("job_not_found", "There is no such job.")
 
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
 from fastapi import APIRouter
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -15,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import base_url, client_gone, read_object
 from server.api.disconnection import cancelled_when_gone
-from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive
+from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive, with_error_event
 from server.api.multipart import read_form
 from server.api.reference import (
     EDIT_BODY,
@@ -26,7 +25,7 @@ from server.api.reference import (
 )
 from server.api.validation import form_values, validate
 from server.catalogue import Model
-from server.errors import ApiError, InvalidRequestError, result_store_away, store_away, unreadable_job
+from server.errors import InvalidRequestError
 from server.fitting import alpha_is_edit
 from server.jobs import JobStatus
 from server.request import DenoiseRequest
@@ -42,8 +41,6 @@ from server.schemas import (
     StepsBody,
 )
 from server.service import Service
-from server.storage import ResultStoreError
-from server.stores.base import StoreUnavailableError, UnreadableJobError
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -115,48 +112,27 @@ async def _stream(service: Service, request: Request, wanted: DenoiseRequest) ->
 
     async def events() -> AsyncIterator[str]:
         async with cancelled_when_gone(service, request, job_id):
-            async for event in _events(service, job_id, wanted, base_url(request)):
-                yield event
+            async for line in with_error_event(_images_as_made(service, job_id, wanted, base_url(request))):
+                yield line
 
     return _AcceptedStream(accepted, events())
 
 
-async def _events(service: Service, job_id: str, wanted: DenoiseRequest, base: str) -> AsyncIterator[str]:
-    """Of an answer under way, whose status is sent: whatever goes wrong from here on is an event."""
-    try:
-        async for event in _images_as_made(service, job_id, wanted, base):
-            yield _event(event.type, event)
-    except ResultStoreError:
-        yield _error(result_store_away())
-    except (StoreUnavailableError, KeyError):  # away; or it came back without what it held
-        yield _error(store_away())
-    except UnreadableJobError:
-        yield _error(unreadable_job())
-    except ApiError as error:
-        yield _error(error)
-
-
-async def _images_as_made(
-    service: Service, job_id: str, wanted: DenoiseRequest, base: str
-) -> AsyncIterator[PartialImageEvent | CompletedEvent]:
+async def _images_as_made(service: Service, job_id: str, wanted: DenoiseRequest, base: str) -> AsyncIterator[str]:
     sent: set[tuple[int, int]] = set()
     async for told in service.store.events(job_id):
         preview = told.preview
         if preview is not None and (preview.image, preview.index) not in sent:  # an attempt after the first repeats
             sent.add((preview.image, preview.index))
-            yield partial_event(preview, wanted)
+            yield _event(partial_event(preview, wanted))
     state = await service.store.wait(job_id)
     links = await service.links_of(state, base)
     for event in list(completed_events(state, service.catalogue, links)):
-        yield event
+        yield _event(event)
 
 
-def _error(error: ApiError) -> str:
-    return f"data: {error.payload().decode()}\n\n"
-
-
-def _event(name: str, body: BaseModel) -> str:
-    return f"event: {name}\ndata: {body.model_dump_json()}\n\n"
+def _event(body: PartialImageEvent | CompletedEvent) -> str:
+    return f"event: {body.type}\ndata: {body.model_dump_json()}\n\n"
 
 
 def _model_body(model: Model) -> ModelBody:

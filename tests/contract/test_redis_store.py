@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from server.jobs import IdempotencyKey, JobStatus
 from server.stores.base import UnreadableJobError
+from server.stores.redis import patience
 from server.stores.redis.store import RedisStore
 from tests.contract.lab import FAILURE, MODELS, RESULT, Lab, job, status
 from tests.contract.redis_lab import PREFIX, SLOW_MACHINE_S, make_older
@@ -64,7 +65,10 @@ async def test_everything_survives_the_server_being_killed(server: RedisServer, 
     assert (await store.backlog()).jobs == 1
 
 
-async def test_a_server_that_hangs_is_noticed_and_forgiven(server: RedisServer, store: RedisStore) -> None:
+async def test_a_server_that_hangs_is_noticed_and_forgiven(
+    server: RedisServer, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "OUTAGE_S", 1.0)
     await store.submit(job("a"))
     patient, store = store, RedisStore(server.url, LEASE_S, TTL_S, prefix=PREFIX)
     waiting = asyncio.create_task(store.wait("a"))
@@ -85,6 +89,28 @@ async def test_a_server_that_hangs_is_noticed_and_forgiven(server: RedisServer, 
     await patient.ping()
     assert await status(Lab(patient, None), "a") is JobStatus.QUEUED  # type: ignore[arg-type]
     await store.close()
+
+
+async def test_those_who_wait_bear_a_restart_of_the_server(
+    server: RedisServer, store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "OUTAGE_S", SLOW_MACHINE_S)
+
+    async def history() -> list[str]:
+        return [event.type async for event in store.events("a")]
+
+    await store.submit(job("a"))
+    (lease,) = await store.claim("w", MODELS, 1)
+    waiting, following = asyncio.create_task(store.wait("a")), asyncio.create_task(history())
+    await asyncio.sleep(0)
+    server.kill()
+    with pytest.raises(OSError, match="does not answer"):
+        await store.ping()
+    await asyncio.wait([waiting, following], timeout=0.5)
+    server.start()
+    assert await store.finish(lease, RESULT)
+    assert (await waiting).status is JobStatus.SUCCEEDED
+    assert await following == ["queued", "running", "succeeded"]
 
 
 async def test_connections_cut_by_the_server_are_made_again(server: RedisServer, store: RedisStore) -> None:

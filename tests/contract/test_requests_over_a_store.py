@@ -13,10 +13,12 @@ import pytest
 
 from server.app import create_app
 from server.auth import Keyring
+from server.errors import OverloadedError
 from server.jobs import JobStatus
 from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
+from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
 from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
 from tests.support.keys import bearer, write_key_file
@@ -256,6 +258,44 @@ async def test_a_job_whose_acceptance_was_never_heard_of_is_cancelled_unless_it_
         assert outcome(again) == (202, lease.job.id)
 
 
+@pytest.mark.parametrize("prefer", [{}, {"prefer": "wait=30"}])
+async def test_a_job_that_an_outage_hides_after_its_acceptance_is_named_all_the_same(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, prefer: dict[str, str]
+) -> None:
+    """An error would have it sent again, and made twice."""
+    async with asking(serve()) as client:
+        with monkeypatch.context() as outage:
+            outage.setattr(lab.store, "wait", away)
+            outage.setattr(lab.store, "get", away)
+            answer = await client.post(JOBS, json={"prompt": "one"}, headers=prefer)
+        assert answer.status_code == 202
+        body = answer.json()
+        (lease,) = await lab.store.claim("w", MODELS, 4)
+        url = f"http://test{JOBS}/{lease.job.id}"
+        links = {"status_url": url, "events_url": f"{url}/events", "cancel_url": url}
+        assert body == {"id": lease.job.id, "object": "job", "status": "queued", **links}
+        assert answer.headers["location"] == url
+        assert outcome(await client.get(url)) == (200, lease.job.id)
+
+
+@pytest.mark.parametrize("lost", [ResultStoreError("away"), UnreadableJobError("another version wrote it")])
+async def test_an_ended_job_whose_result_cannot_be_told_is_named_all_the_same(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
+    async def untold(*_: Any) -> Any:
+        raise lost
+
+    service = serve()
+    monkeypatch.setattr(service, "links_of", untold)
+    async with asking(service) as client:
+        waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
+        (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
+        await lab.store.finish(lease, RESULT)
+        answer = await asyncio.wait_for(waits, PATIENCE_S)
+    assert outcome(answer) == (202, lease.job.id)
+    assert answer.json()["status"] == "succeeded"
+
+
 async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, lab: Lab) -> None:
     """All look at the queue before the first is in it."""
     service = serve(max_queued_rows=10)
@@ -295,6 +335,36 @@ async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
         told = (await asyncio.wait_for(follows, PATIENCE_S)).text
     assert "event: queued" in told
     assert "event: completed" not in told
+
+
+async def test_a_process_about_to_end_waits_for_a_request_that_it_is_letting_in(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backlog, looks, told = lab.store.backlog, asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any, **kwargs: Any) -> Any:
+        looks.set()
+        await told.wait()
+        return await backlog(*args, **kwargs)
+
+    monkeypatch.setattr(lab.store, "outlives_process", True)
+    monkeypatch.setattr(lab.store, "backlog", slow)
+    service = serve()
+
+    async def ask() -> bool:
+        async with service.accepted(REQUEST):
+            return await service.idle()
+
+    asks = asyncio.create_task(ask())
+    await looks.wait()
+    service.draining.set()
+    assert not await service.idle()
+    told.set()
+    assert not await asks, "accepted, it is waited for"
+    assert await service.idle()
+    with pytest.raises(OverloadedError):
+        await ask()
+    assert await service.idle(), "what is turned away is not waited for"
 
 
 async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(

@@ -37,6 +37,7 @@ from server.stores.base import StoreUnavailableError, UnreadableJobError
 from server.stores.redis import wire
 from server.stores.redis.connections import ANSWER_S, connect
 from server.stores.redis.errors import translated
+from server.stores.redis.patience import patiently
 from server.stores.redis.scripts import Scripts
 from server.stores.redis.signals import ARRIVED, Signals, signalled
 
@@ -58,8 +59,9 @@ _LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
 class RedisStore:
     """url: ``redis://`` or ``rediss://``; lease_s and result_ttl_s: see Settings; prefix: of every key.
 
-    No call is sent twice: after a lost answer nobody knows whether it took effect, so the caller is told
-    (StoreUnavailableError) and decides. Raises: ValueError when the URL is none.
+    No transition is sent twice: after a lost answer nobody knows whether it took effect, so the caller is told
+    (StoreUnavailableError) and decides. Those who wait for a job or follow it read again for a while, see
+    ``patiently``. Raises: ValueError when the URL is none.
     """
 
     outlives_process = True
@@ -144,14 +146,14 @@ class RedisStore:
 
     async def wait(self, job_id: str) -> JobState:
         await self.until_ended(job_id)
-        state = await self.get(job_id)
+        state = await patiently(self.get, job_id)
         if state is None:
             raise KeyError(job_id)
         return state
 
     async def until_ended(self, job_id: str) -> None:
         with self._signals.on(f"!{job_id}") as ended, suppress(KeyError):
-            while not (await self._status(job_id)).terminal:
+            while not (await patiently(self._status, job_id)).terminal:
                 await signalled(ended, LOOK_S)
 
     async def ends(self, job_ids: Iterable[str]) -> dict[str, End]:
@@ -169,9 +171,8 @@ class RedisStore:
         start = "-" if after is None else f"({after}"
         with self._signals.on(job_id) as told:
             while True:
-                status = await self._status(job_id)
-                history = self._key("events", job_id)
-                found = await _ask(self._redis.xrange(history, start, "+", EVENTS_AT_ONCE))
+                status = await patiently(self._status, job_id)
+                found = await patiently(self._history, job_id, start)
                 for entry, fields in found:
                     event = wire.event_from(entry, fields)
                     start = f"({event.id}"
@@ -245,6 +246,9 @@ class RedisStore:
         if status is None:
             raise KeyError(job_id)
         return JobStatus(status.decode())
+
+    async def _history(self, job_id: str, start: str) -> Any:
+        return await _ask(self._redis.xrange(self._key("events", job_id), start, "+", EVENTS_AT_ONCE))
 
     async def _readable(self, replies: Sequence[wire.Reply], worker: str) -> list[Lease]:
         """The leases among them. A job that cannot be read fails alone: it would end one worker after another."""

@@ -17,7 +17,8 @@ from server.app import create_app
 from server.costs import Offer
 from server.jobs import POISON, Backlog, IdempotencyKey, Job, JobEvent, JobFailure, Submission
 from server.service import Service
-from server.stores.base import StoreUnavailableError
+from server.storage import ResultStoreError
+from server.stores.base import StoreUnavailableError, UnreadableJobError
 from tests.support.offline import offline_client, offline_service
 
 URL = "/v1/images/generations"
@@ -146,6 +147,31 @@ def test_a_store_that_goes_away_ends_a_stream_with_an_error_event(
     assert answer.status_code == 200
     (line,) = [line for line in answer.text.splitlines() if line]
     assert json.loads(line.removeprefix("data: "))["error"]["code"] == "store_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("lost", "code"),
+    [
+        (StoreUnavailableError("away"), "store_unavailable"),
+        (ResultStoreError("away"), "result_store_unavailable"),
+        (UnreadableJobError("another version wrote it"), "unreadable_job"),
+        (KeyError("forgotten"), "gone"),
+    ],
+)
+def test_what_goes_wrong_while_a_job_is_followed_is_its_last_event(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch, lost: Exception, code: str
+) -> None:
+    async def events(job_id: str, after: str | None) -> AsyncIterator[JobEvent]:
+        yield JobEvent(id="1", type="queued", step=0)
+        raise lost
+
+    job = client.post("/v1/jobs", json={"prompt": "seven"}).json()
+    monkeypatch.setattr(service.store, "events", events)
+    answer = client.get(job["events_url"])
+    assert answer.status_code == 200
+    first, last = answer.text.rstrip().split("\n\n")
+    assert "event: queued" in first
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
 
 
 def test_a_model_without_workers_takes_no_room_from_others(service: Service, client: TestClient) -> None:
