@@ -41,7 +41,8 @@ def draw_here(bundle: Path, wish: Wish, told: Told) -> list[tuple[int, bytes]]:
             request = resolve(validate(GenerationBody, wish.fields), catalogue)
         else:
             body = validate(EditBody, wish.fields)
-            request = resolve_edit(body, _read(wish.image), _maybe(wish.mask), alpha_is_edit, catalogue)
+            edit = resolve_edit(body, catalogue, masked=wish.mask is not None)
+            request = edit.with_files(_read(wish.image), _maybe(wish.mask), alpha_is_edit)
     except ApiError as error:
         raise GenerateError(error.message) from None
     work = Work(Lease(job=Job(id="here", request=request, cost_s=0), worker="here", attempt=1, queued_ms=0), 0.0)
