@@ -77,14 +77,22 @@ class Entrance:
         Raises: OverloadedError; RateError where the tenant's share is full; StoreUnavailableError.
         """
         with self._arrivals.looking() as unseen:
-            shared = self.keyring is not None and len(self.keyring.tenants) > 1
-            own = await self.store.backlog(job.tenant) if shared else None
-            work = await self.store.backlog(models=self.costs.sharing(job.request.model)[1])
-            # From here to where the job is known to be entering nothing waits.
-            self._check_room(job, own, work, unseen())
+            await self._look(job, unseen)
             entering = self._arrivals.entering(job)
         with entering:
             yield
+
+    async def check(self, job: Job) -> None:
+        """Whether it would be let in now. Raises: as ``open_to``."""
+        with self._arrivals.looking() as unseen:
+            await self._look(job, unseen)
+
+    async def _look(self, job: Job, unseen: Callable[[], list[Job]]) -> None:
+        shared = self.keyring is not None and len(self.keyring.tenants) > 1
+        own = await self.store.backlog(job.tenant) if shared else None
+        work = await self.store.backlog(models=self.costs.sharing(job.request.model)[1])
+        # From here to where a job that is let in is known to be entering nothing waits.
+        self._check_room(job, own, work, unseen())
 
     def _check_room(self, job: Job, own: Backlog | None, work: Backlog, unseen: Sequence[Job]) -> None:
         """own: the tenant's, None where it has no share of its own; unseen: jobs to be added to both."""

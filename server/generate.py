@@ -41,7 +41,8 @@ def draw_here(bundle: Path, wish: Wish, told: Told) -> list[tuple[int, bytes]]:
             request = resolve(validate(GenerationBody, wish.fields), catalogue)
         else:
             body = validate(EditBody, wish.fields)
-            request = resolve_edit(body, _read(wish.image), _maybe(wish.mask), alpha_is_edit, catalogue)
+            edit = resolve_edit(body, catalogue, masked=wish.mask is not None)
+            request = edit.with_files(_read(wish.image), _maybe(wish.mask), alpha_is_edit)
     except ApiError as error:
         raise GenerateError(error.message) from None
     work = Work(Lease(job=Job(id="here", request=request, cost_s=0), worker="here", attempt=1, queued_ms=0), 0.0)
@@ -61,10 +62,14 @@ def draw_here(bundle: Path, wish: Wish, told: Told) -> list[tuple[int, bytes]]:
 
 
 def draw_there(url: str, key: str | None, wish: Wish, told: Told) -> list[tuple[int, bytes]]:
-    """(seed, file) of each image, made by the server at ``url``. key: an API key. Raises: GenerateError."""
+    """(seed, file) of each image, made by the server at ``url``, but for those its safety check withheld.
+
+    key: an API key. Raises: GenerateError.
+    """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     images = int(wish.fields.get("n", 1))
     made: list[tuple[int, bytes]] = []
+    withheld = 0
     told(0, images)
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S) as client:
@@ -72,14 +77,17 @@ def draw_there(url: str, key: str | None, wish: Wish, told: Told) -> list[tuple[
                 if "error" in event:
                     raise GenerateError(str(event["error"]["message"]))
                 if event["type"].endswith(".completed"):
-                    made.append((event["seed"], base64.b64decode(event["b64_json"])))
-                    told(len(made), images)
+                    if event.get("flagged"):
+                        withheld += 1
+                    else:
+                        made.append((event["seed"], base64.b64decode(event["b64_json"])))
+                    told(len(made) + withheld, images)
     except (httpx.UnsupportedProtocol, httpx.InvalidURL):
         raise GenerateError(f"{url} is no address of a server; one is http://127.0.0.1:8000") from None
     except (httpx.HTTPError, ValueError, KeyError) as error:
         message = f"{url} gave no images ({type(error).__name__}); is a halfstep server running there?"
         raise GenerateError(message) from None
-    if len(made) < images:
+    if len(made) + withheld < images:
         raise GenerateError(f"{url} ended its answer before every image had come; try again")
     return made
 

@@ -57,7 +57,10 @@ def generate(
         wish = _wish(fields, image, mask, output)
         if n == 1:
             _check_free([output], force)
-        _save(_drawn(wish, url, api_key, bundle), output, force)
+        drawn = _drawn(wish, url, api_key, bundle)
+        _save(drawn, output, force, single=n == 1)
+        if withheld := n - len(drawn):
+            _err.print(f"The server's safety check withheld {withheld} of {n} images.")
     except (HalfstepError, OSError) as error:
         _err.print(f"Error: {error}", markup=False)
         raise typer.Exit(1) from None
@@ -75,7 +78,7 @@ def _wish(fields: dict[str, Any], image: Path | None, mask: Path | None, output:
 
 
 def _drawn(wish: Wish, url: str | None, api_key: str | None, bundle: Path) -> list[tuple[int, bytes]]:
-    """(seed, file) of each image, made while a bar tells how far it is."""
+    """(seed, file) of each image that was not withheld, made while a bar tells how far it is."""
     from server.generate import draw_here, draw_there  # noqa: PLC0415 - so that --help answers at once
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
@@ -89,8 +92,7 @@ def _drawn(wish: Wish, url: str | None, api_key: str | None, bundle: Path) -> li
         return draw_here(bundle, wish, told) if url is None else draw_there(url, api_key, wish, told)
 
 
-def _save(images: list[tuple[int, bytes]], output: Path, force: bool) -> None:
-    single = len(images) == 1
+def _save(images: list[tuple[int, bytes]], output: Path, force: bool, *, single: bool) -> None:
     paths = [output if single else output.with_stem(f"{output.stem}-{seed}") for seed, _ in images]
     _check_free(paths, force)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from server.fitting import white_is_edit
 from server.images import decode_file
 from server.job_schemas import JobBody
 from server.request import DenoiseRequest
-from server.resolve import resolve, resolve_edit
+from server.resolve import Edit, resolve, resolve_edit
 from server.schemas import EditBody, GenerationBody
 
 _EDITS: tuple[Task, ...] = ("edit", "inpaint")
@@ -29,19 +29,24 @@ _FILES = ("image", "mask")
 _JOB_FIELDS = {"task", "priority", "deadline_ms", "webhook_url"}
 
 
-def resolve_job(body: JobBody, catalogue: Catalogue) -> DenoiseRequest:
-    """Decodes the files, so where there is an image call it beside the event loop.
+def resolve_job(body: JobBody, catalogue: Catalogue) -> DenoiseRequest | Edit:
+    """The request, or the edit that ``with_files_of`` completes.
 
-    Raises: InvalidRequestError, NotFoundError, ApiError as ``resolve_edit``; missing_field and unsupported_value
-    for a field that the task needs or does not have.
+    Raises: InvalidRequestError, NotFoundError as ``resolve`` and ``resolve_edit``; missing_field and
+    unsupported_value for a field that the task needs or does not have.
     """
     _check_fields(body)
     texts = body.model_dump(exclude=_JOB_FIELDS | set(_FILES), exclude_none=True)
     if body.image is None:
         return resolve(GenerationBody(**texts, stream=True), catalogue)  # previews are events of the job
-    image = decode_file(body.image, "image")
+    return resolve_edit(EditBody(**texts, stream=True), catalogue, masked=body.mask is not None)
+
+
+def with_files_of(body: JobBody, edit: Edit) -> DenoiseRequest:
+    """Decodes the body's files, so call it beside the event loop. Raises: as ``decode_file`` and ``fit_image``."""
+    image = decode_file(body.image or "", "image")
     mask = None if body.mask is None else decode_file(body.mask, "mask")
-    return resolve_edit(EditBody(**texts, stream=True), image, mask, white_is_edit, catalogue)
+    return edit.with_files(image, mask, white_is_edit)
 
 
 def _check_fields(body: JobBody) -> None:

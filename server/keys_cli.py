@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from server.auth import KeyFile, KeyFileError, Scope, new_key, read_keys, write_keys
-from server.settings import Settings
+from engines.errors import HalfstepError
+from server.auth import KeyFile, Scope, new_key, read_keys, write_keys
+from server.flags import read_settings
 
 ParametersT = ParamSpec("ParametersT")
 
@@ -32,7 +33,7 @@ def _one_sentence(command: Callable[ParametersT, None]) -> Callable[ParametersT,
     def run(*args: ParametersT.args, **kwargs: ParametersT.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except KeyFileError as error:
+        except HalfstepError as error:  # of the settings or the file
             _fail(str(error))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
@@ -57,7 +58,7 @@ def new(
 ) -> None:
     """Make a key, keep its hash, and print the key, which cannot be shown again."""
     path = _file(api_keys)
-    expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
+    expires = None if expires_days is None else _in_days(expires_days)
     key, kept = new_key(tenant, scope or [Scope.GENERATE, Scope.READ], expires, rate, quota)
     keys = read_keys(path).keys if path.exists() else ()
     write_keys(path, KeyFile(keys=(*keys, kept)))
@@ -91,8 +92,15 @@ def revoke(
     write_keys(path, KeyFile(keys=left))
 
 
+def _in_days(days: float) -> datetime:
+    try:
+        return datetime.now(UTC) + timedelta(days=days)
+    except OverflowError:
+        _fail("--expires-days ends beyond the calendar; leave it out for a key that never expires.")
+
+
 def _file(given: Path | None) -> Path:
-    path = given or Settings().api_keys
+    path = given or read_settings().api_keys
     if path is None:
         _fail("Name the file of API keys with --api-keys FILE, or in HALFSTEP_API_KEYS.")
     return path

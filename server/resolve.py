@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engines.errors import RequestError
@@ -30,45 +31,55 @@ def resolve(body: GenerationBody, catalogue: Catalogue) -> DenoiseRequest:
     return DenoiseRequest(**_shared(body, model), width=width, height=height)
 
 
-def resolve_edit(
-    body: EditBody,
-    image: bytes,
-    mask: bytes | None,
-    rule: MaskRule,
-    catalogue: Catalogue,
-    *,
-    fit: Fit = "crop",
-    invert: bool = False,
-) -> DenoiseRequest:
-    """An edit, or with a mask an inpainting; decodes the files, so call it beside the event loop.
+@dataclass(frozen=True)
+class Edit:
+    """An edit or inpainting as far as it is known before its files are decoded.
 
-    rule: what of the mask is edited, the rest with invert; fit: how the image comes to the size.
-    Raises: as ``resolve``, and as ``fit_image``.
+    outline: the request without them, at the first of ``sizes``, those its image may be brought to.
     """
+
+    outline: DenoiseRequest
+    sizes: tuple[Size, ...]
+
+    def with_files(
+        self, image: bytes, mask: bytes | None, rule: MaskRule, *, fit: Fit = "crop", invert: bool = False
+    ) -> DenoiseRequest:
+        """The whole request. Decodes the files, so call it beside the event loop.
+
+        rule: what of the mask is edited, the rest with invert; fit: how the image comes to the size.
+        Raises: as ``fit_image``.
+        """
+
+        def choose(width: int, height: int) -> Size:
+            return nearest_size(self.sizes, width, height)
+
+        fitted = fit_image(image, mask, rule, choose, fit=fit, invert=invert)
+        found = {
+            "width": fitted.size.width,
+            "height": fitted.size.height,
+            "image": fitted.image,
+            "mask": fitted.mask,
+        }
+        return DenoiseRequest(**(dict(self.outline) | found))
+
+
+def resolve_edit(body: EditBody, catalogue: Catalogue, *, masked: bool) -> Edit:
+    """An edit, or masked an inpainting. Raises: as ``resolve``."""
     model = catalogue.find(body.model)
-    task: Task = "edit" if mask is None else "inpaint"
+    task: Task = "inpaint" if masked else "edit"
     if task not in model.manifest.tasks:
         offered = ", ".join(model.manifest.tasks)
         message = f"This model has no task {task}; it has {offered}."
         raise InvalidRequestError("unsupported_value", message, param="model")
     shared = _shared(body, model)
     student = find_student(model.manifest, shared["steps"], shared["sampler"])
-    entry = _entry(body, model, student, masked=mask is not None)
+    entry = _entry(body, model, student, masked=masked)
     sizes = model.manifest.sizes if body.size in (None, "auto") else (_found_size(body.size or "", model),)
-
-    def choose(width: int, height: int) -> Size:
-        return nearest_size(sizes, width, height)
-
-    fitted = fit_image(image, mask, rule, choose, fit=fit, invert=invert)
-    return DenoiseRequest(
-        **shared,
-        **entry,
-        task=task,
-        width=fitted.size.width,
-        height=fitted.size.height,
-        image=fitted.image,
-        mask=fitted.mask,
+    # Not validated before its files are there, which its task requires.
+    outline = DenoiseRequest.model_construct(
+        **shared, **entry, task=task, width=sizes[0].width, height=sizes[0].height
     )
+    return Edit(outline, sizes)
 
 
 def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from asyncio import Lock
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -47,6 +47,9 @@ DRAINING = JobFailure(
 ENGINE_DOWN = JobFailure(
     code="engine_down", message="The engine of this server has ended; send the request again.", retry_after_s=1.0
 )
+
+DECODES_AT_ONCE = 2
+"""Edits whose files are decoded at a time: at the largest size each takes some 0.3 GiB."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Service:
     _entering: int = 0
     """Submissions under way that were not turned away."""
     _entrance: Entrance = field(init=False)
+    _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODES_AT_ONCE))
     _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
     """By idempotency key: its submissions, one after another."""
 
@@ -99,6 +103,24 @@ class Service:
         self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store, self.links)
         self.counts = RequestCounts(self.metrics, self.store)
         self._entrance = Entrance(self.admission, self.store, self.costs, self.keyring)
+
+    async def decoded(
+        self,
+        outline: DenoiseRequest,
+        decode: Callable[[], DenoiseRequest],
+        key: IdempotencyKey | None = None,
+        options: JobOptions = NO_OPTIONS,
+    ) -> DenoiseRequest:
+        """What ``decode`` makes of a request's files, beside the event loop and ``DECODES_AT_ONCE`` at a time.
+
+        outline: the request without them. Where that would be refused nothing is decoded, unless its key was used
+        before.
+        Raises: OverloadedError, RateError and InvalidRequestError as ``submit``; what ``decode`` raises.
+        """
+        await self._check_room(outline, key, options)  # no refusal waits for the decoding of others
+        async with self._decoding:
+            await self._check_room(outline, key, options)  # which may have taken the room meanwhile
+            return await asyncio.to_thread(decode)
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -243,17 +265,8 @@ class Service:
     async def _submit(
         self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
     ) -> tuple[Job, Submission]:
+        self._check_open(request)
         caller = current_caller.get()
-        if request.stored and self.files is None:
-            message = (
-                "response_format url needs a result store, which this server has not (HALFSTEP_RESULT_STORE); "
-                "leave the field out."
-            )
-            raise InvalidRequestError("unsupported_value", message, param="response_format")
-        if self.engine_down:
-            raise _refusal(ENGINE_DOWN)
-        if self.draining.is_set():
-            raise _refusal(DRAINING)
         job = Job(
             id=self.signer.new_job_id(caller.tenant),
             request=request,
@@ -274,6 +287,34 @@ class Service:
             raise _key_reused() from None
         finally:
             self._entering -= 1  # the caller knows of it before anything else can run
+
+    async def _check_room(self, outline: DenoiseRequest, key: IdempotencyKey | None, options: JobOptions) -> None:
+        """Raises: what ``_submit`` would, but for quotas, which only what is let in spends."""
+        job = Job.model_construct(  # not validated, as the outline has no files
+            id="",
+            request=outline,
+            cost_s=self.admission.cost_s(outline),
+            tenant=current_caller.get().tenant,
+            deadline_ms=options.deadline_ms,
+        )
+        try:
+            self._check_open(outline)
+            await self._entrance.check(job)
+        except (OverloadedError, RateError):
+            if key is None or await self.store.find_key(key.tenant, key.key) is None:
+                raise
+
+    def _check_open(self, request: DenoiseRequest) -> None:
+        if request.stored and self.files is None:
+            message = (
+                "response_format url needs a result store, which this server has not (HALFSTEP_RESULT_STORE); "
+                "leave the field out."
+            )
+            raise InvalidRequestError("unsupported_value", message, param="response_format")
+        if self.engine_down:
+            raise _refusal(ENGINE_DOWN)
+        if self.draining.is_set():
+            raise _refusal(DRAINING)
 
     async def _into_store(self, job: Job, key: IdempotencyKey | None) -> Submission:
         try:

@@ -23,6 +23,8 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 CONDITION_CACHE_ENTRIES = 1024
+CONDITION_CACHE_BYTES = 64 * 1024 * 1024
+"""Of one model: some 280 prompts of SD 1.5, 106 of SDXL."""
 
 _log = structlog.get_logger()
 
@@ -57,12 +59,19 @@ def failure_of(error: Exception) -> JobFailure:
 
 
 class Conditions:
-    """Prompt embeddings of one pipeline, the most recent kept."""
+    """Prompt embeddings of one pipeline, the most recent kept: up to so many entries and bytes."""
 
-    def __init__(self, pipeline: Pipeline, entries: int = CONDITION_CACHE_ENTRIES) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        max_entries: int = CONDITION_CACHE_ENTRIES,
+        max_bytes: int = CONDITION_CACHE_BYTES,
+    ) -> None:
         self._pipeline = pipeline
-        self._entries = entries
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
         self._cache: OrderedDict[str, Floats] = OrderedDict()
+        self._bytes = 0
 
     def get(self, prompts: Sequence[str]) -> dict[str, Floats | Exception]:
         """(T, D) of every distinct prompt, or why it has none; the misses run as one batch."""
@@ -83,14 +92,16 @@ class Conditions:
         return found
 
     def _encode(self, prompts: Sequence[str]) -> list[Floats]:
-        return list(self._pipeline.condition(prompts))
+        """Copies, as a view would keep the whole batch in memory."""
+        return [condition.copy() for condition in self._pipeline.condition(prompts)]
 
     def _remember(self, prompt: str, condition: Floats | Exception) -> None:
         if isinstance(condition, Exception):
             return
         self._cache[prompt] = condition
-        if len(self._cache) > self._entries:
-            self._cache.popitem(last=False)
+        self._bytes += condition.nbytes
+        while len(self._cache) > self._max_entries or self._bytes > self._max_bytes:
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
 def encode_images(pipeline: Pipeline, works: Sequence[Work]) -> dict[str, Encoded | Exception]:

@@ -13,22 +13,38 @@ from typing import Any, NoReturn
 from server.errors import InvalidRequestError
 
 MAX_NUMBER_CHARS = 64
+MAX_VALUES = 10_000
+"""Commas, and brackets that open, of a body, those in its texts included: more than a valid request can have, whose
+prompts have a limit and whose files are base64, and few enough to be parsed on the event loop."""
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The one JSON object in ``body``. Raises: InvalidRequestError with the code of the broken rule."""
+    _check_values(body)
     text = _decode(body)
     try:
         value = _DECODER.decode(text)
     except RecursionError:
-        raise InvalidRequestError(
-            "too_deep", "The JSON body is nested too deeply; requests here are flat."
-        ) from None
+        raise _too_deep() from None
     except ValueError:
         raise InvalidRequestError("invalid_json", "The body is not valid JSON.") from None
     if not isinstance(value, dict):
         raise InvalidRequestError("invalid_type", 'The body must be a JSON object such as {"prompt": "seven"}.')
     return value
+
+
+def _check_values(body: bytes) -> None:
+    """Every value but the first follows a comma or opens an array or object, so counting bytes bounds them all."""
+    if body.count(b",") > MAX_VALUES:
+        message = f"The JSON body must have at most {MAX_VALUES} commas, those in texts included; send less in it."
+        raise InvalidRequestError("too_many_values", message)
+    if body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise _too_deep()
+
+
+def _too_deep() -> InvalidRequestError:
+    message = "The JSON body is nested too deeply; requests here are flat."
+    return InvalidRequestError("too_deep", message)
 
 
 def _decode(body: bytes) -> str:

@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -30,9 +31,13 @@ MAX_ATTEMPTS = 12
 TIMEOUT_S = 10.0
 _LOOK_S = 1.0
 _AT_ONCE = 8
+_ORIGIN_HANGS = "origin_hangs"
 _FIRST_DELAY_S = 2.0
 _LONGEST_DELAY_S = 3600.0
 _log = structlog.get_logger()
+
+_Origin = tuple[str, str, int]
+"""Scheme, host and port."""
 
 
 class RefusedAddressError(Exception):
@@ -42,7 +47,8 @@ class RefusedAddressError(Exception):
 class Webhooks:
     """allow: origins such as ``https://hooks.example.com``, and networks such as ``10.0.0.0/8``.
 
-    links: to stored files, for messages to name them.
+    links: to stored files, for messages to name them. Of an origin whose last answer did not come in time, one
+    message is under way at a time and the others are put off, so that it leaves the other origins room.
     """
 
     def __init__(self, allow: Sequence[str], secret: str, store: JobStore, links: FileLinks | None = None) -> None:
@@ -51,7 +57,9 @@ class Webhooks:
         self._secret = secret.encode()
         self._store = store
         self._links = links
-        self._sending = asyncio.Lock()
+        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._under_way: Counter[_Origin] = Counter()
+        self._hanging: set[_Origin] = set()
 
     def check(self, url: str) -> None:
         """Raises: InvalidRequestError when the server may not send there."""
@@ -68,38 +76,55 @@ class Webhooks:
         """Send what is due until cancelled."""
         if not self._origins:
             return
-        async with _client() as client:
+        async with _client() as client, asyncio.TaskGroup() as sending:
             while True:
-                if not await self._send_due(client):
+                if not await self._begin_next(client, sending):
                     await asyncio.sleep(_LOOK_S)
 
     async def flush(self) -> None:
-        """Send what is due now, once, and wait for what is under way; at most TIMEOUT_S for all of it."""
+        """Send what is due now, once, and wait for what is under way; at most TIMEOUT_S for all of it.
+
+        Nothing is sent afterwards.
+        """
         if not self._origins:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(TIMEOUT_S), _client() as client:
-                while await self._send_due(client):
-                    pass
+                async with asyncio.TaskGroup() as sending:
+                    while await self._begin_next(client, sending):
+                        pass
+                for _ in range(_AT_ONCE):  # those that ``run`` began
+                    await self._free.acquire()
 
-    async def _send_due(self, client: httpx.AsyncClient) -> bool:
-        """Whether anything was due."""
+    async def _begin_next(self, client: httpx.AsyncClient, sending: asyncio.TaskGroup) -> bool:
+        """Once fewer than ``_AT_ONCE`` are under way, begin what has been due the longest. Whether anything was."""
+        await self._free.acquire()
         due: list[Delivery] = []
-        async with self._sending:
-            with suppress(StoreUnavailableError):  # what was not noted down is due again
-                due = await self._store.claim_deliveries(_AT_ONCE)
-                await asyncio.gather(*(self._deliver(client, delivery) for delivery in due))
+        try:
+            with suppress(StoreUnavailableError):
+                due = await self._store.claim_deliveries(1)
+        finally:
+            if not due:
+                self._free.release()
+        for delivery in due:
+            sending.create_task(self._deliver(client, delivery)).add_done_callback(lambda _: self._free.release())
         return bool(due)
 
     async def _deliver(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
         fault = await self._send(client, delivery)
+        with suppress(StoreUnavailableError):  # what was not noted down is due again
+            await self._note(delivery, fault)
+
+    async def _note(self, delivery: Delivery, fault: str | None) -> None:
+        """Given up is only what was really sent."""
         if fault is None:
             await self._store.delivered(delivery)
-        elif delivery.attempt >= MAX_ATTEMPTS:
+        elif delivery.attempt >= MAX_ATTEMPTS and fault != _ORIGIN_HANGS:
             _log.error("webhook_given_up", job=delivery.job_id, attempts=delivery.attempt, reason=fault)
             await self._store.delivered(delivery)
         else:
-            delay_s = min(_FIRST_DELAY_S * 2 ** (delivery.attempt - 1), _LONGEST_DELAY_S)
+            doublings = min(delivery.attempt, MAX_ATTEMPTS) - 1
+            delay_s = min(_FIRST_DELAY_S * 2**doublings, _LONGEST_DELAY_S)
             _log.warning("webhook_failed", job=delivery.job_id, attempt=delivery.attempt, reason=fault)
             await self._store.retry_delivery(delivery, delay_s)
 
@@ -107,25 +132,40 @@ class Webhooks:
         """None when a 2xx came back, else why not."""
         try:
             self.check(delivery.url)  # the setting may have changed since
-            content = json.dumps(await self._message(delivery)).encode()
-            url = httpx.URL(delivery.url)
-            async with asyncio.timeout(TIMEOUT_S):  # of all of it: the client's own is of each part
-                address = await self._address(url)
-                headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
-                post = client.stream(
-                    "POST",
-                    url.copy_with(host=address),
-                    content=content,
-                    headers={**headers, "content-type": "application/json"},
-                    extensions={"sni_hostname": url.host},
-                )
-                async with post as response:  # whose body may have no end, and is not read
-                    status = response.status_code
         except InvalidRequestError:
             return "not_allowed"
+        origin = _origin(httpx.URL(delivery.url))
+        if origin in self._hanging and self._under_way[origin]:
+            return _ORIGIN_HANGS
+        self._under_way[origin] += 1
+        try:
+            status = await self._post(client, delivery)
+        except (TimeoutError, httpx.TimeoutException):
+            self._hanging.add(origin)
+            return "timed_out"
         except (httpx.HTTPError, OSError, RefusedAddressError, UnreadableJobError) as error:
             return type(error).__name__
+        finally:
+            self._under_way[origin] -= 1
+        self._hanging.discard(origin)
         return None if 200 <= status < 300 else f"status_{status}"
+
+    async def _post(self, client: httpx.AsyncClient, delivery: Delivery) -> int:
+        """The status that came back."""
+        content = json.dumps(await self._message(delivery)).encode()
+        url = httpx.URL(delivery.url)
+        async with asyncio.timeout(TIMEOUT_S):  # of all of it: the client's own is of each part
+            address = await self._address(url)
+            headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
+            post = client.stream(
+                "POST",
+                url.copy_with(host=address),
+                content=content,
+                headers={**headers, "content-type": "application/json"},
+                extensions={"sni_hostname": url.host},
+            )
+            async with post as response:  # whose body may have no end, and is not read
+                return response.status_code
 
     async def _message(self, delivery: Delivery) -> dict[str, Any]:
         """Of stored files, while there are any, it says where. Raises: OSError when one of the stores is away."""
@@ -183,6 +223,6 @@ def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
 
 
-def _origin(url: httpx.URL) -> tuple[str, str, int]:
+def _origin(url: httpx.URL) -> _Origin:
     default = {"http": 80, "https": 443}[url.scheme] if url.scheme in ("http", "https") else 0
     return url.scheme, url.host.lower(), url.port or default

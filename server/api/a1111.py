@@ -7,8 +7,8 @@ Source: AUTOMATIC1111/stable-diffusion-webui, modules/api/models.py.
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -16,14 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.a1111_answers import images_answer
-from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
+from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, note_fitted, resolve_image, with_files_of
 from server.api.a1111_reference import DRAWN, IMAGE_BODY, TEXT_BODY
 from server.api.body import IMAGES_BODY_BYTES, read_object
 from server.api.disconnection import cancelled_when_gone
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import InvalidRequestError
-from server.images import decode_file
 from server.request import DenoiseRequest
 from server.resolve import resolve
 from server.service import Service
@@ -49,9 +48,9 @@ def a1111_routes(service: Service) -> APIRouter:
         if len(wish.init_images) != 1:
             message = "init_images must hold exactly one image."
             raise InvalidRequestError("out_of_range", message, param="init_images")
-        image = decode_file(wish.init_images[0], "init_images")
-        mask = decode_file(wish.mask, "mask") if wish.mask else None
-        wanted, adjusted = await asyncio.to_thread(resolve_image, wish, image, mask, service.catalogue)
+        edit, adjusted = resolve_image(wish, service.catalogue)
+        wanted = await service.decoded(edit.outline, partial(with_files_of, wish, edit))
+        note_fitted(adjusted, wish, wanted)
         return await drawings.make(request, wanted, adjusted, send=wish.send_images)
 
     @router.get("/progress")

@@ -11,9 +11,10 @@ from engines.noise import MAX_SEED
 from server.api.validation import PLAIN_NAME
 from server.catalogue import Catalogue, Model
 from server.errors import InvalidRequestError
-from server.fitting import nearest_size, white_or_opaque_is_edit
+from server.fitting import Fit, nearest_size, white_or_opaque_is_edit
+from server.images import decode_file
 from server.request import MAX_IMAGES, DenoiseRequest
-from server.resolve import resolve_edit
+from server.resolve import Edit, resolve_edit
 from server.schemas import EditBody, GenerationBody
 
 _SAMPLER_ALIASES = {"ddim": "deterministic"}
@@ -113,36 +114,43 @@ def adjusted_text(wish: TextWish, catalogue: Catalogue) -> tuple[GenerationBody,
     return GenerationBody(**fields, size=str(size)), adjusted
 
 
-def resolve_image(
-    wish: ImageWish, image: bytes, mask: bytes | None, catalogue: Catalogue
-) -> tuple[DenoiseRequest, dict[str, Any]]:
-    """The request, and what was changed. Decodes the files, so call it beside the event loop."""
+def resolve_image(wish: ImageWish, catalogue: Catalogue) -> tuple[Edit, dict[str, Any]]:
+    """The edit that ``with_files_of`` completes, and what was changed, to which ``note_fitted`` adds.
+
+    Raises: as ``adjusted_text`` and ``resolve_edit``.
+    """
     _check_rest(wish)
     model = _model(wish, catalogue)
     adjusted: dict[str, Any] = {}
     fields = _brought(wish, model, adjusted)
-    strength = 0.75 if wish.denoising_strength is None else wish.denoising_strength
     wished = None
     if wish.width is not None and wish.height is not None:
         wished = str(nearest_size(model.manifest.sizes, wish.width, wish.height))
-    body = EditBody(**fields, strength=strength, size=wished)
-    wanted = resolve_edit(
-        body,
-        image,
-        mask,
-        white_or_opaque_is_edit,
-        catalogue,
-        fit="crop" if wish.resize_mode else "stretch",
-        invert=bool(wish.inpainting_mask_invert),
-    )
+    body = EditBody(**fields, strength=_strength(wish), size=wished)
+    return resolve_edit(body, catalogue, masked=bool(wish.mask)), adjusted
+
+
+def with_files_of(wish: ImageWish, edit: Edit) -> DenoiseRequest:
+    """Decodes the files, so call it beside the event loop. Raises: as ``decode_file`` and ``fit_image``."""
+    image = decode_file(wish.init_images[0], "init_images")
+    mask = decode_file(wish.mask, "mask") if wish.mask else None
+    fit: Fit = "crop" if wish.resize_mode else "stretch"
+    return edit.with_files(image, mask, white_or_opaque_is_edit, fit=fit, invert=bool(wish.inpainting_mask_invert))
+
+
+def note_fitted(adjusted: dict[str, Any], wish: ImageWish, wanted: DenoiseRequest) -> None:
+    """What was changed of an edit's size, strength and mask."""
     _note(adjusted, "width", wish.width or wanted.width, wanted.width)
     _note(adjusted, "height", wish.height or wanted.height, wanted.height)
-    _note(adjusted, "denoising_strength", strength, wanted.effective_strength)
-    if mask is not None:
+    _note(adjusted, "denoising_strength", _strength(wish), wanted.effective_strength)
+    if wish.mask:
         _note(adjusted, "inpaint_full_res", bool(wish.inpaint_full_res), False)
         for name in ("mask_blur", "mask_blur_x", "mask_blur_y"):
             _note(adjusted, name, getattr(wish, name) or 0, 0)
-    return wanted, adjusted
+
+
+def _strength(wish: ImageWish) -> float:
+    return 0.75 if wish.denoising_strength is None else wish.denoising_strength
 
 
 def _model(wish: TextWish, catalogue: Catalogue) -> Model:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -22,15 +23,16 @@ from server.api.jobs import find_job
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import ApiError, InvalidRequestError
-from server.job_requests import resolve_job
+from server.job_requests import resolve_job, with_files_of
 from server.job_schemas import AcceptedJobBody, JobBody, JobStateBody
 from server.jobs import IdempotencyKey, JobState, JobStatus
+from server.resolve import Edit
 from server.service import JobOptions, Service
 from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
 
 MAX_WAIT_S = 60
-_MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "invalid_encoding"})
+_MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "too_many_values", "invalid_encoding"})
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _IDEMPOTENCY_KEY = Header(
     description="Your own name of this request: 1 to 255 of ASCII.",
@@ -73,15 +75,13 @@ def job_submission_routes(service: Service) -> APIRouter:
 
 
 async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, base: str) -> str:
-    if body.image is None:
-        wanted = resolve_job(body, service.catalogue)
-    else:
-        wanted = await asyncio.to_thread(resolve_job, body, service.catalogue)
+    options = JobOptions(body.priority or 0, body.deadline_ms, body.webhook_url, base)
+    wanted = resolve_job(body, service.catalogue)
     if body.webhook_url is not None:
         service.webhooks.check(body.webhook_url)
-    return await service.submit(
-        wanted, key, JobOptions(body.priority or 0, body.deadline_ms, body.webhook_url, base)
-    )
+    if isinstance(wanted, Edit):
+        wanted = await service.decoded(wanted.outline, partial(with_files_of, body, wanted), key, options)
+    return await service.submit(wanted, key, options)
 
 
 async def _answer(service: Service, request: Request, job_id: str, wait_s: int) -> tuple[int, AcceptedJobBody]:

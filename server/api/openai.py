@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -63,7 +63,8 @@ def openai_routes(service: Service) -> APIRouter:
         if image is None:
             message = "image is required: send a PNG, JPEG or WebP file."
             raise InvalidRequestError("missing_field", message, param="image")
-        wanted = await asyncio.to_thread(resolve_edit, body, image, mask, alpha_is_edit, service.catalogue)
+        edit = resolve_edit(body, service.catalogue, masked=mask is not None)
+        wanted = await service.decoded(edit.outline, partial(edit.with_files, image, mask, alpha_is_edit))
         return await _answer(service, request, wanted, stream=bool(body.stream))
 
     @router.get("/models")

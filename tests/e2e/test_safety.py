@@ -13,8 +13,10 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from server import start
+from server.cli import app
 from server.errors import StartError
 from server.settings import Settings
 from tests.support import safety_hooks
@@ -62,6 +64,14 @@ def test_of_several_images_only_the_flagged_are_withheld(http: httpx.Client, res
     first, *others = http.post(GENERATIONS, json=body).json()["data"]
     assert first == {"seed": 5, "flagged": True}
     assert all(other[response_format] and "flagged" not in other for other in others)
+
+
+def test_the_command_line_saves_what_was_not_withheld_and_says_how_many_were(running: Live, tmp_path: Path) -> None:
+    asked = ["generate", "seven", "-n", "3", "--seed", "5", "--url", running.url, "-o", str(tmp_path / "out.png")]
+    ended = CliRunner().invoke(app, asked)
+    assert ended.exit_code == 0, ended.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-6.png", "out-7.png"]
+    assert "withheld 1 of 3 images" in ended.stderr
 
 
 def test_a_stream_shows_no_preview_of_a_flagged_image(http: httpx.Client) -> None:

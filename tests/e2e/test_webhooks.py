@@ -8,7 +8,8 @@ import hashlib
 import hmac
 import json
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import AsyncMock
 import pytest
 from pydantic import ValidationError
 
+from server import webhooks
 from server.jobs import Job, JobStatus
 from server.request import DenoiseRequest
 from server.settings import Settings
@@ -90,6 +92,53 @@ async def test_an_answer_without_an_end_is_heard_by_its_status() -> None:
             await asyncio.sleep(0.01)
     sending.cancel()
     server.close()
+
+
+@asynccontextmanager
+async def silence() -> AsyncIterator[tuple[str, list[asyncio.StreamWriter]]]:
+    """An origin that never answers, and the connections that were made to it."""
+    asked: list[asyncio.StreamWriter] = []
+
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(writer)
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+    finally:
+        server.close()
+        for writer in asked:
+            writer.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("silent", "timeout_s"), [(1, 3600.0), (200, 0.2)], ids=["one", "many"])
+async def test_an_origin_that_hangs_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, silent: int, timeout_s: float
+) -> None:
+    """However many messages it is to get, and whether or not the first of them has timed out."""
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", timeout_s)
+    outbox = MemoryOutbox(3600.0, time.monotonic)
+    store: Any = SimpleNamespace(
+        claim_deliveries=AsyncMock(side_effect=outbox.claim),
+        delivered=AsyncMock(side_effect=outbox.delivered),
+        retry_delivery=AsyncMock(side_effect=outbox.retry),
+    )
+    request = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=8, height=8)
+    with receiver() as (origin, heard):
+        async with silence() as (hanging, asked):
+            for name in [f"silent-{k}" for k in range(silent)] + [f"heard-{k}" for k in range(20)]:
+                url = hanging if name.startswith("silent") else origin
+                outbox.add(Job(id=name, request=request, cost_s=0, webhook_url=url), JobStatus.SUCCEEDED, 1.0)
+            sending = asyncio.create_task(Webhooks((origin, hanging, LOOPBACK), SECRET, store).run())
+            async with asyncio.timeout(60):
+                while store.delivered.call_count < 20:  # noqa: ASYNC110 - a mock has no event
+                    await asyncio.sleep(0.01)
+            sending.cancel()
+            with suppress(asyncio.CancelledError):
+                await sending
+            assert {json.loads(body)["id"] for _, body in heard} == {f"heard-{k}" for k in range(20)}
+            assert 1 <= len(asked) <= max(1, silent // 2), "the others were put off"
 
 
 @pytest.mark.anyio

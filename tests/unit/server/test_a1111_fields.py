@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines.bundle import verify_bundle
-from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image
+from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, resolve_image, with_files_of
 from server.catalogue import Catalogue, Model
 from tests.support.pictures import file_of, photo
 
@@ -33,5 +34,6 @@ def test_a_request_chooses_its_model(
     fields: dict[str, Any] = {"prompt": "seven", "width": 512, "height": 1024, "override_settings": asked}
     drawn, _ = adjusted_text(TextWish(**fields), catalogue)
     assert (drawn.model, drawn.size) == (model, size)
-    edited, _ = resolve_image(ImageWish(**fields), file_of(photo()), None, catalogue)
+    wish = ImageWish(**fields, init_images=[base64.b64encode(file_of(photo())).decode()])
+    edited = with_files_of(wish, resolve_image(wish, catalogue)[0])
     assert (edited.model, f"{edited.width}x{edited.height}") == (model, size)

@@ -120,6 +120,21 @@ def test_wrong_commands_are_one_sentence(path: Path) -> None:
     assert CliRunner().invoke(app, ["keys", "list"], env={"HALFSTEP_API_KEYS": ""}).exit_code == 1
 
 
+@pytest.mark.parametrize("days", ["1e7", "1e9", "inf"])
+def test_a_key_that_expires_beyond_the_calendar_is_refused(path: Path, days: str) -> None:
+    arguments = ["keys", "new", "--tenant", "a", "--expires-days", days, "--api-keys", str(path)]
+    ended = CliRunner().invoke(app, arguments)
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert "--expires-days" in ended.stderr
+    assert not path.exists()
+
+
+def test_settings_that_do_not_go_together_are_told_by_keys_too() -> None:
+    ended = CliRunner().invoke(app, ["keys", "list"], env={"HALFSTEP_WEBHOOK_ALLOW": "https://x.example"})
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert "HALFSTEP_SECRET" in ended.stderr
+
+
 # ---- who gets in
 
 

@@ -34,7 +34,8 @@ def test_a_culprit_fails_alone_wherever_it_stands(position: int) -> None:
     assert results == [item // 2 for item in items]
 
 
-def test_conditions_are_computed_once_and_the_oldest_dropped(toy_bundle: Path) -> None:
+@pytest.mark.parametrize("bound", ["max_entries", "max_bytes"])
+def test_conditions_are_computed_once_and_the_oldest_dropped(toy_bundle: Path, bound: str) -> None:
     pipeline = Bench(toy_bundle).pipeline
     asked: list[Sequence[str]] = []
     original = pipeline.condition
@@ -44,7 +45,8 @@ def test_conditions_are_computed_once_and_the_oldest_dropped(toy_bundle: Path) -
         return original(prompts)
 
     pipeline.condition = counting  # type: ignore[method-assign]
-    conditions = Conditions(pipeline, entries=2)
+    each = {"max_entries": 1, "max_bytes": original(["one"])[0].nbytes}
+    conditions = Conditions(pipeline, **{bound: 2 * each[bound]})
     found = conditions.get(["one", "two", "one"])
     conditions.get(["two", "one"])
     conditions.get(["three"])
@@ -52,6 +54,12 @@ def test_conditions_are_computed_once_and_the_oldest_dropped(toy_bundle: Path) -
     assert asked == [["one", "two"], ["three"], ["two"]]
     assert isinstance(found["two"], np.ndarray)
     assert found["two"].argmax() == 2
+
+
+def test_a_condition_keeps_no_batch_in_memory(toy_bundle: Path) -> None:
+    for condition in Conditions(Bench(toy_bundle).pipeline).get(["one", "two"]).values():
+        assert isinstance(condition, np.ndarray)
+        assert condition.base is None
 
 
 def test_an_unknown_prompt_fails_alone(toy_bundle: Path) -> None:
