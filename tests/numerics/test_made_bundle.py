@@ -66,7 +66,6 @@ LEARNING = {"updates": 15, "batch_size": 8, "ema": 0.5, "lr": 0.02, "warmup": 0}
 """Enough for words and guidance to matter."""
 SMALL: dict[str, Any] = {
     "base": "emoji",
-    "compute": {"precision": "fp32"},
     "unet": UNET,
     "teacher": {
         **LEARNING,
@@ -118,7 +117,7 @@ def test_the_report_has_a_table_of_glyphs(work: Path) -> None:
     report = LatentReport.read(work / "run")
     models = {(row.model, row.steps) for row in report.tasks[GLYPHS]}
     students = {("student", n) for n in (8, 4, 2, 1)}
-    assert models == {("data", 0), ("stage one", 8)} | {("teacher", n) for n in (8, 4, 2, 1)} | students
+    assert models == {("data", 0)} | {("teacher", n) for n in (8, 4, 2, 1)} | students
     assert "## Glyphs" in report.markdown()
     for shown in ("teacher-8", "student-4", "student-1"):
         assert (work / "run" / "sheets" / f"glyphs-{shown}.png").is_file()
@@ -156,7 +155,7 @@ def test_what_was_drawn_is_not_drawn_again(work: Path, tmp_path: Path, monkeypat
         assert report.evaluation == first.evaluation
         assert report.tasks == first.tasks
     evaluate_latent_run(again, recipe.model_copy(update={"clip": 1.0}), progress=QUIET)
-    assert {"teacher-8", "stage_one-8", "student-4"} <= set(drawn)
+    assert {"teacher-8", "student-4"} <= set(drawn)
 
 
 def test_every_graph_of_the_bundle_keeps_its_weights_in_half(work: Path) -> None:

@@ -190,7 +190,10 @@ async def test_an_engine_that_breaks_is_given_up_and_its_rows_are_made_by_the_fi
 
 
 @pytest.mark.parametrize("refusal", [BackendError("no such device"), OSError(errno.EMFILE, "Too many open files")])
-async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(toy_bundle: Path, refusal: Exception) -> None:
+async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(
+    toy_bundle: Path, refusal: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.succession.RETRY_S", 0.05)
     built = SpawnedThread(toy_bundle, BUILT)
     async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal=refusal)) as on:
         await on.at_work(built)
