@@ -329,7 +329,7 @@ async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
         waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
         (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
         follows = asyncio.create_task(client.get(f"{JOBS}/{lease.job.id}/events"))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(1)  # for its first event
         service.draining.set()
         assert outcome(await asyncio.wait_for(waits, PATIENCE_S)) == (202, lease.job.id)
         told = (await asyncio.wait_for(follows, PATIENCE_S)).text

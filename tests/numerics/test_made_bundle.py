@@ -41,7 +41,7 @@ from engines import cli as engines_cli
 from engines.bundle import verify_bundle
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
-from tests.benchmarks.pictures import CELL, GAP, LABEL, Artist
+from tests.benchmarks.pictures import CELL, GAP, LABEL, PROMPT_LINE, Artist
 from tests.support.glyphs import glyphs
 from tests.support.serving import ServerProcess, serving
 
@@ -322,6 +322,9 @@ def test_its_pictures_are_drawn_by_the_server(server: ServerProcess) -> None:
         artist = Artist(client, client.get("/v1/models").json()["data"][0])
         sheets = [artist.by_steps(), artist.by_guidance(), artist.edits()]
     width = LABEL + len(PROMPTS) * (CELL + GAP) + GAP
-    assert [sheet.size for sheet in sheets] == [(width, rows * (CELL + GAP) + GAP) for rows in (4, 5, 4)]
-    first, second = (np.asarray(sheets[0].crop((LABEL, y, width, y + CELL))) for y in (GAP, 3 * GAP + 2 * CELL))
+    [head] = {sheet.height - rows * (CELL + GAP) - GAP for sheet, rows in zip(sheets, (4, 5, 4), strict=True)}
+    assert head > PROMPT_LINE
+    assert [sheet.width for sheet in sheets] == [width] * 3
+    tops = [head + GAP, head + GAP + 2 * (CELL + GAP)]
+    first, second = (np.asarray(sheets[0].crop((LABEL, top, width, top + CELL))) for top in tops)
     assert not np.array_equal(first, second)
