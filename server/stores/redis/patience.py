@@ -20,11 +20,19 @@ T = TypeVar("T")
 
 
 async def patiently(read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Read until there is an answer. Raises: StoreUnavailableError once there was none for ``OUTAGE_S``."""
-    give_up_s = time.monotonic() + OUTAGE_S
+    """Read until there is an answer. Raises: StoreUnavailableError once there was none for ``OUTAGE_S``.
+
+    The client loses a cancellation that comes while it takes a connection; it is one again here, for those who
+    follow a job would never end.
+    """
+    task, give_up_s = asyncio.current_task(), time.monotonic() + OUTAGE_S
+    cancelled = task.cancelling() if task else 0
     while True:
         try:
-            return await read(*args, **kwargs)
+            answer = await read(*args, **kwargs)
+            if task and task.cancelling() > cancelled:
+                raise asyncio.CancelledError
+            return answer
         except StoreUnavailableError:
             if time.monotonic() >= give_up_s:
                 raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from types import SimpleNamespace
 from typing import TypeVar
@@ -93,3 +95,19 @@ async def test_whoever_does_not_wait_is_told_at_once(opened: Opened) -> None:
     with pytest.raises(StoreUnavailableError):
         await store.get("a")
     assert redis.calls == {"hgetall": 1}
+
+
+async def test_a_cancellation_that_the_client_loses_is_one_all_the_same() -> None:
+    reading = asyncio.Event()
+
+    async def loses() -> str:
+        reading.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return "an answer"
+
+    reads = asyncio.create_task(patience.patiently(loses))
+    await reading.wait()
+    reads.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reads
