@@ -14,7 +14,7 @@ import pytest
 from server.app import create_app
 from server.auth import Keyring
 from server.errors import OverloadedError
-from server.jobs import JobStatus
+from server.jobs import JobEvent, JobStatus
 from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
@@ -325,11 +325,19 @@ async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
 ) -> None:
     monkeypatch.setattr(lab.store, "outlives_process", True)
     service = serve()
+    events, sent = service.store.events, asyncio.Event()
+
+    async def watched(job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+        async for event in events(job_id, after):
+            yield event
+            sent.set()  # as the next is asked for
+
+    monkeypatch.setattr(service.store, "events", watched)
     async with asking(service) as client:
         waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
         (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
         follows = asyncio.create_task(client.get(f"{JOBS}/{lease.job.id}/events"))
-        await asyncio.sleep(1)  # for its first event
+        await asyncio.wait_for(sent.wait(), PATIENCE_S)
         service.draining.set()
         assert outcome(await asyncio.wait_for(waits, PATIENCE_S)) == (202, lease.job.id)
         told = (await asyncio.wait_for(follows, PATIENCE_S)).text
