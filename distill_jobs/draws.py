@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,10 +44,11 @@ class Share:
 
 
 class _Batches:
-    """What was drawn for the whole batch of the last update, of which each share takes its rows."""
+    """What all shares of a batch take their rows of: what was drawn for the last update, and orders of the data."""
 
     def __init__(self) -> None:
         self._update, self._drawn = -1, dict[tuple[object, ...], np.ndarray]()
+        self._orders = dict[tuple[int, int], np.ndarray]()
 
     def get(self, update: int, address: tuple[object, ...], draw: Callable[[], np.ndarray]) -> np.ndarray:
         """What ``draw`` gives, drawn once an update and address; the update before is forgotten."""
@@ -57,6 +57,13 @@ class _Batches:
         if address not in self._drawn:
             self._drawn[address] = draw()
         return self._drawn[address]
+
+    def order(self, epoch: int, rows: int, draw: Callable[[], np.ndarray]) -> np.ndarray:
+        """(rows,) what ``draw`` gives: the order of an epoch. The last two are kept, as a batch may span epochs."""
+        if (epoch, rows) not in self._orders:
+            newest = dict(list(self._orders.items())[-1:])
+            self._orders = {**newest, (epoch, rows): draw()}
+        return self._orders[epoch, rows]
 
 
 class Draws:
@@ -69,7 +76,6 @@ class Draws:
         self._seed, self._phase, self._share = seed, phase, share or Share()
         self._batches = batches or _Batches()
         self._key = np.array([seed, zlib.crc32(phase.encode())], np.uint64)
-        self._order = lru_cache(maxsize=2)(self._permutation)
 
     def share(self, index: int, of: int) -> Draws:
         """The same numbers, of one of ``of`` equal shares of each of this share's batches."""
@@ -132,8 +138,8 @@ class Draws:
         whole = self._batches.get(update, (rows * of, *address), lambda: draw(rows * of))
         return torch.from_numpy(whole[self._share.slice(rows)].copy())
 
-    def _permutation(self, epoch: int, rows: int) -> np.ndarray:
-        return self._generator(epoch, Draw.ORDER).permutation(rows)
+    def _order(self, epoch: int, rows: int) -> np.ndarray:
+        return self._batches.order(epoch, rows, lambda: self._generator(epoch, Draw.ORDER).permutation(rows))
 
     def _generator(self, update: int, purpose: Draw, step: int = 0) -> np.random.Generator:
         counter = np.array([0, update, purpose, step], np.uint64)

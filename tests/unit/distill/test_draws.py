@@ -84,6 +84,23 @@ def test_the_shares_of_a_batch_draw_it_once_and_keep_it_no_longer_than_its_updat
     assert asked == [(update, *each) for update in (3, 4, 3) for each in once]
 
 
+def test_the_shares_of_a_batch_have_one_order_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    generator = Draws._generator
+
+    def watched(self: Draws, update: int, purpose: Draw, step: int = 0) -> np.random.Generator:
+        epochs.append(update)
+        return generator(self, update, purpose, step)
+
+    monkeypatch.setattr(Draws, "_generator", watched)
+    mine = Draws(5, "teacher").share(1, 2)
+    micro_batches = [mine.share(k, 4) for k in range(4)]
+    for update in range(10):
+        for share in micro_batches:
+            share.indices(update, 1, 20)
+    assert epochs == [0, 1, 2, 3]
+
+
 def test_rows_that_are_changed_are_drawn_as_before_by_who_draws_them_again() -> None:
     share = Draws(5, "teacher").share(1, 2)
     first = share.normal(3, (4, 2))
