@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,17 +35,27 @@ class Framed:
 
 def pixels_of(entries: Sequence[Captioned], side: int) -> Tensor:
     """(B, 3, S, S) the images of entries, framed. Raises: DataError with the name of one that cannot be read."""
-    found = framed_all(entries, side)
+    [found] = framed_batches(entries, side, len(entries))
     for each in found:
         if isinstance(each, DataError):
             raise each
     return torch.stack([each.pixels for each in found if isinstance(each, Framed)])
 
 
-def framed_all(entries: Sequence[Captioned], side: int) -> list[Framed | DataError]:
-    """The image of each entry, framed, or why there is none; several at a time."""
+def framed_batches(entries: Sequence[Captioned], side: int, rows: int) -> Iterator[list[Framed | DataError]]:
+    """The image of each entry, framed, or why there is none; ``rows`` at a time.
+
+    The next batch is decoded while the caller has one, and no more than that is held.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(partial(_framed_or_error, side=side), entries))
+        begun = (
+            pool.map(partial(_framed_or_error, side=side), entries[first : first + rows])
+            for first in range(0, len(entries), rows)
+        )
+        coming = next(begun, None)
+        while (batch := coming) is not None:
+            coming = next(begun, None)
+            yield list(batch)
 
 
 def _framed_or_error(entry: Captioned, side: int) -> Framed | DataError:

@@ -1,8 +1,8 @@
 """Latents and text embeddings on disk, computed once: safetensors shards, each named by what it was made from.
 
-A shard's name is the hash of its images, their captions, the size and the encoders. So a cache that was interrupted
-goes on where it stopped, several jobs share one, and what a changed image or encoder gave is computed again. Values
-are float16.
+A shard's name is the hash of its images, their captions, the size and the encoders; its folder's is the version of
+the code. So a cache that was interrupted goes on where it stopped, several jobs share one, and what a changed image
+or encoder gave is computed again. Values are float16.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import secrets
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,15 +24,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
-from distill_jobs.data.framing import Framed, framed_all
+from distill_jobs.data.framing import Framed, framed_batches
 from distill_jobs.data.source import Condition
-from distill_jobs.errors import DataError, StorageError
+from distill_jobs.errors import DataError, JobError, StorageError
 from distill_jobs.pipelines.vae import Encoded
 
 log = logging.getLogger(__name__)
 
+ROWS_VERSION = 1
+"""Raise it when the same images, captions and encoders give other rows: other framing, encoding or columns.
+
+Caches are then made anew beside the old ones, and the rows' identity stays: an update of ours ends no run.
+"""
 SHARD_ROWS = 256
 ENCODED_ROWS = 8
+"""Of images encoded at once, where the device's memory allows it."""
 OPEN_SHARDS = 64
 WHOLE = ("place", "time_ids")
 
@@ -124,13 +131,14 @@ class CacheWriter:
     def __init__(self, folder: Path, key: CacheKey, entries: Sequence[Captioned], skip_unreadable: bool) -> None:
         self._folder, self._key, self._skip = folder, key, skip_unreadable
         self._chunks = [entries[i : i + SHARD_ROWS] for i in range(0, len(entries), SHARD_ROWS)]
+        self._rows = ENCODED_ROWS
         self.names: dict[int, str] = {}
 
     def write(self, load: Callable[[], Encoding], advance: Callable[[int], None], index: int, of: int) -> None:
         """Compute what is missing of every ``of``-th shard from ``index`` on. load: called if anything is missing.
 
         What cannot be opened is computed again. advance: told the images done.
-        Raises: DataError naming an image; StorageError.
+        Raises: DataError naming an image; StorageError; JobError when the device has no memory for a single image.
         """
         encoders: Encoding | None = None
         if index == 0 and not _intact(self._file(self._key.null())):
@@ -147,13 +155,11 @@ class CacheWriter:
     def finished(self) -> LatentCache:
         """The cache, once all shards are there; images of shards without a name are read.
 
-        Raises: DataError when no image could be read.
+        Raises: DataError when no image could be read, or what another process wrote is not to be seen here.
         """
         files, ends, firsts, skipped, total = [], [], [], list[str](), 0
         for chunk, file in enumerate(map(self._shard, range(len(self._chunks)))):
-            with safe_open(file, framework="pt") as opened:
-                rows = int(opened.metadata()["rows"])
-                there = set(opened.get_tensor("place").tolist()) if rows else set()
+            rows, there = _places(file)
             skipped += [entry.name for place, entry in enumerate(self._chunks[chunk]) if place not in there]
             total += rows
             if rows:
@@ -172,26 +178,56 @@ class CacheWriter:
         return self._file(self.names[chunk])
 
     def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"rows-{ROWS_VERSION}" / f"{name}.safetensors"
 
     def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
         """The columns of a shard; none where no image could be read."""
-        readable = []
-        for place, picture in enumerate(framed_all(chunk, self._key.side_px)):
+        parts, first = list[dict[str, Tensor]](), 0
+        for batch in framed_batches(chunk, self._key.side_px, ENCODED_ROWS):
+            parts += self._parts(encoders, chunk, self._readable(batch, first))
+            first += len(batch)
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+    def _readable(self, batch: Sequence[Framed | DataError], first: int) -> list[tuple[int, Framed]]:
+        """(place in the shard, picture) of those that were read. first: the place of the first."""
+        found = []
+        for place, picture in enumerate(batch, start=first):
             if isinstance(picture, Framed):
-                readable.append((place, chunk[place].caption, picture))
+                found.append((place, picture))
             elif not self._skip:
                 raise DataError(f"{picture}; leave such images out with data.unreadable: skip")
-        parts: list[dict[str, Tensor]] = []
-        for first in range(0, len(readable), ENCODED_ROWS):
-            places, captions, pictures = zip(*readable[first : first + ENCODED_ROWS], strict=True)
-            encoded = encoders.latents(torch.stack([picture.pixels for picture in pictures]))
-            condition = encoders.condition(captions, torch.stack([picture.time_ids for picture in pictures]))
-            own = {"place": torch.tensor(places), "mean": encoded.mean, "std": encoded.std}
-            columns = {**own, **_columns(condition)}
-            _check_finite(columns, [chunk[place].name for place in places])
-            parts.append(columns)
-        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        return found
+
+    def _parts(
+        self, encoders: Encoding, chunk: Sequence[Captioned], rows: list[tuple[int, Framed]]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Their columns, in parts of as many rows as the device has memory for, which the writer remembers."""
+        while rows:
+            tried = min(self._rows, len(rows))
+            try:
+                part = _part(encoders, chunk, rows[:tried])
+            except torch.OutOfMemoryError as error:
+                if tried == 1:
+                    told = str(error).splitlines()[0]
+                    raise JobError(
+                        f"too little memory on the device to encode an image of {self._key.side_px} pixels "
+                        f"({told}); free it of other jobs, or take one with more; what was cached is kept"
+                    ) from None
+                self._rows = tried // 2
+            else:
+                yield part
+                rows = rows[tried:]
+
+
+def _part(encoders: Encoding, chunk: Sequence[Captioned], rows: Sequence[tuple[int, Framed]]) -> dict[str, Tensor]:
+    """The columns of a few rows of a shard: (place in it, picture). Raises: DataError; torch.OutOfMemoryError."""
+    encoded = encoders.latents(torch.stack([picture.pixels for _, picture in rows]))
+    captions = [chunk[place].caption for place, _ in rows]
+    condition = encoders.condition(captions, torch.stack([picture.time_ids for _, picture in rows]))
+    own = {"place": torch.tensor([place for place, _ in rows]), "mean": encoded.mean, "std": encoded.std}
+    columns = {**own, **_columns(condition)}
+    _check_finite(columns, [chunk[place].name for place, _ in rows])
+    return columns
 
 
 def _columns(condition: Condition) -> dict[str, Tensor]:
@@ -221,11 +257,24 @@ def _intact(file: Path) -> bool:
         return False
 
 
+def _places(file: Path) -> tuple[int, set[int]]:
+    """How many rows a shard has, and the places of their images in it. Raises: DataError when it is not there."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            rows = int(opened.metadata()["rows"])
+            return rows, set(opened.get_tensor("place").tolist()) if rows else set()
+    except FileNotFoundError:
+        raise DataError(
+            f"data.cache: {file}, which a process of this job has written, is not there; on several machines the "
+            "folder must be on a disk that they share"
+        ) from None
+
+
 def _save(columns: dict[str, Tensor], file: Path) -> None:
     """In one move. Whole numbers stay as they are: float16 does not hold every pixel count."""
     rows = len(next(iter(columns.values()))) if columns else 0
     kept = {name: part if name in WHOLE else part.half() for name, part in columns.items()}
-    staging = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    staging = file.with_name(f".{file.name}.{secrets.token_hex(8)}.writing")  # pids repeat across containers
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: part.contiguous() for name, part in kept.items()}, staging, metadata={"rows": str(rows)})

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill_jobs.data import latent_cache
+from distill_jobs.data import framing, latent_cache
 from distill_jobs.data.captioned import Captioned, index_folder
-from distill_jobs.data.framing import frame
+from distill_jobs.data.framing import Framed, frame
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
-from distill_jobs.errors import DataError, StorageError
+from distill_jobs.errors import DataError, JobError, StorageError
 from distill_jobs.pipelines.vae import Encoded
 from distill_jobs.sections import InpaintingSection
 from engines.masks import HIDDEN
@@ -92,6 +93,88 @@ def test_what_changed_is_computed_again(tmp_path: Path) -> None:
     assert filled(writer(tmp_path, index_folder(folder))) == 3
 
 
+def test_rows_of_other_code_are_computed_again_and_are_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(writer(tmp_path, entries))
+    before = writer(tmp_path, entries).finished()
+    monkeypatch.setattr(latent_cache, "ROWS_VERSION", latent_cache.ROWS_VERSION + 1)
+    assert filled(writer(tmp_path, entries)) == COUNT
+    after = writer(tmp_path, entries).finished()
+    assert not set(after.files) & set(before.files)
+    assert len(list((tmp_path / "cache").rglob("null-*"))) == 2
+    assert after.identity == before.identity
+
+
+def test_jobs_of_one_pid_that_share_a_cache_write_each_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pods do, where every job's first process has the same number."""
+    entries = index_folder(images.image_folder(tmp_path / "a", 1))
+    save, staged = latent_cache.save_file, set[Path]()
+
+    def both_at_once(columns: object, file: Path, **rest: object) -> None:
+        staged.add(file)
+        if len(staged) == 1:
+            filled(writer(tmp_path, entries))
+        save(columns, file, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latent_cache, "save_file", both_at_once)
+    filled(writer(tmp_path, entries))
+    assert len(staged) == 3  # the empty condition by either, the shard by one
+    assert len(writer(tmp_path, entries).finished()) == 1
+
+
+def test_the_next_images_are_decoded_while_a_batch_is_encoded_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_cache, "SHARD_ROWS", COUNT)
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    read, seen = Captioned.read, [Event() for _ in entries]
+
+    class Waits(Halves):
+        def latents(self, pixels: Tensor) -> Encoded:
+            encoded = super().latents(pixels)
+            ahead = min(self.images + 2, COUNT)
+            assert all(event.wait(60) for event in seen[:ahead])
+            assert not any(event.is_set() for event in seen[ahead:])
+            return encoded
+
+    def decoded(entry: Captioned, side: int) -> Framed:
+        seen[entries.index(entry)].set()
+        return frame(read(entry), side)
+
+    monkeypatch.setattr(framing, "framed", decoded)
+    writer(tmp_path, entries).write(Waits, lambda _: None, 0, 1)
+
+
+def test_where_memory_ends_fewer_rows_are_encoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cache, "ENCODED_ROWS", 3)
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(writer(tmp_path / "roomy", entries))
+    tried = []
+
+    class Small(Halves):
+        def latents(self, pixels: Tensor) -> Encoded:
+            tried.append(len(pixels))
+            if len(pixels) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().latents(pixels)
+
+        room = 1
+
+    made = writer(tmp_path, entries)
+    made.write(Small, lambda _: None, 0, 1)
+    assert tried == [3] + [1] * COUNT
+    found, expected = (m.finished().rows(torch.arange(COUNT)) for m in (made, writer(tmp_path / "roomy", entries)))
+    torch.testing.assert_close(found[0].mean, expected[0].mean, rtol=0, atol=0)
+    torch.testing.assert_close(found[1].tokens, expected[1].tokens, rtol=0, atol=0)
+    monkeypatch.setattr(Small, "room", 0)
+    with pytest.raises(JobError, match="too little memory on the device to encode an image of 8 pixels"):
+        writer(tmp_path, entries, "others").write(Small, lambda _: None, 0, 1)
+
+
 def test_an_empty_caption_that_is_zeros_is_another_than_an_encoded_one(tmp_path: Path) -> None:
     entries = index_folder(images.image_folder(tmp_path / "images", COUNT))
     encoded, zeros = (
@@ -99,7 +182,7 @@ def test_an_empty_caption_that_is_zeros_is_another_than_an_encoded_one(tmp_path:
     )
     filled(encoded)
     assert filled(zeros) == 0  # the images are the same
-    assert len(list((tmp_path / "cache").glob("null-*"))) == 2
+    assert len(list((tmp_path / "cache").rglob("null-*"))) == 2
 
 
 def test_an_interrupted_cache_goes_on(tmp_path: Path) -> None:
@@ -114,7 +197,7 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         writer(tmp_path, entries).write(Stops, lambda _: None, 0, 1)
     assert filled(writer(tmp_path, entries)) == COUNT - 3
-    assert not list((tmp_path / "cache").glob(".*"))
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:
@@ -161,7 +244,7 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
 def test_a_file_that_was_cut_off_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
     filled(writer(tmp_path, entries))
-    kept = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    kept = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}
     encoded = []
     for file, whole in kept.items():
         file.write_bytes(whole[:-1])
