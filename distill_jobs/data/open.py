@@ -15,6 +15,7 @@ from distill_jobs.data.latent_cache import CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
+from distill_jobs.data.shared_disk import check_shared
 from distill_jobs.data.source import Source
 from distill_jobs.errors import DataError, Interrupted
 from distill_jobs.latent_sections import CaptionedData, GlyphData, ImageFolderData
@@ -69,6 +70,7 @@ def _latents(
     progress: Progress,
     stop: StopSignal | None,
 ) -> LatentSource:
+    check_shared(data.cache, "data.cache", processes)
     key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px, teacher.zeros_for_empty)
     writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
     task = progress.add_task("latents", total=-(-len(entries) // processes.count), loss="")
@@ -107,5 +109,6 @@ def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: P
     if isinstance(data, ImageFolderData):
         return index_folder(Path(data.path))
     if isinstance(data, GlyphData):
+        check_shared(Path(data.path), "data.path", processes)
         return index_shards(str(processes.first(lambda: drawn(data, seed, progress))))
     return index_shards(data.path, skip_cut=data.unreadable == "skip")
