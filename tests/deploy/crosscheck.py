@@ -16,6 +16,7 @@ from pydantic import ValidationError
 import distill_jobs.cli
 import engines.cli
 import server.cli
+from distill_jobs.latent_sections import CaptionedData
 from distill_jobs.recipe_file import shipped_recipes
 from engines.backends.load import BUILT, ON_GPU
 from server.api.operations import operations_routes
@@ -29,6 +30,8 @@ from tests.deploy.sources import Deployment, Object, name_of
 
 APPS = {"engines": engines.cli.app, "distill_jobs": distill_jobs.cli.app, "server": server.cli.app}
 PREFIX = "HALFSTEP_"
+WORKDIR = Path("/app")
+"""Of every image: where a recipe's relative folders are."""
 
 
 def findings(deployment: Deployment) -> Iterator[str]:
@@ -146,6 +149,8 @@ def _paths(container: Container) -> Iterator[str]:
     store = container.env.get(f"{PREFIX}RESULT_STORE")
     named += [store] if store and is_folder(store) else []
     named += [word for word in container.words if word.startswith("/")]
+    if {"distill_jobs", "run"} <= set(container.words):
+        named.append(str(WORKDIR / CaptionedData.model_fields["cache"].default))
     inside = (
         ("/app", "/cache", "/runs", "/opt/halfstep") if container.where.startswith("image ") else container.mounts
     )

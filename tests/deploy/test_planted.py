@@ -64,6 +64,7 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         ],
         "k8s/overlays/distil/job.yaml": [
             ("            - digits\n", "            - digit\n", "no recipe digit"),
+            ("mountPath: /app/runs}", "mountPath: /app/run}", "nothing is mounted at /app/runs/latents"),
         ],
         "k8s/components/gateway/route.yaml": [
             (
