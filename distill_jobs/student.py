@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def told_its_grid(student: UNet2DConditionModel) -> UNet2DConditionModel:
     weights = dict(student.state_dict())
     columns = weights[COND_PROJ]
     weights[COND_PROJ] = torch.cat([columns, torch.zeros_like(columns)], dim=1)
-    return with_weights(UNet2DConditionModel.from_config(wide), weights)
+    return _built(wide, weights)
 
 
 def fold_grid(shared: UNet2DConditionModel, n: int) -> UNet2DConditionModel:
@@ -119,7 +120,7 @@ def fold_grid(shared: UNet2DConditionModel, n: int) -> UNet2DConditionModel:
     bias = weights[FIRST_BIAS].double() + weights[FIRST_WEIGHT].double() @ added
     weights |= {COND_PROJ: of_w.contiguous(), FIRST_BIAS: bias.float()}
     narrow = {**config, "time_cond_proj_dim": GUIDANCE_WIDTH}
-    return with_weights(UNet2DConditionModel.from_config(narrow), weights)
+    return _built(narrow, weights)
 
 
 def takes_grid(unet: UNet2DConditionModel) -> bool:
@@ -144,8 +145,13 @@ def sees_masks(unet: UNet2DConditionModel) -> bool:
 
 def with_weights(network: UNet2DConditionModel, weights: dict[str, Tensor]) -> UNet2DConditionModel:
     """A network built as ``network`` is, holding these weights."""
+    return _built(network.config, weights)
+
+
+def _built(config: Mapping[str, Any], weights: dict[str, Tensor]) -> UNet2DConditionModel:
+    """The network of a config, holding these very tensors; no others are made."""
     with torch.device("meta"):
-        twin = UNet2DConditionModel.from_config(network.config)
+        twin = UNet2DConditionModel.from_config(config)
     twin.load_state_dict(weights, assign=True)
     return twin
 

@@ -9,7 +9,15 @@ from diffusers.models import modeling_utils
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from distill_jobs.recipe_file import read_recipe
-from distill_jobs.student import load_stock, new_teacher, save_stock, weights_sha256
+from distill_jobs.student import (
+    fold_grid,
+    load_stock,
+    new_teacher,
+    save_stock,
+    student_of,
+    told_its_grid,
+    weights_sha256,
+)
 from engines.schedule import NoiseSchedule
 from tests.support.tiny_recipe import OVERRIDES
 
@@ -29,3 +37,11 @@ def test_networks_of_more_than_ten_gigabytes_are_one_file(tmp_path: Path, monkey
     assert len(weights_sha256(tmp_path)) == 64
     for name, tensor in load_stock(tmp_path).state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name])
+
+
+def test_a_network_made_of_another_initialises_none() -> None:
+    """Random weights that are thrown away would move the caller's random numbers, and take seconds of SDXL's."""
+    student = student_of(new_teacher(read_recipe("digits", OVERRIDES).unet, 0))
+    before = torch.random.get_rng_state()
+    fold_grid(told_its_grid(student), 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
