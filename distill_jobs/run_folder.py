@@ -24,7 +24,10 @@ BARE = {"recipe.yaml", "machine.json", "data.json", "pictures.json", "given.json
 
 @dataclass(frozen=True)
 class Machine:
-    """What the last bits of a run depend on besides its recipe. threads: of torch, in each process."""
+    """What the last bits of a run depend on besides its recipe.
+
+    threads: of torch, in each process; device: the model of a GPU, else the kind of device.
+    """
 
     threads: int
     processes: int
@@ -35,7 +38,8 @@ class Machine:
     @classmethod
     def here(cls, processes: int, device: torch.device) -> Machine:
         cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return cls(torch.get_num_threads(), processes, device.type, cpu, str(torch.__version__))
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return cls(torch.get_num_threads(), processes, name, cpu, str(torch.__version__))
 
     def differences(self, other: Machine) -> list[str]:
         """What of this differs elsewhere, as "name: here, there"."""
