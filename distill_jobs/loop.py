@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,7 +61,8 @@ class _Run:
     def __init__(self, trainer: Trainer, phase: Phase) -> None:
         self._trainer, self._phase, self._processes = trainer, phase, trainer.processes
         self._folder = trainer.checkpoints / phase.name
-        self._state = TrainingState(phase, trainer.processes)
+        with self._advised():
+            self._state = TrainingState(phase, trainer.processes)
         self._spent, self._started = 0.0, time.monotonic()
         self._task = TaskID(0)
 
@@ -86,8 +89,14 @@ class _Run:
         return state.finish(), self._seconds()
 
     def _advance(self) -> RowLoss | None:
-        try:
+        with self._advised():
             return self._state.advance()
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Where the device's memory ends, say how the phase goes on in less."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             training = self._phase.training
             raise JobError(
@@ -116,7 +125,8 @@ class _Run:
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
-        self._state.restore(checkpoint)
+        with self._advised():
+            self._state.restore(checkpoint)
         self._spent = checkpoint.seconds
         return True
 

@@ -37,6 +37,11 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return copy
 
 
+def fill(held: Tensor, full: Tensor) -> None:
+    """Copy ``full`` into ``held`` in place; of a sharded one each process what it holds."""
+    local(held).copy_(local(part(full, held)) if isinstance(held, DTensor) else full)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

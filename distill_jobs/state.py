@@ -13,7 +13,7 @@ from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.processes import Processes
 from distill_jobs.sections import Training
-from distill_jobs.sharding import local, part, sharded, whole
+from distill_jobs.sharding import fill, local, part, sharded, whole
 
 REWIND_LR = 0.5
 
@@ -115,25 +115,29 @@ class TrainingState:
         """
         return self._gathered(self._resumed_from())
 
+    @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up a checkpoint's state."""
+        """Take up a checkpoint's state, tensor by tensor: what is held meanwhile is no more than training holds."""
         tensors = checkpoint.tensors
-        own = {k: part(tensors[f"network.{k}"], like) for k, like in self._kept().items()}
-        self._phase.network.load_state_dict(own, strict=len(own) == len(self._phase.network.state_dict()))
-        inner: dict[int, dict[str, Tensor]] = {}
+        for name, held in self._kept().items():
+            fill(held, tensors[f"network.{name}"])
+        self._restore_optimizer(tensors)
+        if self._ema is not None:
+            for i, held in enumerate(self._averages(self._ema)):
+                fill(held, tensors[f"ema.{i}"])
+            self._ema.optimization_step = int(tensors["ema_step"])
+        self.update, self.rewinds, self.streak = checkpoint.update, checkpoint.rewinds, 0
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Its moments and their step, on the parameters' devices; those held so far are let go first."""
+        state = self._optimizer.optimizer.state
+        state.clear()
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
-                like = value if key == "step" else self._parameters[int(index)]
-                inner.setdefault(int(index), {})[key] = part(value, like)
-        groups = self._optimizer.optimizer.state_dict()["param_groups"]
-        self._optimizer.optimizer.load_state_dict({"state": inner, "param_groups": groups})
-        if self._ema is not None:
-            averages = [part(tensors[f"ema.{i}"], like) for i, like in enumerate(self._parameters)]
-            self._ema.shadow_params = [local(average).clone() for average in averages]
-            self._ema.optimization_step = int(tensors["ema_step"])
-            self._show_average()
-        self.update, self.rewinds, self.streak = checkpoint.update, checkpoint.rewinds, 0
+                parameter = self._parameters[int(index)]
+                like = local(parameter) if key == "step" else parameter  # one number, never sharded
+                state[parameter][key] = part(value, like)
 
     def _resumed_from(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of ``tensors`` by name, as this process holds them."""
@@ -141,8 +145,7 @@ class TrainingState:
         for i, values in self._optimizer.optimizer.state_dict()["state"].items():
             yield from ((f"optimizer.{i}.{k}", v) for k, v in values.items())
         if self._ema is not None:
-            for i, (average, like) in enumerate(zip(self._ema.shadow_params, self._parameters, strict=True)):
-                yield f"ema.{i}", sharded(average, like)
+            yield from ((f"ema.{i}", average) for i, average in enumerate(self._averages(self._ema)))
             yield "ema_step", torch.tensor(self._ema.optimization_step)
 
     def _gathered(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -170,6 +173,10 @@ class TrainingState:
         """The network's tensors that change: all but its frozen parameters."""
         frozen = {name for name, p in self._phase.network.named_parameters() if not p.requires_grad}
         return {k: v for k, v in self._phase.network.state_dict().items() if k not in frozen}
+
+    def _averages(self, ema: EMAModel) -> list[Tensor]:
+        """The weight average of each parameter, sharded as that is, in the memory that it has."""
+        return [sharded(average, like) for average, like in zip(ema.shadow_params, self._parameters, strict=True)]
 
     def _show_average(self) -> None:
         """Let the phase's ``average`` share the memory of the weight average."""

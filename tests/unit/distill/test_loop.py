@@ -1,5 +1,6 @@
 """The training loop on a network of one layer: what is not finite is not applied, and rewinds make progress."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_jobs import state
-from distill_jobs.checkpoint import intact_checkpoint, load_checkpoint
+from distill_jobs.checkpoint import Checkpoint, intact_checkpoint, load_checkpoint, write_checkpoint
 from distill_jobs.draws import Draws
 from distill_jobs.errors import DivergedError, Interrupted, JobError
 from distill_jobs.loop import Trainer
@@ -226,29 +228,81 @@ def test_a_signal_ends_with_a_checkpoint_at_that_update(tmp_path: Path) -> None:
 def test_tensors_are_gathered_by_all_and_kept_by_the_first_process(
     first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loss(network: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
-        return RowLoss(square(network(draws.normal(update, (rows, WIDTH)))[:, 0]))
-
     gathered: list[Tensor] = []
 
     def whole(tensor: Tensor) -> Tensor:
         gathered.append(tensor)
         return tensor
 
-    phase = Phase("phase", Training(updates=9, batch_size=BATCH, ema=0.9), layer(), Draws(0, "phase"), loss)
-    training = TrainingState(phase, Processes(ComputeSection(), tmp_path))
-    training.advance()
+    training = linear_state(tmp_path)
     monkeypatch.setattr(state, "whole", whole)
     monkeypatch.setattr(Processes, "is_first", first)
     names = {
-        "network.weight",
+        "network.0.weight",
         "ema.0",
         "ema_step",
         *(f"optimizer.0.{k}" for k in ("step", "exp_avg", "exp_avg_sq")),
     }
     assert training.tensors().keys() == (names if first else set())
     assert len(gathered) == len(names)
-    assert training.finish().keys() == ({"weight"} if first else set())
+    assert training.finish().keys() == ({"0.weight"} if first else set())
+
+
+def linear_state(tmp_path: Path, layers: int = 1) -> TrainingState:
+    """A phase under way after one update."""
+
+    def loss(network: nn.Module, draws: Draws, update: int, rows: int) -> RowLoss:
+        return RowLoss(network(draws.normal(update, (rows, 64))).square().mean(dim=1))
+
+    network: Any = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(layers)))
+    phase = Phase("phase", Training(updates=9, batch_size=BATCH, ema=0.9), network, Draws(0, "phase"), loss)
+    training = TrainingState(phase, Processes(ComputeSection(), tmp_path))
+    training.advance()
+    return training
+
+
+class Copies(TorchDispatchMode):
+    """The most numbers that copies made meanwhile held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            self._alive.add(made)
+            self.most = max(self.most, sum(tensor.numel() for tensor in self._alive))
+        return made
+
+
+def test_a_state_is_taken_up_in_the_memory_that_training_takes(tmp_path: Path) -> None:
+    """Also in a rewind, which finds everything held already."""
+    layers = 8
+    trained, fresh = linear_state(tmp_path, layers), linear_state(tmp_path, layers)
+    trained.advance()
+    kept = {name: tensor.clone() for name, tensor in trained.tensors().items()}
+    with Copies() as copies:
+        fresh.restore(Checkpoint(2, 1.0, kept))
+    weights = layers * 64 * 64
+    assert copies.most < 2 * weights + 64 * 64  # the optimiser's moments, whose own were let go
+    found = fresh.tensors()
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    assert torch.equal(fresh.advance().loss, trained.advance().loss)  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(fresh.tensors().values(), trained.tensors().values(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["__init__", "restore"])
+def test_memory_that_ends_before_the_first_update_says_the_same(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, square, updates=5)
+    write_checkpoint(tmp_path / "checkpoints" / "phase", Checkpoint(5, 1.0, {}))
+    monkeypatch.setattr(TrainingState, where, too_large)
+    with pytest.raises(JobError, match=r"phase: too little memory .*--resume --set phase\.accumulate=2 or"):
+        train(tmp_path, square)
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])
