@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-    release_memory,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, release_memory
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -30,8 +25,10 @@ from distill_jobs.sharding import shard
 
 T = TypeVar("T")
 
+LONGEST_STEP = timedelta(minutes=30)
+"""Most time that devices wait for each other: then one of the processes is gone."""
 LONGEST_WAIT = timedelta(hours=6)
-"""Most time that processes wait for each other, as while the first alone copies, hashes and writes."""
+"""Most time that processes wait for work of another's alone, as while the first copies, hashes and writes."""
 
 OF_LAUNCH = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -59,9 +56,12 @@ class Processes:
             project_dir=str(out),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # the gradients once, not twice
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                InitProcessGroupKwargs(timeout=LONGEST_STEP),
             ],
         )
+        self._host = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.count > 1 else None
+        if compute.precision == "fp32":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if compute.precision == "bf16" and self.device.type == "cpu":
             # Its backward pass for a CPU takes longer in bfloat16 than all convolutions together.
             torch.backends.cuda.enable_flash_sdp(False)
@@ -95,10 +95,11 @@ class Processes:
                 said = [work()]
             except JobError as error:
                 said = [error]
-        outcome = broadcast_object_list(said)[0]
+        dist.broadcast_object_list(said, src=0, group=self._host)
+        outcome = cast("T | JobError", said[0])
         if isinstance(outcome, JobError):
             raise outcome
-        return outcome  # type: ignore[no-any-return]
+        return outcome
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is set in any process."""
@@ -114,8 +115,11 @@ class Processes:
 
     def listed(self, items: list[T]) -> list[T]:
         """The items of all processes, once each has its own."""
-        everyones: list[T] = gather_object(items) if self.count > 1 else items
-        return everyones
+        if self.count == 1:
+            return items
+        everyones: list[list[T]] = [[] for _ in range(self.count)]
+        dist.all_gather_object(everyones, items, group=self._host)
+        return [item for each in everyones for item in each]
 
     def trained(self, network: nn.Module) -> nn.Module:
         """The network on its device, its gradients averaged over the processes, or itself sharded over them."""

@@ -7,14 +7,18 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import nn
 
+from distill_jobs import processes as processes_module
 from distill_jobs.checkpoint import intact_checkpoint
 from distill_jobs.errors import RecipeError
 from distill_jobs.processes import Processes
@@ -94,7 +98,10 @@ def test_two_processes_follow_one_also_when_one_of_them_is_killed(
 def test_a_sharded_job_follows_one_process_and_resumes_after_a_signal_to_one_process(
     alone: Path, tmp_path: Path
 ) -> None:
-    """FSDP2: the checkpoint holds whole tensors, each process takes up its own part of them again."""
+    """FSDP2: the checkpoint holds whole tensors, each process takes up its own part of them again.
+
+    Resumed with gradient checkpointing, as SDXL is trained.
+    """
     out = tmp_path / "run"
     recipe = [*RECIPE, "compute.shard=true", "teacher.updates=12", "teacher.accumulate=2"]
     first, second = together([JobRun(out, recipe)] * 2)
@@ -105,7 +112,7 @@ def test_a_sharded_job_follows_one_process_and_resumes_after_a_signal_to_one_pro
     os.kill(second.pid, signal.SIGTERM)
     assert ended(first, second) == 4
     assert not (out / "teacher").exists()
-    assert ended(*together([JobRun(out, recipe)] * 2)) == 0
+    assert ended(*together([JobRun(out, [*recipe, "compute.gradient_checkpointing=true"])] * 2)) == 0
     assert_same_losses(out, alone, {"teacher": 1e-5}, {"teacher": 12, "stage_one": 6, "d2": 4, "d1": 4})
     for phase in ("teacher", "stage_one", "students/d1"):
         weights = Path(phase) / "unet" / "diffusion_pytorch_model.safetensors"
@@ -144,6 +151,52 @@ def test_a_network_that_nothing_uses_any_more_is_freed_before_the_next_is_prepar
     before = used()
     processes.frozen(nn.Linear(2, 2))
     assert before() is None
+
+
+class Two:
+    """Stands in for accelerate's object: the first of two processes."""
+
+    num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    def __init__(self, kwargs_handlers: list[object], **_: object) -> None:
+        [told] = [each for each in kwargs_handlers if isinstance(each, InitProcessGroupKwargs)]
+        Two.timeout = told.timeout
+
+    timeout: timedelta | None = None
+
+
+def test_devices_wait_for_a_lost_process_no_longer_than_a_step_takes_but_hosts_for_work_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[dict[str, object]] = []
+    waited: list[object] = []
+
+    def new_group(**told: object) -> str:
+        groups.append(told)
+        return "host"
+
+    def gather(everyones: list[list[int]], items: list[int], group: object) -> None:
+        waited.append(group)
+        everyones[:] = [items, [3]]
+
+    monkeypatch.setattr(processes_module, "Accelerator", Two)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda said, src, group: waited.append(group))
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    processes = Processes(ComputeSection(), tmp_path)
+    assert Two.timeout == timedelta(minutes=30)
+    assert groups == [{"backend": "gloo", "timeout": timedelta(hours=6)}]
+    assert processes.first(lambda: 7) == 7
+    assert processes.listed([1, 2]) == [1, 2, 3]
+    assert waited == ["host", "host"]
+
+
+def test_fp32_is_without_tf32(tmp_path: Path) -> None:
+    """Left alone, torch rounds the convolutions' inputs to 10 bits on Ampere and later, and not the products'."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    Processes(ComputeSection(precision="fp32"), tmp_path)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_bf16_runs_the_networks_lower_and_keeps_weights_and_targets(alone: Path, tmp_path: Path) -> None:
