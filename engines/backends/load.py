@@ -170,7 +170,7 @@ def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, 
     backend = choose_backend(name)
     chosen = graph_precision(bundle.manifest.graphs[graph], choose_precision(backend, precision))
     engine = _import(backend).engine_name(chosen)
-    source = source_sha256() if backend == "tensorrt" else ""
+    source = source_sha256(backend)
     return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads, source=source)
 
 

@@ -99,5 +99,5 @@ class TorchCudaBackend(OfGraph):
 
 
 def engine_name(precision: Precision) -> str:
-    """Backend, version and precision."""
-    return f"torch-cuda {str(torch.__version__).partition('+')[0]} {precision}"
+    """Backend, version (with the CUDA that it was built for) and precision."""
+    return f"torch-cuda {torch.__version__} {precision}"

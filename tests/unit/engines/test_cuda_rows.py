@@ -18,10 +18,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines.backends import load
 from engines.backends import torch as torch_backend
 from engines.backends.base import Precision
+from engines.backends.cuda import Device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
 from engines.backends.graph_file import read_graph
+from engines.backends.plan_store import source_sha256
 from engines.backends.torch import TorchBackend, tensor_of
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.backends.torch_fused import fused_module
@@ -428,3 +431,13 @@ def test_a_unet_reads_no_value_back(unet_file: Path, precision: Precision) -> No
     outputs = run_on_meta(onnx.load(str(unet_file)), random_rows(2, seed=0), precision)
     assert {tuple(tensor.shape) for tensor in outputs.values()} == {(2, 1, 8, 8)}
     assert {tensor.dtype for tensor in outputs.values()} == {torch.float32}
+
+
+def test_costs_of_other_code_or_another_build_of_torch_are_not_found(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "find_device", lambda: Device("NVIDIA H200", (9, 0), "580.65.06"))
+    key = load.engine_key(toy, "step_4", "torch-cuda", "bfloat16", 0)
+    assert key.source == source_sha256("torch-cuda")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu126")
+    assert load.engine_key(toy, "step_4", "torch-cuda", "auto", 0).engine == "torch-cuda 2.13.0+cu126 float32"

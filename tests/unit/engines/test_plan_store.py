@@ -11,12 +11,11 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from engines.backends import lowering, tensorrt_build
-from engines.backends.plan_store import Kind, PlanStore, source_sha256
+from engines.backends import plan_store
+from engines.backends.plan_store import BUILDERS, Kind, PlanStore, source_sha256
 from engines.cache import EngineKey
 from engines.errors import BackendError
 
@@ -243,14 +242,14 @@ def test_what_graphs_share_is_kept_apart_from_any_of_them(store: PlanStore, tmp_
     assert elsewhere.of_every_graph().load("timings") is None
 
 
-@pytest.mark.parametrize("module", [lowering, tensorrt_build])
-def test_code_that_builds_otherwise_has_another_hash(tmp_path: Path, module: ModuleType) -> None:
-    for builder in (lowering, tensorrt_build):
-        shutil.copy(str(builder.__file__), tmp_path)
-    assert source_sha256(tmp_path) == source_sha256()
-    with (tmp_path / Path(str(module.__file__)).name).open("a") as file:
+@pytest.mark.parametrize(("backend", "changed"), [(b, name) for b, names in BUILDERS.items() for name in names])
+def test_code_that_builds_otherwise_has_another_hash(tmp_path: Path, backend: str, changed: str) -> None:
+    for name in BUILDERS[backend]:
+        shutil.copy(Path(plan_store.__file__).with_name(name), tmp_path)
+    assert source_sha256(backend, tmp_path) == source_sha256(backend)
+    with (tmp_path / changed).open("a") as file:
         file.write("OPSET = 23\n")
-    assert source_sha256(tmp_path) != source_sha256()
+    assert source_sha256(backend, tmp_path) != source_sha256(backend)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

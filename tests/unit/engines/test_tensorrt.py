@@ -181,7 +181,7 @@ def test_the_key_changes_with_all_that_a_plan_depends_on(
     assert len({key.folder(tmp_path) for key in keys}) == 2 * len(machines)
     assert keys[0].machine == "NVIDIA H100 80GB HBM3 sm_90, driver 580.65.06"
     assert keys[0].engine == "tensorrt 11.4.0.106 float32"
-    assert {key.source for key in keys} == {source_sha256()}
+    assert {key.source for key in keys} == {source_sha256("tensorrt")}
     assert engine_key(toy, "step_4", "onnxruntime", "auto", 0).source == ""
 
 
@@ -189,7 +189,7 @@ def test_a_release_that_builds_otherwise_builds_again(
     toy: Bundle, tmp_path: Path, gpu: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(toy, tmp_path)
-    monkeypatch.setattr(load, "source_sha256", lambda: "e" * 64)
+    monkeypatch.setattr(load, "source_sha256", lambda _: "e" * 64)
     start(toy, tmp_path)
     assert gpu.loaded == [b"plan 1", b"plan 2"]
 
