@@ -59,7 +59,7 @@ class Processes:
                 InitProcessGroupKwargs(timeout=LONGEST_STEP),
             ],
         )
-        self._host = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.count > 1 else None
+        self._host = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if dist.is_initialized() else None
         if compute.precision == "fp32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if compute.precision == "bf16" and self.device.type == "cpu":

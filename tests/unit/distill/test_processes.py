@@ -180,6 +180,7 @@ def test_devices_wait_for_a_lost_process_no_longer_than_a_step_takes_but_hosts_f
         everyones[:] = [items, [3]]
 
     monkeypatch.setattr(processes_module, "Accelerator", Two)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda said, src, group: waited.append(group))
     monkeypatch.setattr(dist, "all_gather_object", gather)
