@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 SERVE_VENV := .venv-serve
 LOCK_VENV := .venv-lock
+# One more than there are cores: a test that waits for a process leaves its core to the others.
+TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 # On a machine without a GPU, point pip at a CPU build of torch to save gigabytes.
 TORCH ?= torch==2.13.0
@@ -39,7 +41,7 @@ serve: $(SERVE_VENV)/.ready
 # Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py).
 test: setup
 	$(MAKE) --no-print-directory -j 2 lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --max-worker-restart 0
 
 lint: lint-types lint-style
 

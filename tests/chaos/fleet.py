@@ -17,7 +17,7 @@ import httpx
 import redis
 
 from tests.support.redis_server import RedisServer
-from tests.support.serving import ROOT, until
+from tests.support.serving import ROOT, cache_dir, until
 
 EXIT_S = 40
 _NOTHING: Mapping[str, str] = {}
@@ -38,7 +38,7 @@ class Node:
         module = [sys.executable, "-m", "tests.chaos.node"]
         self._command = [*module, role, url, str(bundle), str(self.port), plant]
         self._log = log
-        self._environment = {**os.environ, **environment}
+        self._environment = {"HALFSTEP_CACHE_DIR": cache_dir(), **os.environ, **environment}
         self.start()
 
     def start(self) -> None:

@@ -33,7 +33,6 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
         redis=url,
         lease_s=LEASE_S,
         result_ttl_s=RESULT_TTL_S,
-        cache_dir=None,
         hang_s=5.0,
         max_rows=rows,
     )

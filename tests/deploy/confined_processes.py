@@ -41,7 +41,13 @@ def running(log: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "HALFSTEP_CACHE_DIR": "none", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env={
+                **os.environ,
+                "HALFSTEP_CACHE_DIR": "none",
+                "HALFSTEP_RUNGS": "1,2",
+                "OMP_NUM_THREADS": "1",
+                "COLUMNS": "200",
+            },
         )
         try:
             yield process

@@ -63,7 +63,9 @@ def consistency(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return exported("digits-consistency", tmp_path_factory.mktemp("consistency"), finish)
 
 
-@pytest.mark.parametrize("name", ["shared", "stochastic", pytest.param("consistency", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["shared", *(pytest.param(name, marks=pytest.mark.long) for name in ("stochastic", "consistency"))]
+)
 def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.FixtureRequest) -> None:
     run, recipe, pipeline = request.getfixturevalue(name)
     samplers = {"shared": {"deterministic"}, "consistency": {"deterministic", "consistency"}}.get(name, {name})

@@ -21,13 +21,13 @@ from engines.manifest import KNOWN, MASKED, EvaluationRow, Measured
 from engines.masks import HIDDEN, hide, latent_mask
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, Row
-from tests.support.tiny_run import UNET, exported, tiny_recipe, write_judged_run
+from tests.support.tiny_run import SHORT_UNET, exported, tiny_recipe, write_judged_run
 
 RECIPE = Recipe.model_validate(
     tiny_recipe((2, 1)).model_dump()
     | {
         "inpainting": {"boxes": 0.4, "strokes": 0.4},
-        "unet": {**UNET, "in_channels": 3},
+        "unet": {**SHORT_UNET, "in_channels": 3},
         "export": {"name": "tiny", "students": (2,), "default_steps": 2},
     }
 )

@@ -22,11 +22,12 @@ from distill_jobs.tasks import task_gates
 from engines.manifest import EvaluationRow, Measured
 from engines.pipeline import Pipeline
 from engines.rows import Drawing, find_encoder
-from tests.support.tiny_run import exported, tiny_recipe, write_judged_run, write_tiny_run
+from tests.support.tiny_run import SHORT_UNET, exported, tiny_recipe, write_judged_run, write_tiny_run
 
 RECIPE = Recipe.model_validate(
     tiny_recipe((2, 1)).model_dump()
     | {
+        "unet": SHORT_UNET,
         "encoder": {"halvings": [{"steps": 2, "updates": 1}], "students": (2,)},
         "export": {"name": "tiny", "students": (2,), "default_steps": 2},
     }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +21,14 @@ START_S = 60
 STOP_S = 40
 
 ValueT = TypeVar("ValueT")
+
+
+@cache
+def cache_dir() -> str:
+    """Where servers keep costs and compiled models, so that only the first one of a bundle measures."""
+    folder = tempfile.mkdtemp(prefix="halfstep-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class ServerProcess:
@@ -33,7 +45,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={"HALFSTEP_CACHE_DIR": "none", **os.environ, "COLUMNS": "200"},
+            env={"HALFSTEP_CACHE_DIR": cache_dir(), **os.environ, "COLUMNS": "200"},
         )
         self.output = ""
         self.url = self._read_url()

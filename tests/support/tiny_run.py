@@ -32,6 +32,14 @@ UNET = {
 }
 """Each kind of layer, resampling included, and attention once: tracing and drawing take their time by layers."""
 
+SHORT_UNET = {
+    **UNET,
+    "block_out_channels": [8],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
+"""Of half the layers, for tests of what is around a network."""
+
 
 def tiny_recipe(students: tuple[int, ...] = (8, 4, 2, 1)) -> Recipe:
     return Recipe.model_validate(

@@ -115,6 +115,7 @@ def test_the_average_is_the_one_in_training(ema: float | None, tmp_path: Path) -
     assert start.keys() <= state.tensors().keys()
 
 
+@pytest.mark.long
 def test_a_killed_finish_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """Its average, from which its targets come, is taken up again too."""
     quiet = Progress(disable=True)

@@ -79,7 +79,7 @@ def files(state: JobState) -> list[bytes | None]:
         pytest.param(4, "non_finite", 0, id="nan"),
         pytest.param(5, "poison", 3, id="exit"),
         pytest.param(6, "engine_error", 0, id="exception"),
-        pytest.param(7, "poison", 3, id="segfault"),
+        pytest.param(7, "poison", 3, id="segfault", marks=pytest.mark.long),
         pytest.param(8, "poison", 3, id="hang"),
         pytest.param(9, "poison", 3, id="out-of-memory"),
     ],

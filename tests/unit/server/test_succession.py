@@ -194,6 +194,7 @@ async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(
     toy_bundle: Path, refusal: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.succession.RETRY_S", 0.05)
+    monkeypatch.setattr("server.worker.RESTART_S", 0.2)
     built = SpawnedThread(toy_bundle, BUILT)
     async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal=refusal)) as on:
         await on.at_work(built)
