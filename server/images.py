@@ -32,9 +32,19 @@ _OTHER_FORMATS = (
     *(b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL"),
 )
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
 _CHUNK = struct.Struct(">I4s")
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""Begins each part of a JPEG; entropy-coded data holds none."""
+_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+MAX_SCANS = 100
+"""Of a JPEG, whose decoder goes over all pixels at each; real ones have some ten."""
+MAX_SEGMENTS = 2000
+"""Parts of a JPEG, scans and tables among them; real ones have hundreds at most."""
 _SRGB = ImageCms.createProfile("sRGB")
 _WHITE = (255, 255, 255)
+_SIXTEEN_TO_EIGHT = [(level + 128) // 257 for level in range(65536)]
+"""By level; Pillow takes those outside as the nearest."""
 _DATA_URL = re.compile(r"data:[^,]{0,128};base64,", re.IGNORECASE)
 
 Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` is the limit, with an answer of its own
@@ -65,7 +75,9 @@ def open_image(data: bytes, param: str) -> Image.Image:
     _check_type(data, param)
     if data.startswith(_PNG_SIGNATURE):
         _check_png(data, param)
-    elif data.startswith(b"RIFF"):
+    elif data.startswith(_JPEG_SIGNATURE):
+        _check_jpeg(data, param)
+    else:
         _check_size(*_webp_size(data), param)  # its decoder takes memory for the pixels already when opened
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -132,7 +144,7 @@ def image_too_large(param: str) -> ApiError:
 
 def _check_type(data: bytes, param: str) -> None:
     webp = data.startswith(b"RIFF") and data[8:12] == b"WEBP"
-    if data.startswith((_PNG_SIGNATURE, b"\xff\xd8\xff")) or webp:
+    if data.startswith((_PNG_SIGNATURE, _JPEG_SIGNATURE)) or webp:
         return
     start = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
     if data.startswith(_OTHER_FORMATS) or start.startswith(_OTHER_FORMATS) or data[4:8] == b"ftyp":
@@ -156,6 +168,20 @@ def _check_png(data: bytes, param: str) -> None:
             message = f"{param} is animated; send one still image."
             raise InvalidRequestError("invalid_image", message, param=param)
         at = end + 4
+
+
+def _check_jpeg(data: bytes, param: str) -> None:
+    """Scans and parts up to the end of the image: what lies inside a part, such as a thumbnail, is none of them."""
+    at, scans = 2, 0
+    for _ in range(MAX_SEGMENTS):
+        found = _SEGMENT.search(data, at)
+        if found is None or found[0] == _END_OF_IMAGE:
+            return
+        scans += found[0] == _SCAN
+        if scans > MAX_SCANS:
+            break
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    _invalid(param)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -189,8 +215,7 @@ def _turned(image: Image.Image) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Without transparency, in L, RGB or CMYK."""
     if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        return image.convert("I").point(_SIXTEEN_TO_EIGHT, "L")
     if image.mode in {"1", "L", "LA", "La"}:
         return image.convert("L")
     if image.mode == "P" and image.has_transparency_data:

@@ -48,5 +48,12 @@ def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
     return png[:33] + _chunk(kind, data) + png[33:]
 
 
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG that decodes, its last scan so often that there are ``count``."""
+    jpeg = file_of(photo(), "JPEG", progressive=True)
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    return jpeg[:-2] + last * (count - jpeg.count(b"\xff\xda")) + jpeg[-2:]
+
+
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 
@@ -13,11 +15,22 @@ from PIL import Image, ImageCms
 from engines.manifest import Size
 from server.errors import ApiError
 from server.fitting import alpha_is_edit, fit_image, nearest_size, white_is_edit, white_or_opaque_is_edit
-from server.images import MAX_IMAGE_BYTES, open_image, read_image, read_mask, to_rgb, write_png
-from tests.support.pictures import SIZE, file_of, mask_file, photo, png_claiming, with_chunk
+from server.images import (
+    MAX_IMAGE_BYTES,
+    MAX_SCANS,
+    MAX_SEGMENTS,
+    open_image,
+    read_image,
+    read_mask,
+    to_rgb,
+    write_png,
+)
+from tests.support.pictures import SIZE, file_of, jpeg_of_scans, mask_file, photo, png_claiming, with_chunk
+from tests.support.serving import ROOT
 
 AT = Size(width=64, height=64, latent_width=8, latent_height=8)
 GOOD = file_of(photo())
+JPEG = file_of(photo(), "JPEG")
 BOMB = zlib.compress(bytes(80_000_000))
 
 
@@ -58,6 +71,8 @@ BAD: list[tuple[str, Callable[[], bytes], int, str]] = [
         400,
         "invalid_image",
     ),
+    ("scan bomb", lambda: jpeg_of_scans(MAX_SCANS + 1), 400, "invalid_image"),
+    ("part bomb", lambda: JPEG[:2] + b"\xff\xfe\0\2" * MAX_SEGMENTS + JPEG[2:], 400, "invalid_image"),
 ]
 
 
@@ -101,6 +116,25 @@ def test_a_palette_with_transparency_is_flattened_without_a_warning() -> None:
     clear = file_of(palette, transparency=b"\x00\x00")
     assert to_rgb(open_image(seen, "image")).getpixel((0, 0)) == (200, 100, 50)
     assert to_rgb(open_image(clear, "image")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_scans_count_where_they_are_scans() -> None:
+    """Not inside a thumbnail, nor behind the end, where telephones put a film."""
+    thumbnail = b"\xff\xe1\x10\0" + b"\xff\xda" * 2047
+    for jpeg in (jpeg_of_scans(MAX_SCANS), JPEG[:2] + thumbnail + JPEG[2:], JPEG + b"\xff\xda" * 1000):
+        assert open_image(jpeg, "image").size == SIZE
+
+
+def test_sixteen_bits_take_less_than_256_mb() -> None:
+    """In a process of its own, as the most it ever took is what is measured."""
+    script = (
+        "import resource, numpy as np; from PIL import Image; from server import images;"
+        "image = Image.fromarray(np.zeros((4096, 4096), np.uint16));"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak(); images.to_grey(image); print((peak() - before) // 1024)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 128, "beside the file and the image themselves"
 
 
 def test_exif_turns_the_image() -> None:
