@@ -45,9 +45,9 @@ class RequestCounts:
         """Count the end of a job when ``run`` finds it."""
         self._followed[job.id] = job
 
-    def unwanted(self, job: Job) -> None:
+    def unwanted(self, job_id: str) -> None:
         """Cancel a job as soon as the store, which is away, can be told: its caller has been answered already."""
-        self._unwanted.add(job.id)
+        self._unwanted.add(job_id)
 
     async def run(self) -> None:
         """Look for ends until cancelled."""

@@ -143,7 +143,7 @@ class Service:
                 await self.store.cancel(job.id)
                 state = await self.store.get(job.id)
             except (StoreUnavailableError, UnreadableJobError):
-                self.counts.unwanted(job)
+                self.counts.unwanted(job.id)
                 self.counts.await_end(job)
             else:
                 status = JobStatus.CANCELLED if state is None else state.status
@@ -321,7 +321,7 @@ class Service:
             return await self.store.submit(job, key)
         except StoreUnavailableError:
             if key is None:  # it may have arrived for all that, and nobody has its id
-                self.counts.unwanted(job)
+                self.counts.unwanted(job.id)
             raise
 
     async def _spend_quota(self, caller: Caller, images: int) -> None:

@@ -10,6 +10,7 @@ import structlog
 from starlette.requests import Request
 
 from server.service import Service
+from server.stores.base import StoreUnavailableError
 
 _log = structlog.get_logger()
 
@@ -19,13 +20,21 @@ async def cancelled_when_gone(service: Service, request: Request, job_id: str) -
     """Cancel the job as soon as its client disconnects; its rows leave at the next step."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if await service.store.cancel(job_id):
-            _log.info("client_disconnected", job=job_id)
+        await _gone(request)
+        try:
+            if await service.store.cancel(job_id):
+                _log.info("client_disconnected", job=job_id)
+        except StoreUnavailableError:
+            service.counts.unwanted(job_id)
 
     task = asyncio.create_task(watch())
     try:
         yield
     finally:
         task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client has disconnected."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

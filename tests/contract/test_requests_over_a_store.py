@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
+from server.api.disconnection import cancelled_when_gone
 from server.app import create_app
 from server.auth import Keyring
 from server.errors import OverloadedError
@@ -234,6 +236,29 @@ async def test_what_an_outage_kept_from_being_cancelled_is_cancelled_after_it(
     assert state is not None
     assert state.status is JobStatus.CANCELLED
     assert await lab.store.claim("w", MODELS, 1) == []
+
+
+async def test_a_client_that_leaves_in_an_outage_has_its_job_cancelled_after_it(
+    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, asked = serve(), asyncio.Event()
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def cancel(job_id: str) -> Any:
+        asked.set()
+        await away()
+
+    async with service.accepted(REQUEST) as job_id:
+        with monkeypatch.context() as outage:
+            outage.setattr(lab.store, "cancel", cancel)
+            async with cancelled_when_gone(service, Request({"type": "http"}, gone), job_id):
+                await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        await service.counts.look()
+        state = await lab.store.get(job_id)
+        assert state is not None
+        assert state.status is JobStatus.CANCELLED
 
 
 async def test_a_job_whose_acceptance_was_never_heard_of_is_cancelled_unless_it_has_a_key(
