@@ -6,9 +6,10 @@ import asyncio
 import math
 import time
 from asyncio import Lock
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakValueDictionary
 
 from server.admission import Admission
@@ -16,6 +17,7 @@ from server.auth import Caller, Keyring, current_caller
 from server.catalogue import Catalogue
 from server.costs import CostBook
 from server.counting import RequestCounts
+from server.decoding import Decode, Decoding
 from server.entrance import Entrance
 from server.errors import ApiError, InvalidRequestError, OverloadedError, RateError, not_worth_a_retry, store_away
 from server.jobs import (
@@ -31,7 +33,7 @@ from server.jobs import (
 )
 from server.links import FileLinks, Link
 from server.metrics import Metrics
-from server.rates import Rates
+from server.rates import AskRate, Rates
 from server.request import DenoiseRequest
 from server.schemas import Readiness
 from server.settings import Settings
@@ -47,9 +49,6 @@ DRAINING = JobFailure(
 ENGINE_DOWN = JobFailure(
     code="engine_down", message="The engine of this server has ended; send the request again.", retry_after_s=1.0
 )
-
-DECODES_AT_ONCE = 2
-"""Edits whose files are decoded at a time: at the largest size each takes some 0.3 GiB."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Service:
     _entering: int = 0
     """Submissions under way that were not turned away."""
     _entrance: Entrance = field(init=False)
-    _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODES_AT_ONCE))
+    _decoding: Decoding = field(default_factory=Decoding)
     _turns: WeakValueDictionary[tuple[str, str], Lock] = field(default_factory=WeakValueDictionary)
     """By idempotency key: its submissions, one after another."""
 
@@ -105,22 +104,16 @@ class Service:
         self._entrance = Entrance(self.admission, self.store, self.costs, self.keyring)
 
     async def decoded(
-        self,
-        outline: DenoiseRequest,
-        decode: Callable[[], DenoiseRequest],
-        key: IdempotencyKey | None = None,
-        options: JobOptions = NO_OPTIONS,
+        self, outline: DenoiseRequest, decode: Decode, options: JobOptions = NO_OPTIONS
     ) -> DenoiseRequest:
-        """What ``decode`` makes of a request's files, beside the event loop and ``DECODES_AT_ONCE`` at a time.
+        """What ``decode`` makes of a request's files; nothing is decoded where it would be refused all the same.
 
-        outline: the request without them. Where that would be refused nothing is decoded, unless its key was used
-        before.
+        outline: the request without them.
         Raises: OverloadedError, RateError and InvalidRequestError as ``submit``; what ``decode`` raises.
         """
-        await self._check_room(outline, key, options)  # no refusal waits for the decoding of others
-        async with self._decoding:
-            await self._check_room(outline, key, options)  # which may have taken the room meanwhile
-            return await asyncio.to_thread(decode)
+        check = partial(self._check_room, outline, options)
+        await check()  # no refusal waits for the decoding of others
+        return await self._decoding.run(decode, check)  # who may have taken the room meanwhile
 
     @asynccontextmanager
     async def accepted(self, request: DenoiseRequest) -> AsyncIterator[str]:
@@ -159,22 +152,27 @@ class Service:
             raise store_away() from None
 
     async def submit(
-        self, request: DenoiseRequest, key: IdempotencyKey | None = None, options: JobOptions = NO_OPTIONS
+        self,
+        request: DenoiseRequest,
+        key: IdempotencyKey | None = None,
+        options: JobOptions = NO_OPTIONS,
+        decode: Decode | None = None,
     ) -> str:
         """The id of a job that lives on its own; an earlier one where the key was used for the same body before.
 
-        An earlier one needs no room and spends nothing.
+        decode: of a request with files, which ``request`` then lacks. An earlier job needs no room, spends nothing
+        and has nothing decoded.
 
         Raises: OverloadedError, RateError; ApiError 422 when the key was used for another body; InvalidRequestError
-        when files are to be stored and there is nowhere to.
+        when files are to be stored and there is nowhere to; what ``decode`` raises.
         """
         if key is None:
-            return await self._start(request, None, options)
+            return await self._start(request, None, options, decode)
         turn = self._turns.setdefault((key.tenant, key.key), Lock())
-        async with turn:  # so that of those that come at once, too, one alone is charged
+        async with turn:  # so that of those that come at once, too, one alone is decoded and charged
             earlier = await self.store.find_key(key.tenant, key.key)
             if earlier is None:
-                return await self._start(request, key, options)
+                return await self._start(request, key, options, decode)
         first, job_id = earlier
         if first != key:
             raise _key_reused()
@@ -225,7 +223,11 @@ class Service:
             raise ResultStoreError("this process knows no result store, but its workers do")
         return await self.links.link(image.key, base_url)
 
-    async def _start(self, request: DenoiseRequest, key: IdempotencyKey | None, options: JobOptions) -> str:
+    async def _start(
+        self, request: DenoiseRequest, key: IdempotencyKey | None, options: JobOptions, decode: Decode | None
+    ) -> str:
+        if decode is not None:
+            request = await self.decoded(request, decode, options)
         job, submission = await self._submit(request, key, options)
         if not submission.replayed:
             self.counts.follow(job)
@@ -281,28 +283,26 @@ class Service:
         self._entering += 1  # nothing has waited since the look at ``draining``
         try:
             async with self._entrance.open_to(job):
-                await self._spend_quota(caller, request.n)
+                await self._heed_quota(self.rates.spend, caller, request.n)
                 return job, await self._into_store(job, key)
         except IdempotencyConflictError:
             raise _key_reused() from None
         finally:
             self._entering -= 1  # the caller knows of it before anything else can run
 
-    async def _check_room(self, outline: DenoiseRequest, key: IdempotencyKey | None, options: JobOptions) -> None:
-        """Raises: what ``_submit`` would, but for quotas, which only what is let in spends."""
+    async def _check_room(self, outline: DenoiseRequest, options: JobOptions) -> None:
+        """Raises: what ``_submit`` would. Nothing is spent."""
+        caller = current_caller.get()
         job = Job.model_construct(  # not validated, as the outline has no files
             id="",
             request=outline,
             cost_s=self.admission.cost_s(outline),
-            tenant=current_caller.get().tenant,
+            tenant=caller.tenant,
             deadline_ms=options.deadline_ms,
         )
-        try:
-            self._check_open(outline)
-            await self._entrance.check(job)
-        except (OverloadedError, RateError):
-            if key is None or await self.store.find_key(key.tenant, key.key) is None:
-                raise
+        self._check_open(outline)
+        await self._entrance.check(job)
+        await self._heed_quota(self.rates.wait_s, caller, outline.n)
 
     def _check_open(self, request: DenoiseRequest) -> None:
         if request.stored and self.files is None:
@@ -324,8 +324,8 @@ class Service:
                 self.counts.unwanted(job.id)
             raise
 
-    async def _spend_quota(self, caller: Caller, images: int) -> None:
-        wait_s = await self.rates.spend(caller.quota or self.settings.quota, images, "quota", caller.tenant)
+    async def _heed_quota(self, ask: AskRate, caller: Caller, images: int) -> None:
+        wait_s = await ask(caller.quota or self.settings.quota, images, "quota", caller.tenant)
         if wait_s == math.inf:
             message = "The quota of this tenant never allows so many images at once; ask for fewer."
             raise ApiError(403, "quota_too_small", message)

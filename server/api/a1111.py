@@ -19,7 +19,7 @@ from server.api.a1111_answers import images_answer
 from server.api.a1111_fields import ImageWish, TextWish, adjusted_text, note_fitted, resolve_image, with_files_of
 from server.api.a1111_reference import DRAWN, IMAGE_BODY, TEXT_BODY
 from server.api.body import IMAGES_BODY_BYTES, read_object
-from server.api.disconnection import cancelled_when_gone
+from server.api.disconnection import cancelled_when_gone, unless_gone
 from server.api.validation import validate
 from server.auth import current_caller
 from server.errors import InvalidRequestError
@@ -49,7 +49,7 @@ def a1111_routes(service: Service) -> APIRouter:
             message = "init_images must hold exactly one image."
             raise InvalidRequestError("out_of_range", message, param="init_images")
         edit, adjusted = resolve_image(wish, service.catalogue)
-        wanted = await service.decoded(edit.outline, partial(with_files_of, wish, edit))
+        wanted = await unless_gone(request, service.decoded(edit.outline, partial(with_files_of, wish, edit)))
         note_fitted(adjusted, wish, wanted)
         return await drawings.make(request, wanted, adjusted, send=wish.send_images)
 

@@ -80,7 +80,7 @@ async def _submit(service: Service, body: JobBody, key: IdempotencyKey | None, b
     if body.webhook_url is not None:
         service.webhooks.check(body.webhook_url)
     if isinstance(wanted, Edit):
-        wanted = await service.decoded(wanted.outline, partial(with_files_of, body, wanted), key, options)
+        return await service.submit(wanted.outline, key, options, partial(with_files_of, body, wanted))
     return await service.submit(wanted, key, options)
 
 

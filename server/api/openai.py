@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import completed_events, images_response, partial_event
 from server.api.body import base_url, client_gone, read_object
-from server.api.disconnection import cancelled_when_gone
+from server.api.disconnection import cancelled_when_gone, unless_gone
 from server.api.event_stream import EVENT_STREAM, HEADERS, kept_alive, with_error_event
 from server.api.multipart import read_form
 from server.api.reference import (
@@ -64,7 +64,8 @@ def openai_routes(service: Service) -> APIRouter:
             message = "image is required: send a PNG, JPEG or WebP file."
             raise InvalidRequestError("missing_field", message, param="image")
         edit = resolve_edit(body, service.catalogue, masked=mask is not None)
-        wanted = await service.decoded(edit.outline, partial(edit.with_files, image, mask, alpha_is_edit))
+        decode = partial(edit.with_files, image, mask, alpha_is_edit)
+        wanted = await unless_gone(request, service.decoded(edit.outline, decode))
         return await _answer(service, request, wanted, stream=bool(body.stream))
 
     @router.get("/models")
