@@ -234,13 +234,19 @@ class End(Frozen):
 
 
 class Delivery(Frozen):
-    """A webhook to send. attempt: counts from 1; ended_s: when the job ended, seconds since 1970."""
+    """A webhook to send, as it was claimed.
+
+    ended_s: when the job ended, seconds since 1970; age_s: how long ago that was. claim: the fence, counts from 1, and
+    attempt, too, but for claims that were put off.
+    """
 
     job_id: str
     tenant: str
     url: str
     status: JobStatus
     ended_s: float
+    age_s: float
+    claim: int
     attempt: int
 
 

@@ -28,6 +28,9 @@ from server.links import FileLinks
 from server.stores.base import JobStore, StoreUnavailableError, UnreadableJobError
 
 MAX_ATTEMPTS = 12
+MAX_AGE_S = 24 * 3600.0
+"""After the end of its job a message is given up, sent as often or not."""
+
 TIMEOUT_S = 10.0
 _LOOK_S = 1.0
 _AT_ONCE = 8
@@ -116,17 +119,15 @@ class Webhooks:
             await self._note(delivery, fault)
 
     async def _note(self, delivery: Delivery, fault: str | None) -> None:
-        """Given up is only what was really sent."""
+        put_off = fault == _ORIGIN_HANGS
         if fault is None:
             await self._store.delivered(delivery)
-        elif delivery.attempt >= MAX_ATTEMPTS and fault != _ORIGIN_HANGS:
+        elif delivery.age_s > MAX_AGE_S or (delivery.attempt >= MAX_ATTEMPTS and not put_off):
             _log.error("webhook_given_up", job=delivery.job_id, attempts=delivery.attempt, reason=fault)
             await self._store.delivered(delivery)
         else:
-            doublings = min(delivery.attempt, MAX_ATTEMPTS) - 1
-            delay_s = min(_FIRST_DELAY_S * 2**doublings, _LONGEST_DELAY_S)
             _log.warning("webhook_failed", job=delivery.job_id, attempt=delivery.attempt, reason=fault)
-            await self._store.retry_delivery(delivery, delay_s)
+            await self._store.retry_delivery(delivery, _delay_s(delivery, put_off=put_off), put_off=put_off)
 
     async def _send(self, client: httpx.AsyncClient, delivery: Delivery) -> str | None:
         """None when a 2xx came back, else why not."""
@@ -195,6 +196,12 @@ class Webhooks:
             if address.is_global or any(address in network for network in self._networks):
                 return str(address)
         raise RefusedAddressError
+
+
+def _delay_s(delivery: Delivery, *, put_off: bool) -> float:
+    """Twice the last one; of what was not sent, which counts no attempts, as long as it has been waiting."""
+    wait_s = delivery.age_s if put_off else _FIRST_DELAY_S * 2 ** (delivery.attempt - 1)
+    return min(max(wait_s, _FIRST_DELAY_S), _LONGEST_DELAY_S)
 
 
 def signed(secret: bytes, message_id: str, content: bytes) -> dict[str, str]:

@@ -160,8 +160,11 @@ class JobStore(Protocol):
         """Drop a webhook; False when it was claimed again meanwhile."""
         ...
 
-    async def retry_delivery(self, delivery: Delivery, delay_s: float) -> bool:
-        """Make a webhook due again in delay_s; False when it was claimed again meanwhile."""
+    async def retry_delivery(self, delivery: Delivery, delay_s: float, *, put_off: bool = False) -> bool:
+        """Make a webhook due again in delay_s; False when it was claimed again meanwhile.
+
+        put_off: nothing was sent, so that this claim was no attempt.
+        """
         ...
 
     async def ping(self) -> None:

@@ -192,8 +192,8 @@ class MemoryStore:
     async def delivered(self, delivery: Delivery) -> bool:
         return self.jobs.outbox.delivered(delivery)
 
-    async def retry_delivery(self, delivery: Delivery, delay_s: float) -> bool:
-        return self.jobs.outbox.retry(delivery, delay_s)
+    async def retry_delivery(self, delivery: Delivery, delay_s: float, *, put_off: bool = False) -> bool:
+        return self.jobs.outbox.retry(delivery, delay_s, put_off=put_off)
 
     async def ping(self) -> None:
         pass

@@ -48,6 +48,8 @@ def make_older(client: Redis, ms: int) -> None:
             for field in ("created", "since", "deadline"):
                 if client.hget(key, field):
                     client.hincrby(key, field, -ms)
+        elif name.startswith("delivery:"):
+            client.hincrby(key, "ended", -ms)
         elif name in ("deadlines", "outbox") or name.startswith("queue:"):
             for member in client.zrange(key, 0, -1):
                 client.zincrby(key, -ms, member)

@@ -163,6 +163,27 @@ async def test_a_webhook_is_tried_again_later(lab: Lab) -> None:
     assert await lab.store.delivered(third)
 
 
+async def test_a_webhook_that_was_put_off_was_not_tried(lab: Lab) -> None:
+    await lab.store.submit(job("a", webhook_url="https://example.com/a"))
+    await lab.store.cancel("a")
+    claimed = []
+    for _ in range(3):
+        claimed += await lab.store.claim_deliveries(1)
+        assert await lab.store.retry_delivery(claimed[-1], delay_s=5.0, put_off=True)
+        await lab.pass_time(6)
+    assert [delivery.attempt for delivery in claimed] == [1, 1, 1]
+    await lab.store.claim_deliveries(1)
+    assert not await lab.store.delivered(claimed[-1]), "who put it off holds it no more"
+
+
+async def test_a_webhook_tells_how_long_ago_its_job_ended(lab: Lab) -> None:
+    await lab.store.submit(job("a", webhook_url="https://example.com/a"))
+    await lab.store.cancel("a")
+    await lab.pass_time(5000)
+    (delivery,) = await lab.store.claim_deliveries(1)
+    assert 5000 <= delivery.age_s < 5060
+
+
 # ---- totals
 
 

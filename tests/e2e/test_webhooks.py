@@ -141,6 +141,46 @@ async def test_an_origin_that_hangs_holds_up_no_other(
             assert 1 <= len(asked) <= max(1, silent // 2), "the others were put off"
 
 
+@asynccontextmanager
+async def sending_to_silence(monkeypatch: pytest.MonkeyPatch, age_s: float) -> AsyncIterator[tuple[Any, int]]:
+    """A store whose 20 messages, as old as that, were each claimed once by a sender; and how many it sent."""
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.2)
+    now = [0.0]
+    outbox = MemoryOutbox(3600.0, lambda: now[0])
+    store: Any = SimpleNamespace(
+        outbox=outbox,
+        claim_deliveries=AsyncMock(side_effect=outbox.claim),
+        delivered=AsyncMock(side_effect=outbox.delivered),
+        retry_delivery=AsyncMock(side_effect=outbox.retry),
+    )
+    request = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=8, height=8)
+    async with silence() as (origin, asked):
+        for k in range(20):
+            job = Job(id=f"{k}", request=request, cost_s=0, webhook_url=origin)
+            outbox.add(job, JobStatus.SUCCEEDED, 1.0)
+        now[0] += age_s
+        sending = asyncio.create_task(Webhooks((origin, LOOPBACK), SECRET, store).run())
+        async with asyncio.timeout(60):
+            while store.delivered.call_count + store.retry_delivery.call_count < 20:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+        sending.cancel()
+        yield store, len(asked)
+
+
+@pytest.mark.anyio
+async def test_a_message_that_was_put_off_keeps_its_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with sending_to_silence(monkeypatch, 1.0) as (store, sent):
+        assert sent < 20
+        assert sum(entry.delivery.attempt for entry in store.outbox._waiting.values()) == sent
+
+
+@pytest.mark.anyio
+async def test_a_message_that_is_a_day_old_is_given_up_sent_or_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with sending_to_silence(monkeypatch, webhooks.MAX_AGE_S + 1) as (store, sent):
+        assert sent < 20
+        assert store.outbox._waiting == {}
+
+
 @pytest.mark.anyio
 async def test_a_job_of_another_version_is_told_of_later_and_holds_up_no_other() -> None:
     """Whoever can read it says where its files are."""

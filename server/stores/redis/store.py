@@ -222,10 +222,10 @@ class RedisStore:
         return [wire.delivery_from(reply) for reply in await self._scripts.run("claim_deliveries", n)]
 
     async def delivered(self, delivery: Delivery) -> bool:
-        return bool(await self._scripts.run("settle_delivery", delivery.job_id, delivery.attempt, ""))
+        return bool(await self._scripts.run("settle_delivery", delivery.job_id, delivery.claim, "", 0))
 
-    async def retry_delivery(self, delivery: Delivery, delay_s: float) -> bool:
-        args = (delivery.job_id, delivery.attempt, round(delay_s * 1000))
+    async def retry_delivery(self, delivery: Delivery, delay_s: float, *, put_off: bool = False) -> bool:
+        args = (delivery.job_id, delivery.claim, round(delay_s * 1000), int(put_off))
         return bool(await self._scripts.run("settle_delivery", *args))
 
     async def ping(self) -> None:

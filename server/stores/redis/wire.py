@@ -128,13 +128,15 @@ def is_event_id(text: str) -> bool:
 
 
 def delivery_from(reply: Reply) -> Delivery:
-    job_id, attempt, tenant, url, status, ended_ms = reply
+    job_id, claim, attempt, age_ms, tenant, url, status, ended_ms = reply
     return Delivery(
         job_id=job_id.decode(),
         tenant=tenant.decode(),
         url=url.decode(),
         status=JobStatus(status.decode()),
         ended_s=int(ended_ms) / 1000,
+        age_s=max(0, age_ms) / 1000,
+        claim=claim,
         attempt=attempt,
     )
 
