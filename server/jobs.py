@@ -236,8 +236,8 @@ class End(Frozen):
 class Delivery(Frozen):
     """A webhook to send, as it was claimed.
 
-    ended_s: when the job ended, seconds since 1970; age_s: how long ago that was. claim: the fence, counts from 1, and
-    attempt, too, but for claims that were put off.
+    ended_s: when the job ended, seconds since 1970; age_s: how long ago that was. claim: the fence, counts from 1;
+    attempt: as claim, without those that were put off.
     """
 
     job_id: str

@@ -13,9 +13,11 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -60,6 +62,7 @@ class Webhooks:
         self._secret = secret.encode()
         self._store = store
         self._links = links
+        self._resolving = ThreadPoolExecutor(_AT_ONCE, "webhook-names")  # a slow name takes no other work's thread
         self._free = asyncio.Semaphore(_AT_ONCE)
         self._under_way: Counter[_Origin] = Counter()
         self._hanging: set[_Origin] = set()
@@ -190,7 +193,8 @@ class Webhooks:
 
     async def _address(self, url: httpx.URL) -> str:
         """Raises: RefusedAddressError; OSError when the name has no address."""
-        found = await asyncio.get_running_loop().getaddrinfo(url.host, None)
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._resolving, socket.getaddrinfo, url.host, None)
         for entry in found:
             address = ipaddress.ip_address(str(entry[4][0]).partition("%")[0])
             if address.is_global or any(address in network for network in self._networks):
