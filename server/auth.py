@@ -164,7 +164,9 @@ class Keyring:
 
     @property
     def tenants(self) -> frozenset[str]:
-        return frozenset(key.tenant for key in self._current().values())
+        """Those that can have work in the queue."""
+        able = (key for key in self._current().values() if Scope.GENERATE in key.scopes and not key.expired)
+        return frozenset(key.tenant for key in able)
 
     def caller(self, presented: str) -> Caller:
         """Raises: ApiError 401."""

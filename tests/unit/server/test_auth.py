@@ -113,6 +113,18 @@ def test_a_tenant_has_the_quota_of_its_newest_key_that_has_one(path: Path) -> No
     assert [keyring.caller(key).quota for key, _ in made] == ["9/day", "9/day", "9/day", "1/day", None]
 
 
+def test_tenants_are_those_that_can_have_work_in_the_queue(path: Path) -> None:
+    ago = datetime.now(UTC) - timedelta(days=1)
+    rows = [
+        ("a", Scope.GENERATE, None),
+        ("b", Scope.READ, None),
+        ("c", Scope.METRICS, None),
+        ("d", Scope.GENERATE, ago),
+    ]
+    write_keys(path, KeyFile(keys=tuple(new_key(tenant, [scope], expires)[1] for tenant, scope, expires in rows)))
+    assert Keyring(path).tenants == {"a"}
+
+
 def test_wrong_commands_are_one_sentence(path: Path) -> None:
     for arguments in (["new", "--tenant", "a b"], ["new", "--tenant", "a", "--rate", "often"], ["revoke", "0"]):
         ended = CliRunner().invoke(app, ["keys", *arguments, "--api-keys", str(path)], env={"COLUMNS": "500"})
