@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from asyncio import Lock
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,7 +68,8 @@ NO_OPTIONS = JobOptions()
 class Service:
     """draining: set once the process was told to end; it then finishes what it accepted.
 
-    engine_down: set once no worker is left to make anything; keyring: None where everyone is let in.
+    engine_down: set once no worker is left to make anything; engine_up: whether the engine of this process, if it
+    has one, takes jobs; keyring: None where everyone is let in.
     costs: what the workers have told of themselves; files: where results go whose addresses are asked for.
     """
 
@@ -87,6 +88,7 @@ class Service:
     counts: RequestCounts = field(init=False)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     engine_down: bool = False
+    engine_up: Callable[[], bool] = lambda: True
     _open: set[str] = field(default_factory=set)
     _entering: int = 0
     """Submissions under way that were not turned away."""
@@ -258,6 +260,8 @@ class Service:
             return "engine_down"
         if self.draining.is_set():
             return "draining"
+        if not self.engine_up():
+            return "engine_down"
         try:
             await self.store.ping()
         except StoreUnavailableError:

@@ -37,6 +37,7 @@ def serve(settings: Settings) -> str | None:
     service = build_service(settings, store, metrics, files, bundles)
     metrics.offers(bundles)
     service.costs.update({own_name(): engine.offers})
+    service.engine_up = lambda: engine.up
     metrics.watch_engine(lambda: engine.pid, lambda: engine.up)
     metrics.is_a("serve")
     worker = _worker(settings, engine, store, metrics, files, safety)

@@ -12,17 +12,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from server import start as starting
 from server.engine_thread import EngineThread
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
 from server.stores.base import StoreUnavailableError
+from server.versions import read_versions
 from server.webhooks import Webhooks
 from server.worker import Worker
 from tests.support.fake_engines import Bench
@@ -79,6 +82,25 @@ def start(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             lab.ended.result(timeout=60)
         lab.pool.shutdown()
     faulthandler.cancel_dump_traceback_later()
+
+
+def test_serve_is_not_ready_while_its_engine_is_down(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(versions=read_versions(Settings(bundles=(toy_bundle,))), offers={}, pid=1, up=False)
+    served: list[Service] = []
+
+    def process(service: Service, *_: Any, **__: Any) -> Any:
+        served.append(service)
+        return SimpleNamespace(run_until_told=lambda: None)
+
+    monkeypatch.setattr(starting, "_open_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(starting, "_worker", lambda *_: None)
+    monkeypatch.setattr(starting, "Process", process)
+    starting.serve(Settings(bundles=(toy_bundle,), port=0))
+    client = offline_client(served[0])
+    down = client.get("/readyz")
+    assert (down.status_code, down.json()["status"]) == (503, "engine_down")
+    engine.up = True
+    assert client.get("/readyz").status_code == 200
 
 
 def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
