@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 
 from server.errors import InvalidRequestError
 
+MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "too_many_values", "invalid_encoding"})
+"""Codes of what is no JSON for this server, and 400 in every API."""
+
 MAX_NUMBER_CHARS = 64
 MAX_VALUES = 10_000
 """Commas, and brackets that open, of a body, those in its texts included: more than a valid request can have, whose

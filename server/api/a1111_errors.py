@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.errors import ApiError
+from server.strict_json import MALFORMED
 
 A1111_PATH = "/sdapi/"
 
@@ -13,11 +14,11 @@ _NAMES = {"image": "init_images", "strength": "denoising_strength", "model": "ov
 
 
 class A1111Error(ApiError):
-    """An error in the shape these clients read; a wrong field is 422."""
+    """An error in the shape these clients read; a wrong field is 422, a body that is no JSON 400."""
 
     @classmethod
     def of(cls, error: ApiError) -> A1111Error:
-        status = 422 if error.status == 400 else error.status
+        status = 422 if error.status == 400 and error.code not in MALFORMED else error.status
         param = _NAMES.get(error.param or "", error.param)
         message = error.message
         if error.param in _NAMES and message.startswith(f"{error.param} "):

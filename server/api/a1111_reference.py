@@ -36,11 +36,12 @@ def _body(schema: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
 
 
 REFUSED: dict[int | str, dict[str, Any]] = {
+    400: _refusal("The body is not JSON"),
     404: _refusal("No such model"),
     408: _refusal("The body came too slowly"),
     413: _refusal("The body is too large"),
     415: _refusal("The body is not JSON, or an image is of another type"),
-    422: _refusal("The body is not JSON, or a field is unknown, malformed or not offered"),
+    422: _refusal("A field is unknown, malformed or not offered"),
 }
 DRAWN: dict[int | str, dict[str, Any]] = {
     200: {"model": A1111Answer, "description": "The images"},

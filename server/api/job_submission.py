@@ -30,9 +30,9 @@ from server.resolve import Edit
 from server.service import JobOptions, Service
 from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
+from server.strict_json import MALFORMED
 
 MAX_WAIT_S = 60
-_MALFORMED = frozenset({"invalid_json", "duplicate_key", "too_deep", "too_many_values", "invalid_encoding"})
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _IDEMPOTENCY_KEY = Header(
     description="Your own name of this request: 1 to 255 of ASCII.",
@@ -130,6 +130,6 @@ def _unprocessable() -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        if error.code not in _MALFORMED:
+        if error.code not in MALFORMED:
             error.status = 422
         raise

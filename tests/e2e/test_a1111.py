@@ -170,6 +170,15 @@ def test_what_is_wrong_is_named(
     assert set(told) == {"error", "detail", "body", "errors"}
 
 
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [("", "invalid_json"), ('{"prompt": "sev', "invalid_json"), ('{"steps": 4, "steps": 4}', "duplicate_key")],
+)
+def test_what_is_no_json_is_400(http: httpx.Client, body: str, code: str) -> None:
+    answer = http.post("/txt2img", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]) == (400, code)
+
+
 def test_all_fields_of_the_original_are_accepted_at_their_defaults(http: httpx.Client) -> None:
     """Clients made from its description send every field there is.
 
