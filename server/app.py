@@ -7,12 +7,11 @@ from functools import partial
 
 import structlog
 from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from server.api.a1111 import a1111_routes
@@ -107,7 +106,7 @@ def create_api(service: Service) -> FastAPI:
         service.metrics.rejected.labels(code).inc()
         headers = dict(error.headers or {})
         if error.status_code == 405:
-            headers["Allow"] = _allowed(parts, request)
+            headers["Allow"] = _allowed((app, *parts), request)
         return _response(request, ApiError(error.status_code, code, message, headers=headers))
 
     @app.exception_handler(Exception)
@@ -117,9 +116,9 @@ def create_api(service: Service) -> FastAPI:
     return app
 
 
-def _allowed(parts: Iterable[APIRouter], request: Request) -> str:
+def _allowed(parts: Iterable[FastAPI | APIRouter], request: Request) -> str:
     """Methods of all routes with this path; Starlette names those of the first alone."""
-    routes = (route for part in parts for route in part.routes if isinstance(route, APIRoute))
+    routes = (route for part in parts for route in part.routes if isinstance(route, Route))
     matching = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
     return ", ".join(sorted({method for route in matching for method in route.methods or ()}))
 

@@ -219,6 +219,8 @@ def test_unknown_paths_are_404(client: TestClient, path: str) -> None:
 def test_a_wrong_method_is_405_with_allow(client: TestClient) -> None:
     response = client.get(URL)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    response = client.post("/openapi.json")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
     assert response.json()["error"]["code"] == "method_not_allowed"
 
 
