@@ -34,17 +34,20 @@ def drawn(pipeline: Pipeline) -> list[tuple[Wish, Pixels]]:
     return list(zip(pool, make_together(pipeline, pool), strict=True))
 
 
+@pytest.mark.long
 def test_every_task_and_step_count_shares_one_graph(pipeline: Pipeline, drawn: list[tuple[Wish, Pixels]]) -> None:
     assert {(wish.task, wish.steps) for wish, _ in drawn} == {(task, n) for task in TASKS for n in (1, 4)}
     assert len({student.graph for student in pipeline.manifest.students}) == 1
 
 
+@pytest.mark.long
 def test_eager_diffusers_draws_the_same_pictures(pipeline: Pipeline, drawn: list[tuple[Wish, Pixels]]) -> None:
     student = EagerStudent(pipeline.bundle.path)
     for wish, expected in drawn:
         assert is_right(json.dumps(answer(student.make(wish))).encode(), expected), wish
 
 
+@pytest.mark.long
 def test_only_the_expected_picture_within_the_objective_counts(drawn: list[tuple[Wish, Pixels]]) -> None:
     (_, first), (_, second) = drawn[:2]
     calls = [Call(float(k), "/", "application/json", b"", first) for k in range(1, 6)]

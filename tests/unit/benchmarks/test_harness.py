@@ -105,6 +105,7 @@ def test_every_contender_samples_the_same_student(measured: Throughput) -> None:
     assert max(row.max_abs_difference for row in measured.rows) < 0.5
 
 
+@pytest.mark.long
 def test_streams_share_a_batch_and_the_page_has_each_setting(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_the_client_is_counted_apart() -> None:
     assert rate == pytest.approx(images / (wall_s - client_s / http_overhead.cores()))
 
 
+@pytest.mark.long
 def test_a_random_bundle_draws_and_is_drawn_from_its_seed(bundle: Bundle) -> None:
     weights, again = (random_student(OPTIONS, throughput.STEPS).state_dict() for _ in range(2))
     assert all(torch.equal(weights[name], again[name]) for name in weights)

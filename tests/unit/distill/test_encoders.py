@@ -82,6 +82,7 @@ def test_every_halving_of_the_encoder_changes_the_network_and_records_its_second
     assert not (finished.path / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_job_killed_among_its_encoders_ends_in_the_same_bytes(finished: RunFolder, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished.path, out)

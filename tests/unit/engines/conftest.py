@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from engines.bundle import Bundle
+from tests.support.made_once import made_once
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 
@@ -20,11 +21,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The step graph of a small random UNet2DConditionModel, exported by torch."""
+    return made_once(tmp_path_factory, "unet.onnx", _export)
+
+
+def _export(file: Path) -> None:
     from tests.support.unet_graph import export_step, small_unet
 
-    file = tmp_path_factory.mktemp("unet") / "step.onnx"
     export_step(small_unet(), file)
-    return file
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(bundle: Path, *makes: SpawnedThread, start: bool = True) -> AsyncIterator[Stage]:
+async def stage(
+    bundle: Path, *makes: SpawnedThread, start: bool = True, lease_s: float = 30.0
+) -> AsyncIterator[Stage]:
     """A worker on its first engine, with those to come. start: the first one is not the preferred."""
     backends: dict[str, Any] = {"backend": "openvino", "start_backend": "onnxruntime"} if start else {}
     settings = Settings(bundles=(bundle,), **backends)
@@ -99,11 +101,11 @@ async def stage(bundle: Path, *makes: SpawnedThread, start: bool = True) -> Asyn
         if made.build_error:
             raise BackendError(made.build_error)
 
-    first, metrics, store = SpawnedThread(bundle, FIRST), Metrics(), MemoryStore()
+    first, metrics, store = SpawnedThread(bundle, FIRST), Metrics(), MemoryStore(lease_s)
     version = Version.of(verify_bundle(bundle))
     succession = Succession(first, settings, [version], metrics, make, build)
     made = Stage(succession, first, store, metrics, list(makes))
-    task = asyncio.create_task(Worker("w", succession, store, metrics).run())
+    task = asyncio.create_task(Worker("w", succession, store, metrics, lease_s=lease_s).run())
     yield made
     assert not task.done()
     task.cancel()
@@ -194,9 +196,8 @@ async def test_jobs_are_others_while_there_is_no_engine_to_go_back_to(
     toy_bundle: Path, refusal: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.succession.RETRY_S", 0.05)
-    monkeypatch.setattr("server.worker.RESTART_S", 0.2)
     built = SpawnedThread(toy_bundle, BUILT)
-    async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal=refusal)) as on:
+    async with stage(toy_bundle, built, SpawnedThread(toy_bundle, LATER, refusal=refusal), lease_s=2.0) as on:
         await on.at_work(built)
         built.bench.factor = float("nan")
         built.bench.allow()
