@@ -38,7 +38,8 @@ serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
 ## make test       what CI runs: linters, types, import rules, every test
-# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py).
+# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py). What
+# takes longest is marked long and left to make prove.
 test: setup
 	$(MAKE) --no-print-directory -j 2 lint
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --max-worker-restart 0

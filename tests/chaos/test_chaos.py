@@ -36,6 +36,7 @@ def test_a_planted_bug_is_noticed(plan: Plan, toy_bundle: Path, tmp_path: Path) 
     assert run(plan, toy_bundle, tmp_path / "log").faults
 
 
+@pytest.mark.long
 def test_rolling_restarts_are_not_noticed(toy_bundle: Path, tmp_path: Path) -> None:
     noticed = restart_all(Restarts(apis=2, workers=2, jobs=120, seconds=8), toy_bundle, tmp_path / "log")
     assert noticed.statuses == [0] * 4

@@ -88,6 +88,7 @@ def test_edits_go_to_every_other_class_and_never_to_their_own() -> None:
     assert sorted(edit_targets(labels).tolist()) == sorted([*range(4), *range(5, 10)] * 2)
 
 
+@pytest.mark.long
 def test_the_pipeline_inverts_and_draws_as_the_trained_networks_do(pipeline: Pipeline, run_dir: Path) -> None:
     manifest = pipeline.manifest
     assert [(e.steps, e.graph, e.timesteps) for e in manifest.encoders] == [(2, "invert_2", (0, 499))]

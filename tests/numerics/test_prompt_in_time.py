@@ -132,7 +132,7 @@ def test_a_folded_student_is_the_shared_one(
     assert float((want - asked(student, condition, w)).abs().max()) > 1e-4  # the grid matters
 
 
-@pytest.mark.parametrize("kind", ["shared", "folded"])
+@pytest.mark.parametrize("kind", ["shared", pytest.param("folded", marks=pytest.mark.long)])
 def test_the_step_graph_equals_torch_in_every_engine(
     kind: str,
     folder: PipelineFolder,

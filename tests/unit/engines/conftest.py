@@ -21,7 +21,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The step graph of a small random UNet2DConditionModel, exported by torch."""
-    return made_once(tmp_path_factory, "unet.onnx", _export)
+    return made_once(tmp_path_factory, "unet/step.onnx", _export)
 
 
 def _export(file: Path) -> None:
