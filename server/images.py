@@ -181,7 +181,10 @@ def _check_jpeg(data: bytes, param: str) -> None:
         if scans > MAX_SCANS:
             break
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    _invalid(param)
+    message = (
+        f"{param} is a JPEG of over {MAX_SCANS} scans or {MAX_SEGMENTS:,} parts; save it again as a plain one."
+    )
+    raise InvalidRequestError("invalid_image", message, param=param)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 
 from engines.backends.base import RUNGS, EngineBackend, Precision
 from engines.backends.cuda import find_device
-from engines.backends.plan_store import PlanStore, source_sha256
+from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cache import EngineKey
 from engines.errors import BackendError
@@ -33,6 +34,19 @@ OFFERED: dict[BackendName, tuple[Precision, ...]] = {
 
 BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
+
+BUILDERS: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("lowering.py", "tensorrt_build.py"),
+    "torch-cuda": (
+        "cuda_rows.py",
+        "lowering.py",
+        "torch.py",
+        "torch_cuda.py",
+        "torch_fused.py",
+        "torch_operators.py",
+    ),
+}
+"""Our code that an engine is made of, by backend: what was built or measured with other code is not used."""
 
 INT8: frozenset[str] = frozenset({"openvino", "onnxruntime"})
 """Backends that run int8 graphs."""
@@ -193,3 +207,17 @@ def _import(backend: str) -> ModuleType:
     if backend != "tensorrt" and find_spec(library := backend.removesuffix("-cuda")) is None:
         raise BackendError(f"The {backend} backend needs {library}; install it with: {_INSTALL[library]}")
     return importlib.import_module(f"engines.backends.{backend.replace('-', '_')}")
+
+
+def source_sha256(backend: str, folder: Path = Path(__file__).parent) -> str:
+    """Hash of our code that decides what a graph becomes: flags, profiles, lowering, operators; empty of others.
+
+    It is part of an engine's key, so that a release that changes any of it builds and measures anew. folder: of the
+    code.
+    """
+    if backend not in BUILDERS:
+        return ""
+    digest = hashlib.sha256()
+    for name in BUILDERS[backend]:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()

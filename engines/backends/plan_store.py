@@ -29,18 +29,6 @@ Kind = Literal["plan", "kernels", "timings"]
 
 MAX_STAMP_BYTES = 16 * 1024
 _EVERY_GRAPH = "of every graph"
-BUILDERS: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("lowering.py", "tensorrt_build.py"),
-    "torch-cuda": (
-        "cuda_rows.py",
-        "lowering.py",
-        "torch.py",
-        "torch_cuda.py",
-        "torch_fused.py",
-        "torch_operators.py",
-    ),
-}
-"""Our code that an engine is made of, by backend: what was built or measured with other code is not used."""
 
 Engine = TypeVar("Engine")
 
@@ -167,20 +155,6 @@ class PlanStore:
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
         )
-
-
-def source_sha256(backend: str, folder: Path = Path(__file__).parent) -> str:
-    """Hash of our code that decides what a graph becomes: flags, profiles, lowering, operators; empty of others.
-
-    It is part of an engine's key, so that a release that changes any of it builds and measures anew. folder: of the
-    code.
-    """
-    if backend not in BUILDERS:
-        return ""
-    digest = hashlib.sha256()
-    for name in BUILDERS[backend]:
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
 
 
 def is_ours(status: os.stat_result) -> bool:

@@ -24,7 +24,7 @@ from engines.backends.base import Precision
 from engines.backends.cuda import Device
 from engines.backends.cuda_rows import CudaRows, Enqueue, Ladder, check_rows
 from engines.backends.graph_file import read_graph
-from engines.backends.plan_store import source_sha256
+from engines.backends.load import source_sha256
 from engines.backends.torch import TorchBackend, tensor_of
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.backends.torch_fused import fused_module

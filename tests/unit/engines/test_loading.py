@@ -16,12 +16,14 @@ from engines.backends import load
 from engines.backends.base import Precision
 from engines.backends.load import (
     BACKENDS,
+    BUILDERS,
     BackendName,
     choose_backend,
     choose_precision,
     engine_key,
     graph_precision,
     load_backend,
+    source_sha256,
 )
 from engines.bundle import Bundle, file_records, verify_bundle, write_bundle
 from engines.errors import BackendError
@@ -161,3 +163,13 @@ def test_an_engine_of_other_weights_has_another_key(toy: Bundle, tmp_path: Path)
     assert keys[2] == keys[3]
     same = [engine_key(bundle, "decode", "openvino", "auto", 0) for bundle in bundles]
     assert len(set(same)) == 1
+
+
+@pytest.mark.parametrize(("backend", "changed"), [(b, name) for b, names in BUILDERS.items() for name in names])
+def test_code_that_builds_otherwise_has_another_hash(tmp_path: Path, backend: str, changed: str) -> None:
+    for name in BUILDERS[backend]:
+        shutil.copy(Path(load.__file__).with_name(name), tmp_path)
+    assert source_sha256(backend, tmp_path) == source_sha256(backend)
+    with (tmp_path / changed).open("a") as file:
+        file.write("OPSET = 23\n")
+    assert source_sha256(backend, tmp_path) != source_sha256(backend)

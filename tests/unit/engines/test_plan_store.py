@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends import plan_store
-from engines.backends.plan_store import BUILDERS, Kind, PlanStore, source_sha256
+from engines.backends.plan_store import Kind, PlanStore
 from engines.cache import EngineKey
 from engines.errors import BackendError
 
@@ -240,16 +239,6 @@ def test_what_graphs_share_is_kept_apart_from_any_of_them(store: PlanStore, tmp_
     assert newer.of_every_graph().load("timings") == b"conv 3x3: 0.1 ms"
     elsewhere = PlanStore(tmp_path, OTHERS["gpu"], RUNGS)
     assert elsewhere.of_every_graph().load("timings") is None
-
-
-@pytest.mark.parametrize(("backend", "changed"), [(b, name) for b, names in BUILDERS.items() for name in names])
-def test_code_that_builds_otherwise_has_another_hash(tmp_path: Path, backend: str, changed: str) -> None:
-    for name in BUILDERS[backend]:
-        shutil.copy(Path(plan_store.__file__).with_name(name), tmp_path)
-    assert source_sha256(backend, tmp_path) == source_sha256(backend)
-    with (tmp_path / changed).open("a") as file:
-        file.write("OPSET = 23\n")
-    assert source_sha256(backend, tmp_path) != source_sha256(backend)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from engines.backends import cuda, load, tensorrt, tensorrt_build
 from engines.backends.cuda import Device, find_device
-from engines.backends.load import engine_key, load_backend
-from engines.backends.plan_store import PlanStore, source_sha256
+from engines.backends.load import engine_key, load_backend, source_sha256
+from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cli import app
 from engines.device_memory import DeviceMemory

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 from engines.manifest import Size
 from server.errors import ApiError
 from server.fitting import alpha_is_edit, fit_image, nearest_size, white_is_edit, white_or_opaque_is_edit
+from server.errors import InvalidRequestError
 from server.images import (
     MAX_IMAGE_BYTES,
     MAX_SCANS,
@@ -123,6 +124,11 @@ def test_scans_count_where_they_are_scans() -> None:
     thumbnail = b"\xff\xe1\x10\0" + b"\xff\xda" * 2047
     for jpeg in (jpeg_of_scans(MAX_SCANS), JPEG[:2] + thumbnail + JPEG[2:], JPEG + b"\xff\xda" * 1000):
         assert open_image(jpeg, "image").size == SIZE
+
+
+def test_what_is_wrong_with_a_scan_bomb_is_said() -> None:
+    with pytest.raises(InvalidRequestError, match="init_images is a JPEG of over 100 scans"):
+        open_image(jpeg_of_scans(MAX_SCANS + 1), "init_images")
 
 
 def test_sixteen_bits_take_less_than_256_mb() -> None:
