@@ -13,9 +13,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from engines.manifest import Size
-from server.errors import ApiError
+from server.errors import ApiError, InvalidRequestError
 from server.fitting import alpha_is_edit, fit_image, nearest_size, white_is_edit, white_or_opaque_is_edit
-from server.errors import InvalidRequestError
 from server.images import (
     MAX_IMAGE_BYTES,
     MAX_SCANS,
