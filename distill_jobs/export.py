@@ -163,8 +163,11 @@ def _write_graphs(
     for student in students:
         of_graph.setdefault(_graph(student, recipe), []).append(student)
     for name, served in of_graph.items():
-        shared = name == SHARED_GRAPH
-        network = load_stock(run.shared(recipe.stage_two.steps[-1])) if shared else served[0].load()
+        first = served[0]
+        if _is_shared(first, recipe):
+            network = load_stock(run.shared(recipe.stage_two.network_of(first.steps)[-1]))
+        else:
+            network = first.load()
         add(name, network, [student.plan(recipe) for student in served], recipe.served)
     return graphs
 
@@ -225,17 +228,24 @@ def _graph(student: Contender, recipe: Recipe) -> str:
     """The graph that a student's rows run in."""
     if student.name == CONSISTENCY:
         return CONSISTENCY_GRAPH
-    return SHARED_GRAPH if recipe.stage_two.weights == "shared" else f"step_{student.steps}"
+    section = recipe.stage_two
+    if _is_shared(student, recipe) and len(section.networks) == 1:
+        return SHARED_GRAPH
+    return f"step_{'_'.join(map(str, section.network_of(student.steps)))}"
+
+
+def _is_shared(student: Contender, recipe: Recipe) -> bool:
+    """Whether its rows run in a network that is told its grid."""
+    return student.name != CONSISTENCY and recipe.stage_two.weights == "shared"
 
 
 def _student(student: Contender, recipe: Recipe) -> StudentSpec:
-    graph = _graph(student, recipe)
     return StudentSpec(
         steps=student.steps,
         sampler=student.sampler,
-        graph=graph,
+        graph=_graph(student, recipe),
         timesteps=student.plan(recipe).timesteps,
-        grid=float(student.steps) if graph == SHARED_GRAPH else None,
+        grid=float(student.steps) if _is_shared(student, recipe) else None,
     )
 
 

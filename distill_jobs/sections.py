@@ -65,14 +65,22 @@ class StageOneSection(Denoising):
 class Halving(Section):
     """One student of stage two: its step count and how long it trains.
 
-    lr: its own learning rate, or null for the chain's. newest_share: with shared weights, the share of rows on this
-    grid; the others rehearse the grids before it.
+    lr: its own learning rate, or null for the chain's. With shared weights only: newest_share, of rows that are on
+    this grid, while the others rehearse the grids before it; keep, the network stays as this phase leaves it for
+    these grids, and those after it are another network's, which begins as a copy.
     """
 
     steps: int = Field(ge=1)
     updates: int = Field(ge=1)
     lr: float | None = Field(None, gt=0)
     newest_share: float = Field(0.5, gt=0, le=1)
+    keep: bool = False
+
+    @property
+    def says_of_sharing(self) -> str | None:
+        """The field set here that is for shared weights only."""
+        names = ("newest_share", "keep")
+        return next((n for n in names if getattr(self, n) != type(self).model_fields[n].default), None)
 
 
 class ChainSection(Section):
@@ -150,13 +158,23 @@ class StageTwoSection(ChainSection):
     lora: LoraSection | None = None
 
     @property
+    def networks(self) -> tuple[tuple[Halving, ...], ...]:
+        """The halvings whose grids one network serves, in their order; nothing shared, a network each."""
+        ends = [i for i, h in enumerate(self.halvings, start=1) if h.keep or self.weights == "separate"]
+        edges = sorted({0, *ends, len(self.halvings)})
+        return tuple(self.halvings[a:b] for a, b in pairwise(edges))
+
+    def network_of(self, steps: int) -> tuple[int, ...]:
+        """The step counts that the network of this one serves, most first. Raises: StopIteration, of no halving."""
+        served = (tuple(halving.steps for halving in network) for network in self.networks)
+        return next(network for network in served if steps in network)
+
+    @property
     def first_shares(self) -> tuple[float, ...]:
         """Share of each halving's rows that are on the grid of the first one."""
-        rehearsed = self.weights == "shared"
-        return tuple(
-            (1 - halving.newest_share) / older * rehearsed if older else 1.0
-            for older, halving in enumerate(self.halvings)
-        )
+        first, *later = self.networks or ((),)
+        shares = [(1 - h.newest_share) / older if older else 1.0 for older, h in enumerate(first)]
+        return (*shares, *(0.0 for network in later for _ in network))
 
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:
@@ -172,10 +190,9 @@ class StageTwoSection(ChainSection):
             raise ValueError("guidance: at_sampling, on_policy and lora need weights: separate")
         if self.guidance == "at_sampling" and (self.on_policy or self.lora or self.first_target == "teacher"):
             raise ValueError("guidance: at_sampling goes without first_target: teacher, on_policy and lora")
-        if self.weights == "separate" and any(
-            h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings
-        ):
-            raise ValueError("newest_share is for weights: shared")
+        said = next((name for halving in self.halvings if (name := halving.says_of_sharing)), None)
+        if self.weights == "separate" and said is not None:
+            raise ValueError(f"{said} is for weights: shared")
         return self
 
 
@@ -221,8 +238,8 @@ class EncoderSection(ChainSection):
     def _keeps_what_it_trains(self) -> EncoderSection:
         if missing := sorted(set(self.students) - set(self.steps)):
             raise ValueError(f"students {missing} are not among its halvings")
-        if any(h.newest_share != Halving.model_fields["newest_share"].default for h in self.halvings):
-            raise ValueError("newest_share is for weights: shared; every encoder has weights of its own")
+        if said := next((name for halving in self.halvings if (name := halving.says_of_sharing)), None):
+            raise ValueError(f"{said} is for weights: shared; every encoder has weights of its own")
         return self
 
 

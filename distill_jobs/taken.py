@@ -157,9 +157,10 @@ def _autoencoder(fields: dict[str, Any]) -> Past:
 
 
 def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], key: str) -> Iterator[Past]:
-    """The halvings of a chain; the past of each holds those before it."""
+    """The halvings of a chain; the past of each holds those before it, and not whether it is kept itself."""
     for position, steps in enumerate(section.steps):
-        own = {**fields[key], "halvings": fields[key]["halvings"][: position + 1]}
+        *before, last = fields[key]["halvings"][: position + 1]
+        own = {**fields[key], "halvings": [*before, {**last, "keep": False}]}
         yield Past(f"{prefix}{steps}", (f"{at}{steps}",), f"{at}{steps}/phase.json", {**fields, key: own})
 
 

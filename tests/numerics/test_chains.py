@@ -48,7 +48,10 @@ def exported(name: str, folder: Path, *overrides: str) -> Chain:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return exported("digits-shared", tmp_path_factory.mktemp("shared"))
+    """A network of 4 and 2 steps that is kept, and one of a single step that begins as it."""
+    halvings = "[{steps: 4, updates: 3}, {steps: 2, updates: 3, keep: true}, {steps: 1, updates: 3}]"
+    own = (f"stage_two.halvings={halvings}", "export.students=[4, 2, 1]")
+    return exported("digits-shared", tmp_path_factory.mktemp("shared"), *own)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +89,13 @@ def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.Fi
         np.testing.assert_allclose(np.stack([row.latent for row in rows]), want.numpy(), rtol=0, atol=1e-4)
 
 
-def test_shared_weights_are_one_graph_whose_rows_of_all_step_counts_share_a_batch(shared: Chain) -> None:
+def test_shared_weights_are_a_graph_for_each_network_whose_rows_of_all_step_counts_share_a_batch(
+    shared: Chain,
+) -> None:
     _, _, pipeline = shared
-    assert {s.graph for s in pipeline.manifest.students} == {"step"}
-    assert GRID in {spec.name for spec in pipeline.manifest.graphs["step"].inputs}
+    assert {s.steps: s.graph for s in pipeline.manifest.students} == {4: "step_4_2", 2: "step_4_2", 1: "step_1"}
+    for graph in ("step_4_2", "step_1"):
+        assert GRID in {spec.name for spec in pipeline.manifest.graphs[graph].inputs}
     [condition] = pipeline.condition(["seven"])
     four, two = (pipeline.start(condition, 2.0, 5, pipeline.student(n)) for n in (4, 2))
     assert four.batch_key == two.batch_key
