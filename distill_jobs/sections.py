@@ -66,8 +66,8 @@ class Halving(Section):
     """One student of stage two: its step count and how long it trains.
 
     lr: its own learning rate, or null for the chain's. With shared weights only: newest_share, of rows that are on
-    this grid, while the others rehearse the grids before it; keep, the network stays as this phase leaves it for
-    these grids, and those after it are another network's, which begins as a copy.
+    this grid, while the others rehearse the grids before it; keep, this grid and those before it are served by the
+    network as this phase leaves it, not as the last one does.
     """
 
     steps: int = Field(ge=1)
@@ -158,23 +158,24 @@ class StageTwoSection(ChainSection):
     lora: LoraSection | None = None
 
     @property
-    def networks(self) -> tuple[tuple[Halving, ...], ...]:
-        """The halvings whose grids one network serves, in their order; nothing shared, a network each."""
+    def networks(self) -> tuple[tuple[int, ...], ...]:
+        """The step counts that each network serves, most first; with weights of their own, one each."""
         ends = [i for i, h in enumerate(self.halvings, start=1) if h.keep or self.weights == "separate"]
         edges = sorted({0, *ends, len(self.halvings)})
-        return tuple(self.halvings[a:b] for a, b in pairwise(edges))
+        return tuple(self.steps[a:b] for a, b in pairwise(edges))
 
     def network_of(self, steps: int) -> tuple[int, ...]:
-        """The step counts that the network of this one serves, most first. Raises: StopIteration, of no halving."""
-        served = (tuple(halving.steps for halving in network) for network in self.networks)
-        return next(network for network in served if steps in network)
+        """All step counts of the network that serves this one, the last halving's last."""
+        return next(network for network in self.networks if steps in network)
 
     @property
     def first_shares(self) -> tuple[float, ...]:
         """Share of each halving's rows that are on the grid of the first one."""
-        first, *later = self.networks or ((),)
-        shares = [(1 - h.newest_share) / older if older else 1.0 for older, h in enumerate(first)]
-        return (*shares, *(0.0 for network in later for _ in network))
+        rehearsed = self.weights == "shared"
+        return tuple(
+            (1 - halving.newest_share) / older * rehearsed if older else 1.0
+            for older, halving in enumerate(self.halvings)
+        )
 
     @model_validator(mode="after")
     def _chain(self) -> StageTwoSection:

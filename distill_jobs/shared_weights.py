@@ -2,8 +2,7 @@
 
 In the phase of N a share of the rows is on the new grid, the others rehearse the grids before it. Each row's
 teacher is the network as the phase found it, on the row's grid 2N'; above the first grid it is the stage-one
-student or the teacher's true guidance and stays it, so that the chain is anchored to what never changes. A network
-that begins as one that is kept for finer grids is anchored to that one.
+student or the teacher's true guidance and stays it, so that the chain is anchored to what never changes.
 """
 
 from __future__ import annotations
@@ -25,15 +24,6 @@ class Anchor(Protocol):
     """What the chain begins with: the v of rows at z_t with guidance weights w: (B,), shaped as z_t."""
 
     def __call__(self, z_t: Tensor, rows: Noisy, *, w: Tensor) -> Tensor: ...
-
-
-def on_grid(shared: nn.Module, steps: int) -> Anchor:
-    """What a network that takes its grid says on the grid of ``steps``, in every row."""
-
-    def follow(z_t: Tensor, rows: Noisy, *, w: Tensor) -> Tensor:
-        return network_v(shared, z_t, rows, w, torch.full_like(w, steps))
-
-    return follow
 
 
 @dataclass(frozen=True)

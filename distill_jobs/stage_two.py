@@ -18,7 +18,7 @@ from distill_jobs.objectives import guided_v, network_v
 from distill_jobs.phases import Phases
 from distill_jobs.rollout import Rollout
 from distill_jobs.sections import ChainSection, Halving, StageTwoSection
-from distill_jobs.shared_weights import Anchor, Grids, on_grid
+from distill_jobs.shared_weights import Grids
 from distill_jobs.state import RowLoss
 from distill_jobs.student import Trained, fold_grid, load_stock, takes_grid, told_its_grid
 from engines.guidance import weight_from_scale
@@ -121,22 +121,22 @@ def _weighed(section: ChainSection, losses: Tensor, w: Tensor | None) -> RowLoss
 
 
 def _share(phases: Phases) -> None:
-    """Teach a network grid after grid, and fold it into a plain student for each; then the next, begun as it."""
+    """Teach one network grid after grid; then fold it into a plain student for each, as it was when it was kept."""
     section = phases.recipe.stage_two
     source = phases.folder.stage_one
+    for position, halving in enumerate(section.halvings):
+        _learn_grid(phases, source, section.steps[: position + 1], halving)
+        source = phases.folder.shared(halving.steps)
     for network in section.networks:
-        begun, steps = source, tuple(halving.steps for halving in network)
-        for position, halving in enumerate(network):
-            _learn_grid(phases, source, begun, steps[: position + 1], halving)
-            source = phases.folder.shared(halving.steps)
-        for n in steps:
+        source = phases.folder.shared(network[-1])
+        for n in network:
             if not phases.processes.first((phases.folder.student(n) / "unet").is_dir):
                 folded = fold_grid(load_stock(source), n)
                 phases.write(phases.folder.student(n), folded, Trained(section.sampler, (n,)))
 
 
-def _learn_grid(phases: Phases, source: Path, begun: Path, steps: tuple[int, ...], halving: Halving) -> None:
-    """Train the network in ``source``, which began as ``begun``'s, on the last of ``steps``, rehearsing others."""
+def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: Halving) -> None:
+    """Train the network in ``source`` on the last of ``steps``, rehearsing the others."""
     section, folder = phases.recipe.stage_two, phases.folder.shared(halving.steps)
     if phases.stands(folder):
         return
@@ -146,7 +146,7 @@ def _learn_grid(phases: Phases, source: Path, begun: Path, steps: tuple[int, ...
         return network if takes_grid(network) else told_its_grid(network)
 
     grids = Grids.of(phases.schedule, steps, halving.newest_share, phases.device)
-    anchor = _anchor(phases, begun, 2 * steps[0])
+    anchor = _followed(phases, section, phases.folder.stage_one, first=True)
     snapshot = phases.processes.frozen(begin())
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
@@ -158,10 +158,3 @@ def _learn_grid(phases: Phases, source: Path, begun: Path, steps: tuple[int, ...
         return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid), w)
 
     phases.train(f"d{halving.steps}", section.training(halving), begin, loss, folder)
-
-
-def _anchor(phases: Phases, begun: Path, steps: int) -> Anchor:
-    """What a shared network's first grid learns from: the chain's source, or the one kept before, on ``steps``."""
-    if begun == phases.folder.stage_one:
-        return _followed(phases, phases.recipe.stage_two, begun, first=True)
-    return on_grid(phases.frozen(begun), steps)

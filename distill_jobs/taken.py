@@ -157,10 +157,10 @@ def _autoencoder(fields: dict[str, Any]) -> Past:
 
 
 def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], key: str) -> Iterator[Past]:
-    """The halvings of a chain; the past of each holds those before it, and not whether it is kept itself."""
+    """The halvings of a chain; the past of each holds those before it. Which are kept changes no network."""
+    halvings = [{name: each[name] for name in each if name != "keep"} for each in fields[key]["halvings"]]
     for position, steps in enumerate(section.steps):
-        *before, last = fields[key]["halvings"][: position + 1]
-        own = {**fields[key], "halvings": [*before, {**last, "keep": False}]}
+        own = {**fields[key], "halvings": halvings[: position + 1]}
         yield Past(f"{prefix}{steps}", (f"{at}{steps}",), f"{at}{steps}/phase.json", {**fields, key: own})
 
 

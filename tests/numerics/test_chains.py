@@ -48,7 +48,7 @@ def exported(name: str, folder: Path, *overrides: str) -> Chain:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """A network of 4 and 2 steps that is kept, and one of a single step that begins as it."""
+    """The network as it was kept for 4 and 2 steps, and as it is at the end for one."""
     halvings = "[{steps: 4, updates: 3}, {steps: 2, updates: 3, keep: true}, {steps: 1, updates: 3}]"
     own = (f"stage_two.halvings={halvings}", "export.students=[4, 2, 1]")
     return exported("digits-shared", tmp_path_factory.mktemp("shared"), *own)
@@ -89,7 +89,7 @@ def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.Fi
         np.testing.assert_allclose(np.stack([row.latent for row in rows]), want.numpy(), rtol=0, atol=1e-4)
 
 
-def test_shared_weights_are_a_graph_for_each_network_whose_rows_of_all_step_counts_share_a_batch(
+def test_shared_weights_are_a_graph_for_each_kept_network_whose_rows_share_a_batch(
     shared: Chain,
 ) -> None:
     _, _, pipeline = shared

@@ -16,7 +16,7 @@ from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.job import run_job
 from distill_jobs.objectives import Noisy, network_v
 from distill_jobs.recipe_file import read_recipe
-from distill_jobs.shared_weights import GridRows, Grids, on_grid
+from distill_jobs.shared_weights import GridRows, Grids
 from distill_jobs.student import COND_PROJ, fold_grid, load_stock, predict, takes_grid, told_its_grid
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.tiny_recipe import OVERRIDES
@@ -111,26 +111,15 @@ def test_a_job_folds_its_last_network_into_every_student(tmp_path: Path) -> None
         assert all(torch.equal(folded[name], student[name]) for name in student)
 
 
-def test_a_kept_network_stays_for_its_grids_and_teaches_the_next_its_first(tmp_path: Path) -> None:
+def test_a_kept_network_is_folded_for_its_grids_as_its_phase_left_it(tmp_path: Path) -> None:
     halvings = "[{steps: 4, updates: 4}, {steps: 2, updates: 4, keep: true}, {steps: 1, updates: 4}]"
-    one = read_recipe("digits-shared", OVERRIDES)
-    two = read_recipe("digits-shared", [*OVERRIDES, f"stage_two.halvings={halvings}"])
-    assert [[h.steps for h in network] for network in one.stage_two.networks] == [[4, 2, 1]]
-    assert two.stage_two.network_of(4) == two.stage_two.network_of(2) == (4, 2)
-    assert two.stage_two.network_of(1) == (1,)
-    assert one.stage_two.first_shares == (1.0, 0.5, 0.25)
-    assert two.stage_two.first_shares == (1.0, 0.5, 0.0)
-    folder = run_job(two, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    recipe = read_recipe("digits-shared", [*OVERRIDES, f"stage_two.halvings={halvings}"])
+    assert recipe.stage_two.networks == ((4, 2), (1,))
+    assert read_recipe("digits-shared", OVERRIDES).stage_two.networks == ((4, 2, 1),)
+    assert read_recipe("digits", OVERRIDES).stage_two.networks == ((4,), (2,), (1,))
+    folder = run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
     kept, last = load_stock(folder.shared(2)), load_stock(folder.shared(1))
     for n, network in ((4, kept), (2, kept), (1, last)):
         folded, student = fold_grid(network, n).state_dict(), load_stock(folder.student(n)).state_dict()
         assert all(torch.equal(folded[name], student[name]) for name in student)
     assert not torch.equal(kept.get_parameter(COND_PROJ), last.get_parameter(COND_PROJ))
-
-
-def test_a_kept_network_as_an_anchor_is_told_its_grid(rows: Noisy) -> None:
-    kept, w = tiny_shared(1), torch.linspace(0, 4, B)
-    with torch.no_grad():
-        want = network_v(kept, rows.x, rows, w, torch.full((B,), 4))
-        torch.testing.assert_close(on_grid(kept, 4)(rows.x, rows, w=w), want, rtol=0, atol=0)
-        assert not torch.allclose(on_grid(kept, 2)(rows.x, rows, w=w), want)
