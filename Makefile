@@ -11,7 +11,7 @@ PORT ?= 8000
 RECIPE ?= digits
 OUT ?= runs/$(RECIPE)
 
-.PHONY: help setup serve test lint lint-style lint-types deploy-check docs pictures chaos prove distill lock sbom clean
+.PHONY: help setup serve test pytest lint lint-style lint-types deploy-check docs pictures chaos prove distill lock sbom clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -36,11 +36,14 @@ serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
 ## make test       what CI runs: linters, types, import rules, every test
-# Linters side by side, each on one core. deploy-check's findings are tests, too (tests/deploy/test_deploy.py). What
-# takes longest is marked long and left to make prove. One worker more than cores: a test that waits for a process
-# leaves its core to the others (on 2 cores 232 s instead of 266 s for those of the server).
-test: setup
-	$(MAKE) --no-print-directory -j 2 lint
+# Types are checked beside the tests, on what these leave of the cores. deploy-check's findings are tests, too
+# (tests/deploy/test_deploy.py). What takes longest is marked long and left to make prove.
+test: lint-style
+	$(MAKE) --no-print-directory -j 2 lint-types pytest
+
+# One worker more than cores: a test that waits for a process leaves its core to the others (on 2 cores 232 s instead
+# of 266 s for those of the server).
+pytest: setup
 	$(VENV)/bin/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --max-worker-restart 0
 
 lint: lint-types lint-style
