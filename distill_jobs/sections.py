@@ -194,6 +194,8 @@ class StageTwoSection(ChainSection):
         said = next((name for halving in self.halvings if (name := halving.says_of_sharing)), None)
         if self.weights == "separate" and said is not None:
             raise ValueError(f"{said} is for weights: shared")
+        if self.halvings and self.halvings[-1].keep:
+            raise ValueError("keep says nothing of the last halving, whose network is kept anyway; leave it out")
         return self
 
 

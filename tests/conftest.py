@@ -16,9 +16,6 @@ import structlog
 
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
-# Tracing a graph makes objects by the million, hardly one of them garbage: looking for it takes a quarter of that.
-gc.set_threshold(100_000, 50, 50)
-
 # structlog prints to sys.stdout where nobody configured it, and print() does not survive that a capturing test puts
 # another file there meanwhile: it is the interpreter that ends. The descriptor stays whatever is put behind it.
 structlog.configure(
@@ -29,8 +26,7 @@ structlog.configure(
 
 @pytest.fixture(autouse=True, scope="module")
 def what_stays_is_no_garbage() -> None:
-    """A job collects garbage after each phase: walking all that was imported, and what traces of graphs leave in
-    torch's and sympy's caches, would take most of a short one."""
+    """A job collects garbage after each phase; walking all that imports and earlier modules left takes most of it."""
     gc.collect()
     gc.freeze()
 

@@ -89,9 +89,7 @@ def test_the_pipeline_draws_what_the_students_draw(name: str, request: pytest.Fi
         np.testing.assert_allclose(np.stack([row.latent for row in rows]), want.numpy(), rtol=0, atol=1e-4)
 
 
-def test_shared_weights_are_a_graph_for_each_kept_network_whose_rows_share_a_batch(
-    shared: Chain,
-) -> None:
+def test_shared_weights_are_a_graph_for_each_kept_network_whose_rows_share_a_batch(shared: Chain) -> None:
     _, _, pipeline = shared
     assert {s.steps: s.graph for s in pipeline.manifest.students} == {4: "step_4_2", 2: "step_4_2", 1: "step_1"}
     for graph in ("step_4_2", "step_1"):

@@ -53,6 +53,7 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("stage_two={weights: shared, sampler: stochastic, halvings: [{steps: 2, updates: 1}]}", "deterministic"),
         ("stage_two.halvings=[{steps: 1, updates: 1, newest_share: 0.9}]", "weights: shared"),
         ("stage_two.halvings=[{steps: 1, updates: 1, keep: true}]", "keep is for weights: shared"),
+        ("stage_two={weights: shared, halvings: [{steps: 1, updates: 1, keep: true}]}", "of the last halving"),
         ("stage_two.halvings=[{steps: 1, updates: 1, lr: 0}]", "stage_two.halvings.0.lr"),
         ("stage_two.halvings=[]", "consistency.source"),
         ("stage_two.guidance=6.0", "stage_two.guidance 6"),
