@@ -26,7 +26,7 @@ structlog.configure(
 
 @pytest.fixture(autouse=True, scope="module")
 def what_stays_is_no_garbage() -> None:
-    """A job collects garbage after each phase; walking all that imports and earlier modules left takes most of it."""
+    """A job collects garbage after each phase; walking what imports and earlier modules left took most of it."""
     gc.collect()
     gc.freeze()
 
