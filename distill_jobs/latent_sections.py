@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from distill_jobs.sections import Section, TeacherSection, Training
 
@@ -36,6 +36,20 @@ class WebdatasetData(CaptionedData):
     kind: Literal["webdataset"]
 
 
+class Shares(Section):
+    """Shares of the kinds of picture: a glyph as it is, small and placed, in another colour; the rest are pairs."""
+
+    plain: float = Field(0.5, ge=0, le=1)
+    placed: float = Field(0.1, ge=0, le=1)
+    recoloured: float = Field(0.2, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> Self:
+        if (together := self.plain + self.placed + self.recoloured) > 1 + 1e-9:
+            raise ValueError(f"plain, placed and recoloured are shares of all pictures, and {together:g} together")
+        return self
+
+
 class GlyphData(CaptionedData):
     """Pictures drawn of the emoji of a font. path: the folder they are drawn into, once; runs may share it.
 
@@ -50,6 +64,7 @@ class GlyphData(CaptionedData):
     side_px: int = Field(64, ge=16)
     held_glyphs: float = Field(0.03, ge=0, lt=1)
     held_compositions: float = Field(0.1, ge=0, lt=1)
+    shares: Shares = Shares()
 
 
 class FinetuneSection(TeacherSection):
@@ -113,11 +128,22 @@ class TextSection(Section):
     training: Training | None = None
 
 
+class GlyphFinetune(TeacherSection):
+    """More training of a network that was made of glyphs, on pictures of its own: other shares of their kinds."""
+
+    pictures: int = Field(ge=1)
+    shares: Shares
+
+
 class MadeTeacher(TeacherSection, LatentTeacher):
-    """A whole pipeline made from the data: autoencoder, text encoder and network; see ``TextSection.training``."""
+    """A whole pipeline made from the data: autoencoder, text encoder and network; see ``TextSection.training``.
+
+    finetune: a second training of the network, on pictures of its own.
+    """
 
     autoencoder: AutoencoderSection
     text: TextSection = TextSection()
+    finetune: GlyphFinetune | None = None
 
 
 class DecoderSection(Training):

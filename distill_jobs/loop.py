@@ -26,6 +26,7 @@ SECTIONS = {
     "autoencoder": "teacher.autoencoder",
     "text_encoder": "teacher.text.training",
     "v_finetune": "teacher.v_finetune",
+    "finetune": "teacher.finetune",
 }
 OURS = {"glyph_encoder"}
 CHAINS = {"d": "stage_two", "u": "stage_two", "e": "encoder"}

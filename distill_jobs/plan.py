@@ -146,7 +146,10 @@ def _teacher_phases(recipe: Recipe, network: NetworkCost) -> tuple[PhasePlan, ..
         if section.text.training is not None:
             cost = words_cost(section.text, recipe.unet)
             made.append(PhasePlan("text_encoder", section.text.training, cost, None, 0))
-        return (*made, PhasePlan("teacher", section, network, None, 0))
+        made.append(PhasePlan("teacher", section, network, None, 0))
+        if section.finetune is not None:
+            made.append(PhasePlan("finetune", section.finetune, network, None, 0))
+        return tuple(made)
     if not isinstance(recipe.teacher, FolderTeacher):
         return (PhasePlan("teacher", recipe.teacher, network, None, 0),)
     training = recipe.teacher.v_finetune

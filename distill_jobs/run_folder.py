@@ -87,6 +87,11 @@ class RunFolder:
         return self.path / "teacher"
 
     @property
+    def begun(self) -> Path:
+        """The teacher that a run makes, as it is before it is fine-tuned."""
+        return self.path / "begun"
+
+    @property
     def autoencoder(self) -> Path:
         """That of a pipeline which the run makes."""
         return self.path / "autoencoder"

@@ -21,7 +21,7 @@ from distill_jobs.student import weights_sha256
 
 LATER = {"guidance", "stage_one", "stage_two", "consistency", "encoder", "decoder"}
 """Fields that the teacher does not see."""
-TEACHERS, DECODER = ("autoencoder", "text_encoder", "teacher", "v_finetune"), "decoder"
+TEACHERS, DECODER = ("autoencoder", "text_encoder", "teacher", "finetune", "v_finetune"), "decoder"
 """Names of phases that learn from data alone."""
 
 
@@ -30,12 +30,14 @@ class Past:
     """A phase and all that its result depends on: recipe fields of its own and of the phases before it.
 
     results: files and folders that it leaves in the run folder; mark: the file there that says it is done.
+    instead: the phase before it that nobody needs once this one is done.
     """
 
     name: str
     results: tuple[str, ...]
     mark: str
     fields: dict[str, Any]
+    instead: str | None = None
 
     def stands(self, folder: RunFolder) -> bool:
         return (folder.path / self.mark).is_file()
@@ -55,7 +57,8 @@ class Takeable:
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(mine.name for _, mine in self.phases)
+        """Of the phases that need no training."""
+        return frozenset(name for _, mine in self.phases for name in (mine.name, mine.instead) if name)
 
 
 def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
@@ -72,7 +75,8 @@ def takeable(recipe: Recipe, source: RunFolder) -> Takeable:
             refused.append((mine.name, "not finished there"))
         else:
             taken.append((past, mine))
-    return Takeable(tuple(taken), tuple(refused))
+    needless = {mine.instead for _, mine in taken}
+    return Takeable(tuple(taken), tuple(each for each in refused if each[0] not in needless))
 
 
 def take_phases(recipe: Recipe, source: RunFolder, destination: RunFolder) -> Iterator[str]:
@@ -104,7 +108,9 @@ def pasts(recipe: Recipe) -> tuple[Past, ...]:
     own["stage_one"].pop("max_relative_error")  # it changes no weights, and is asked again of what is taken
     found = list(_teachers(recipe, fields))
     if recipe.decoder is not None:
-        past = {**_computed_anyhow(fields), "decoder": own["decoder"]}
+        made = isinstance(recipe.teacher, MadeTeacher)
+        seen = _of_autoencoder(fields) if made else _computed_anyhow(fields)
+        past = {**seen, "decoder": own["decoder"]}
         found.append(Past(DECODER, ("decoder",), "decoder/phase.json", past))
     fields |= {name: own[name] for name in ("guidance", "stage_one")}
     kept = "shared" if recipe.stage_two.weights == "shared" else "students"
@@ -135,12 +141,16 @@ def _teachers(recipe: Recipe, fields: dict[str, Any]) -> Iterator[Past]:
     if not isinstance(section, MadeTeacher):
         yield Past("teacher", ("classifier", "teacher"), "teacher/phase.json", dict(fields))
         return
-    yield _autoencoder(fields)
+    yield Past("autoencoder", ("autoencoder",), "autoencoder/phase.json", _of_autoencoder(fields))
     if section.text.training is not None:
         own = {name: fields["teacher"][name] for name in ("autoencoder", "text")}
         seen = {name: fields[name] for name in ("seed", "data", "unet")}
         yield Past("text_encoder", ("text_encoder",), "text_encoder/phase.json", {**seen, "teacher": own})
-    yield Past("teacher", ("teacher",), "teacher/phase.json", dict(fields))
+    before = {**fields, "teacher": {**fields["teacher"], "finetune": None}}
+    at = "teacher" if section.finetune is None else "begun"
+    yield Past("teacher", (at,), f"{at}/phase.json", before)
+    if section.finetune is not None:
+        yield Past("finetune", ("teacher",), "teacher/phase.json", dict(fields), instead="teacher")
 
 
 def _computed_anyhow(fields: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +158,11 @@ def _computed_anyhow(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: field for name, field in fields.items() if name != "compute"}
 
 
-def _autoencoder(fields: dict[str, Any]) -> Past:
+def _of_autoencoder(fields: dict[str, Any]) -> dict[str, Any]:
     """It sees the pictures, at their size, and nothing else."""
     seen = {name: fields[name] for name in ("seed", "data")}
     size, own = fields["unet"]["sample_size"], fields["teacher"]["autoencoder"]
-    past = {**seen, "unet": {"sample_size": size}, "teacher": {"autoencoder": own}}
-    return Past("autoencoder", ("autoencoder",), "autoencoder/phase.json", past)
+    return {**seen, "unet": {"sample_size": size}, "teacher": {"autoencoder": own}}
 
 
 def _chain(prefix: str, section: ChainSection, at: str, fields: dict[str, Any], key: str) -> Iterator[Past]:

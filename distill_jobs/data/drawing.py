@@ -12,7 +12,7 @@ from rich.progress import Progress
 from distill_jobs.checkpoint import write_folder
 from distill_jobs.data.glyphs import read_glyphs, read_names
 from distill_jobs.data.scenes import Held, Scene, Scenes
-from distill_jobs.latent_sections import GlyphData
+from distill_jobs.latent_sections import GlyphData, Shares
 
 SHARD_PICTURES = 2000
 DRAWN = 2
@@ -22,7 +22,7 @@ DRAWN = 2
 def scenes_of(data: GlyphData, seed: int) -> Scenes:
     """The pictures of a section, by index. Raises: DataError saying what is missing and which package has it."""
     glyphs = read_glyphs(data.font, read_names(data.names))
-    return Scenes(glyphs, Held(seed, data.held_glyphs, data.held_compositions), data.side_px)
+    return Scenes(glyphs, Held(seed, data.held_glyphs, data.held_compositions), data.side_px, data.shares)
 
 
 def drawn(data: GlyphData, seed: int, progress: Progress) -> Path:
@@ -47,7 +47,8 @@ def drawn(data: GlyphData, seed: int, progress: Progress) -> Path:
 def _identity(data: GlyphData, seed: int) -> str:
     digest = hashlib.sha256(data.font.read_bytes() + data.names.read_bytes())
     settings = (DRAWN, seed, data.pictures, data.side_px, data.held_glyphs, data.held_compositions)
-    digest.update(repr(settings).encode())
+    other = () if data.shares == Shares() else tuple(data.shares.model_dump().values())
+    digest.update(repr(settings + other).encode())
     return digest.hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
@@ -18,11 +18,9 @@ from PIL import Image
 from distill_jobs.data.colours import HUES, recoloured
 from distill_jobs.data.glyphs import Glyph
 from distill_jobs.errors import DataError
+from distill_jobs.latent_sections import Shares
 
 T = TypeVar("T")
-
-PLAIN, PLACED, RECOLOURED = 0.5, 0.1, 0.2
-"""Shares of the kinds of scene; the rest are pairs."""
 
 STILL = 0.75
 """Share of the glyphs alone, as they are or in another colour, that stand where the reference does: a shape that is
@@ -70,11 +68,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The pictures of a data set, by index. side: of pictures, in pixels."""
+    """The pictures of a data set, by index. side: of pictures, in pixels; shares: of the kinds of them."""
 
     glyphs: Sequence[Glyph]
     held: Held
     side: int
+    shares: Shares = field(default_factory=Shares)
 
     @cached_property
     def seen(self) -> tuple[Glyph, ...]:
@@ -87,12 +86,12 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """The first pictures show each glyph as it is; after those every kind of scene comes up."""
         rng = np.random.Generator(np.random.Philox(key=np.array([self.held.seed, index], np.uint64)))
-        glyph, kind = self.seen[index % len(self.seen)], rng.random()
-        if index < len(self.seen) or kind < PLAIN:
+        glyph, kind, shares = self.seen[index % len(self.seen)], rng.random(), self.shares
+        if index < len(self.seen) or kind < shares.plain:
             return self.plain(glyph, rng)
-        if kind < PLAIN + PLACED:
+        if kind < shares.plain + shares.placed:
             return self._placed(glyph, rng)
-        if kind < PLAIN + PLACED + RECOLOURED:
+        if kind < shares.plain + shares.placed + shares.recoloured:
             colours = [c for c in colours_for(glyph) if not self.held.composition(c, glyph.name)]
             return self.recoloured(glyph, _one(rng, colours), rng) if colours else self.plain(glyph, rng)
         others = [self.seen[int(i)] for i in rng.integers(len(self.seen), size=8)]

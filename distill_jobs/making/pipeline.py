@@ -17,9 +17,9 @@ from transformers import CLIPTokenizer
 
 from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.framing import pixels_of
-from distill_jobs.data.open import entries_of
+from distill_jobs.data.open import entries_of, open_source
 from distill_jobs.draws import Draws
-from distill_jobs.latent_sections import CaptionedData, MadeTeacher
+from distill_jobs.latent_sections import CaptionedData, GlyphData, GlyphFinetune, MadeTeacher
 from distill_jobs.loop import Trainer
 from distill_jobs.making.autoencoder import (
     AutoencoderTraining,
@@ -34,6 +34,7 @@ from distill_jobs.phases import Phases, stands, train_into
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.sheet import contact_sheet
+from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.vae import Autoencoder, Encoded
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
@@ -54,13 +55,27 @@ def made_teacher(recipe: Recipe, folder: RunFolder, trainer: Trainer) -> Pipelin
     """
     if not isinstance(recipe.teacher, MadeTeacher) or not isinstance(recipe.data, CaptionedData):
         return None
-    if not stands(folder.teacher, trainer.processes):
+    first = folder.teacher if recipe.teacher.finetune is None else folder.begun
+    if not stands(folder.teacher, trainer.processes) and not stands(first, trainer.processes):
         entries = entries_of(recipe.data, recipe.seed, trainer.processes, trainer.progress)
         trainer.processes.first(lambda: folder.keep_data(folder.pictures, _identity(entries), len(entries)))
         making = _Making(recipe, recipe.teacher, folder, trainer, entries)
         making.autoencoder()
-        making.network()
+        making.network(first)
+    if recipe.teacher.finetune is not None and not stands(folder.teacher, trainer.processes):
+        _finetune(recipe, recipe.teacher.finetune, folder, trainer)
     return open_folder(folder.teacher)
+
+
+def _finetune(recipe: Recipe, section: GlyphFinetune, folder: RunFolder, trainer: Trainer) -> None:
+    """Train the network in ``folder.begun`` on pictures of the section's kinds, into the teacher's folder."""
+    assert isinstance(recipe.data, GlyphData)
+    begun = open_folder(folder.begun)
+    data = recipe.data.model_copy(update={"pictures": section.pictures, "shares": section.shares})
+    drawn = recipe.model_copy(update={"data": data})
+    source = open_source(drawn, begun, trainer.processes, trainer.progress, trainer.stop)
+    phases = Phases(recipe, folder, trainer, source, begun)
+    learn(phases, "finetune", section, lambda: load_network(begun), folder.teacher)
 
 
 def _identity(entries: Sequence[Captioned]) -> str:
@@ -103,8 +118,8 @@ class _Making:
         phase = Phase("autoencoder", section, network, Draws(seed, "autoencoder"), loss)
         train_into(self._folder.autoencoder, self._trainer, phase, fill)
 
-    def network(self) -> None:
-        """Train network and text encoder together into the teacher's folder."""
+    def network(self, folder: Path) -> None:
+        """Train network and text encoder together into ``folder``."""
         recipe, text = self._recipe, self._section.text
         vae = AutoencoderKL.from_pretrained(self._folder.autoencoder, use_safetensors=True).eval()
         vae.register_to_config(_name_or_path="")  # else where it was read from is part of what is written
@@ -133,7 +148,7 @@ class _Making:
         phases = Phases(recipe, self._folder, self._trainer, source)
         if text.training is not None and not stands(self._folder.text_encoder, self._trainer.processes):
             learn_words(self._folder.text_encoder, self._trainer, text.training, start(), source, recipe.seed)
-        learn(phases, "teacher", self._section, taught, self._folder.teacher, save)
+        learn(phases, "teacher", self._section, taught, folder, save)
 
     @torch.inference_mode()
     def _reconstructions(self, autoencoder: Autoencoder) -> Image.Image:

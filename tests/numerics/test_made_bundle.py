@@ -27,6 +27,7 @@ from distill_jobs.card import filled
 from distill_jobs.cli import app
 from distill_jobs.contenders import Contender
 from distill_jobs.data import drawing
+from distill_jobs.data.captioned import index_shards
 from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.export import evaluation_of, export_run
 from distill_jobs.half_weights import LEAST_NUMBERS
@@ -36,7 +37,11 @@ from distill_jobs.pipelines.decoders import DECODER
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.glyphs import GLYPHS
 from distill_jobs.pipelines.report import LatentReport
+from distill_jobs.plan import plan_of
 from distill_jobs.recipe_file import read_recipe
+from distill_jobs.run_folder import RunFolder, training_seconds
+from distill_jobs.student import weights_sha256
+from distill_jobs.taken import take_phases, takeable
 from engines import cli as engines_cli
 from engines.bundle import verify_bundle
 from engines.noise import Purpose, row_noise
@@ -71,6 +76,7 @@ SMALL: dict[str, Any] = {
         **LEARNING,
         "autoencoder": {**ROWS, "block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 4},
         "text": {"words": 600, "tokens": 16, "width": 16, "layers": 1, "heads": 2, "training": LEARNING},
+        "finetune": {**LEARNING, "updates": 4, "pictures": 20, "shares": {"plain": 0.2}},
     },
     "stage_one": {**LEARNING, "max_relative_error": 10},
     "stage_two": {"batch_size": 4, "halvings": [{"steps": n, "updates": 1} for n in (8, 4, 2, 1)]},
@@ -199,6 +205,37 @@ def test_the_report_has_rows_of_both_decoders(work: Path) -> None:
     [full_row] = [line for line in report.markdown().splitlines() if line.startswith("| 4 | student | 4 | 4 | – |")]
     assert "0.000" in full_row
     assert "decoder" in report.weights
+
+
+def test_the_network_is_fine_tuned_on_pictures_of_its_own(work: Path) -> None:
+    run = RunFolder(work / "run")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        for file in (run.begun / part).iterdir():
+            assert (run.teacher / part / file.name).read_bytes() == file.read_bytes()
+    assert weights_sha256(run.begun) != weights_sha256(run.teacher)
+    assert training_seconds(run).keys() >= {"teacher", "finetune"}
+    drawn = {len(index_shards(str(folder))) for folder in (work / "drawn").iterdir()}
+    assert drawn == {30, 20}
+
+
+def test_who_takes_the_fine_tuned_teacher_needs_none_before_it(work: Path, tmp_path: Path) -> None:
+    recipe, run = read_recipe(work / "run" / "recipe.yaml"), RunFolder(tmp_path / "run")
+    shutil.copytree(work / "run", run.path)
+    shutil.rmtree(run.begun)
+    told = takeable(recipe, run)
+    assert told.names >= {"teacher", "finetune", "stage_one", "d1"}
+    assert not told.refused
+    assert [phase.name for phase in plan_of(recipe).phases[2:4]] == ["teacher", "finetune"]
+    before = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"finetune": None})})
+    said = dict(takeable(before, run).refused)
+    assert said["teacher"] == "not finished there"
+    older = RunFolder(tmp_path / "older")
+    shutil.copytree(run.path, older.path)
+    older.recipe.write_text(before.to_yaml(), encoding="utf-8")
+    mine = RunFolder(tmp_path / "mine")
+    list(take_phases(recipe, older, mine))  # its teacher is where this recipe's begins
+    assert weights_sha256(mine.begun) == weights_sha256(older.teacher)
+    assert not mine.teacher.exists()
 
 
 def test_pictures_of_another_side_are_refused(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ TEACHER: dict[str, Any] = {
     "batch_size": 4,
     "ema": 0.5,
 }
+FINETUNE = {"updates": 1, "pictures": 9, "shares": {"plain": 1, "placed": 0, "recoloured": 0}}
 SCHEDULE = {"kind": "squaredcos_cap_v2", "rescale_zero_terminal_snr": True}
 SHORT: dict[str, Any] = {
     "stage_two": {"batch_size": 4, "halvings": [{"steps": 4, "updates": 1}]},
@@ -232,9 +233,11 @@ def test_another_run_takes_the_pipeline(work: Path) -> None:
     recipe = read_recipe(work / "run" / "recipe.yaml", ["stage_one.updates=9"])
     assert {"autoencoder", "text_encoder", "teacher"} <= takeable(recipe, _run(work)).names
     other = read_recipe(work / "run" / "recipe.yaml", ["teacher.lr=0.5"])
-    assert takeable(other, _run(work)).names == {"autoencoder", "text_encoder"}
+    assert takeable(other, _run(work)).names == {"autoencoder", "text_encoder", "decoder"}
     otherwise = read_recipe(work / "run" / "recipe.yaml", ["teacher.text.training.lr=0.5"])
-    assert takeable(otherwise, _run(work)).names == {"autoencoder"}
+    assert takeable(otherwise, _run(work)).names == {"autoencoder", "decoder"}
+    smaller = read_recipe(work / "run" / "recipe.yaml", ["teacher.autoencoder.lr=0.5"])
+    assert takeable(smaller, _run(work)).names == set()
 
 
 def test_what_a_bundle_says_and_where_latents_lie_may_change(work: Path, tmp_path: Path) -> None:
@@ -300,12 +303,13 @@ def _run(work: Path) -> RunFolder:
         ({"teacher": {**TEACHER, "text": {"width": 15, "heads": 2}}}, "unet.cross_attention_dim must be 15"),
         ({"data": {"kind": "image_folder", "path": "x", "unreadable": "skip"}}, "it is made of every image"),
         ({"data": "digits"}, "teacher.autoencoder to make one"),
+        ({"teacher": {**TEACHER, "finetune": FINETUNE}}, "teacher.finetune is for data.kind: glyphs"),
         (
             {"unet": {**UNET, "addition_embed_type": None}},
             "teacher.text.training needs unet.addition_embed_type: text",
         ),
     ],
-    ids=["text", "size", "schedule", "shard", "inpainting", "width", "unreadable", "digits", "pooling"],
+    ids=["text", "size", "schedule", "shard", "inpainting", "width", "unreadable", "digits", "finetune", "pooling"],
 )
 def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from rich.progress import Progress
 
 from distill_jobs.data.captioned import index_shards
@@ -13,7 +14,7 @@ from distill_jobs.data.drawing import drawn
 from distill_jobs.data.glyphs import read_glyphs, read_names
 from distill_jobs.data.scenes import PLACES, Held, Scenes, colours_for
 from distill_jobs.errors import DataError
-from distill_jobs.latent_sections import GlyphData
+from distill_jobs.latent_sections import GlyphData, Shares
 from tests.support.glyphs import SHADES, glyph, glyphs
 
 FONT = Path(GlyphData.model_fields["font"].default)
@@ -128,6 +129,29 @@ def test_captions_say_what_is_shown() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("shares", "colours", "names"),
+    [
+        ({"plain": 1, "placed": 0, "recoloured": 0}, False, 1),
+        ({"plain": 0, "placed": 0, "recoloured": 1}, True, 1),
+        ({"plain": 0, "placed": 0, "recoloured": 0}, False, 2),
+    ],
+    ids=["plain", "recoloured", "pairs"],
+)
+def test_shares_are_of_the_pictures_after_one_of_each_glyph(
+    shares: dict[str, float], colours: bool, names: int
+) -> None:
+    scenes = Scenes(glyphs(6), Held(0, 0, 0), 16, Shares(**shares))
+    assert {len(scenes.scene(index).names) for index in range(6)} == {1}
+    shown = [scenes.scene(index) for index in range(6, 60)]
+    assert {(bool(scene.colour), len(scene.names)) for scene in shown} == {(colours, names)}
+
+
+def test_shares_of_more_than_all_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"shares of all pictures, and 1\.2 together"):
+        Shares(plain=0.9, placed=0.1, recoloured=0.2)
+
+
 def test_what_is_held_out_is_never_drawn() -> None:
     held = Held(0, glyphs=0.2, compositions=0.5)
     scenes = Scenes(glyphs(40), held, 16)
@@ -168,5 +192,6 @@ def test_shards_are_drawn_once_for_the_same_settings(tmp_path: Path, monkeypatch
     assert drawn(data, 0, Progress(disable=True)) == folder
     assert folder.stat().st_mtime_ns == before
     assert drawn(data, 1, Progress(disable=True)) != folder
+    assert drawn(data.model_copy(update={"shares": Shares(plain=0.4)}), 0, Progress(disable=True)) != folder
     (tmp_path / "font").write_text("another font")
     assert drawn(data, 0, Progress(disable=True)) != folder
