@@ -93,6 +93,7 @@ def create_api(service: Service) -> FastAPI:
 
     @app.exception_handler(UnreadableJobError)
     async def unreadable(request: Request, error: UnreadableJobError) -> Response:
+        service.metrics.rejected.labels("unreadable_job").inc()
         _log.error("job_unreadable", reason=str(error))
         return _response(request, unreadable_job())
 
@@ -111,6 +112,7 @@ def create_api(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, _: Exception) -> Response:
+        service.metrics.rejected.labels("internal_error").inc()
         return _response(request, internal_error())  # Starlette raises it again afterwards, for the guard to log
 
     return app

@@ -91,6 +91,8 @@ class Metrics:
         self.safety_checks = count("halfstep_safety_checks_total", checked, ["model", "outcome"])
         failed = "Calls of the result store that failed"
         self.result_store_failures = count("halfstep_result_store_failures_total", failed, ["operation"])
+        for operation in ("write", "read", "sign", "delete"):
+            self.result_store_failures.labels(operation)  # from 0: see ``_begin``
         self.store_up = gauge(
             "halfstep_store_up", "Whether the job store answered and takes work in (1) or not (0)", []
         )
@@ -146,6 +148,8 @@ class Metrics:
         """Note the models that requests may ask for, in place of those before."""
         self.serves({bundle.manifest.name: bundle.sha256 for bundle in bundles})
         self.parity.clear()
+        for reason in ("internal_error", "unreadable_job"):
+            self.rejected.labels(reason)
         for bundle in bundles:
             self._begin(bundle.manifest)
             for graph, spec in bundle.manifest.graphs.items():
@@ -172,6 +176,8 @@ class Metrics:
         for model, engine in engines.items():
             for fault in FAULTS:
                 self.poison.labels(model, fault)  # from 0, as above
+            for outcome in ("passed", "withheld", "failed"):
+                self.safety_checks.labels(model, outcome)
             self.engine.labels(model, engine).set(1)
             self.preferred.labels(model).set(preferred)
 

@@ -48,6 +48,7 @@ class Guard:
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", error=type(error).__name__)
             if not started:
+                self._metrics.rejected.labels("internal_error").inc()
                 await respond(internal_error(), scope, send)
 
     def _timely(self, receive: Receive) -> Receive:

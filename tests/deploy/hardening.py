@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from server.engine_process import START_S
@@ -16,6 +17,9 @@ OUTSIDE_SECRETS = {
 
 BUNDLES_GIB = 4
 """Least memory, in GiB, of a process that is given a bundle other than the embedded one."""
+
+READING_S = 900.0
+"""Time for reading every byte of the bundles, with a signature twice, before anything else starts."""
 
 OUTSIDE_CONFIG_MAPS = {"halfstep-bundle-key"}
 """As are these."""
@@ -64,8 +68,9 @@ def _workload(document: Object) -> Iterator[str]:
         if document["kind"] in ("Deployment", "StatefulSet"):
             yield from (f"no {probe}" for probe in _PROBES if probe not in container)
         if document["metadata"]["name"] in ("halfstep-api", "halfstep-worker"):
-            yield from _start(container)
+            yield from _start(document, container)
             yield from _room(container)
+        yield from _kept_in_memory(container)
 
 
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
@@ -98,12 +103,33 @@ def _grace(spec: Object, container: Object) -> Iterator[str]:
         yield f"killed before it has drained, which takes {needed:g} s"
 
 
-def _start(container: Object) -> Iterator[str]:
-    """What reads bundles and makes engines ready has the time that the code gives it."""
-    probe = container.get("startupProbe", {})
+def _start(document: Object, container: Object) -> Iterator[str]:
+    """What reads bundles and makes engines ready has the time that the code gives it, and so has a rollout."""
+    probe, spec = container.get("startupProbe", {}), document["spec"]
     allowed = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-    if allowed < START_S:
-        yield f"killed after {allowed} s of its start, which may take {START_S:g} s"
+    needed = READING_S + (START_S if container["name"] == "worker" else 0)
+    if allowed < needed:
+        yield f"killed after {allowed} s of its start, which may take {needed:g} s"
+    grace = spec["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+    if (deadline := spec.get("progressDeadlineSeconds", 600)) < allowed + grace:
+        yield f"a rollout is given up after {deadline} s, while a pod may end in {grace} s and start in {allowed} s"
+
+
+def _kept_in_memory(container: Object) -> Iterator[str]:
+    """A store that takes more memory than it asked for is the first to be evicted."""
+    args = container.get("args", [])
+    if "--maxmemory" not in args:
+        return
+    most = args[args.index("--maxmemory") + 1].lower()
+    asked = container["resources"]["requests"]["memory"]
+    if _mebibytes(asked) < _mebibytes(most):
+        yield f"asks for {asked} of memory and may take {most}"
+
+
+def _mebibytes(text: str) -> int:
+    """Of Kubernetes' Gi and Mi, and Redis' gb and mb, which are the same powers of two."""
+    number, unit = re.fullmatch(r"(\d+)(gi|mi|gb|mb)", text.lower()).groups()  # type: ignore[union-attr]
+    return int(number) * (1024 if unit.startswith("g") else 1)
 
 
 def _kept_engines(spec: Object) -> Iterator[str]:
@@ -142,6 +168,8 @@ def _references(document: Object, documents: list[Object]) -> Iterator[str]:
         )
     if document["kind"] in ("Service", "PodDisruptionBudget"):
         yield from _selects(document, documents)
+    if document["kind"] == "PodDisruptionBudget" and spec.get("unhealthyPodEvictionPolicy") != "AlwaysAllow":
+        yield "pods that are not ready keep their node from being drained"
     if pod is None:
         return
     volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}

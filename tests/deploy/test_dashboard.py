@@ -18,7 +18,7 @@ RULES = sorted((ROOT / "docker/prometheus/rules").glob("*.yaml"))
 SCRAPED = {"instance", "job"}
 """Labels that Prometheus itself gives every series."""
 
-DATASOURCE = {"type": "prometheus", "uid": "prometheus"}
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 NAME = r"(?:halfstep|process)[a-z0-9_:]+"
 
 
@@ -54,7 +54,7 @@ def families() -> dict[str, set[str]]:
 def series() -> dict[str, set[str]]:
     """Labels of everything an expression may name: samples, and what the rules record."""
     histograms = {m.describe()[0].name for m in vars(Metrics()).values() if isinstance(m, Histogram)}
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {"process_start_time_seconds": set()}
     for name, labels in families().items():
         if name in histograms:
             found |= {f"{name}_sum": labels, f"{name}_count": labels, f"{name}_bucket": labels | {"le"}}

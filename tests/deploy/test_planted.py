@@ -118,12 +118,19 @@ PLANTED: dict[Findings, dict[str, list[tuple[str, str, str]]]] = {
         ],
         "k8s/base/redis.yaml": [
             ("{type: RuntimeDefault}", "{type: Unconfined}", "seccompProfile is not"),
+            ("memory: 2Gi}", "memory: 512Mi}", "asks for 512Mi of memory and may take 1536mb"),
         ],
         "k8s/base/worker.yaml": [
             ("drop: [ALL]", "drop: [NET_RAW]", "capabilities are kept"),
             ("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "is writable"),
             ("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true", "may be gained"),
-            ("failureThreshold: 190", "failureThreshold: 120", "killed after 600 s of its start"),
+            ("failureThreshold: 360", "failureThreshold: 190", "killed after 950 s of its start"),
+            ("progressDeadlineSeconds: 1900", "paused: false", "given up after 600 s"),
+            (
+                "EvictionPolicy: AlwaysAllow",
+                "EvictionPolicy: IfHealthyBudget",
+                "keep their node from being drained",
+            ),
         ],
         "k8s/base/network-policies.yaml": [
             ("policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]", "denies by default"),

@@ -53,7 +53,7 @@ UNREADABLE = JobFailure(
 
 _OFFERS = TypeAdapter(dict[str, Offer])
 _log = structlog.get_logger()
-_LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, POISON.model_dump_json())
+_LIMITS = (MAX_ATTEMPTS, MAX_CRASHES, wire.written(POISON))
 
 
 class RedisStore:
@@ -119,10 +119,10 @@ class RedisStore:
         return _tokens(await self._scripts.run("progress", *args)) if args else frozenset()
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
-        return bool(await self._scripts.run("finish", *wire.held_args(lease), result.model_dump_json()))
+        return bool(await self._scripts.run("finish", *wire.held_args(lease), wire.written(result)))
 
     async def fail(self, lease: Lease, failure: JobFailure) -> bool:
-        return bool(await self._scripts.run("fail", *wire.held_args(lease), failure.model_dump_json()))
+        return bool(await self._scripts.run("fail", *wire.held_args(lease), wire.written(failure)))
 
     async def expire(self, lease: Lease) -> bool:
         return bool(await self._scripts.run("expire", *wire.held_args(lease)))
@@ -135,7 +135,7 @@ class RedisStore:
         return bool(await self._scripts.run("cancel", job_id))
 
     async def abandon(self, job_id: str, failure: JobFailure) -> bool:
-        return bool(await self._scripts.run("abandon", job_id, failure.model_dump_json()))
+        return bool(await self._scripts.run("abandon", job_id, wire.written(failure)))
 
     async def get(self, job_id: str) -> JobState | None:
         fields = await _ask(self._redis.hgetall(self._key("job", job_id)))
@@ -260,7 +260,7 @@ class RedisStore:
                 job_id, attempt = reply[0].decode(), reply[3]
                 _log.error("job_unreadable", job=job_id, reason=str(error))
                 with suppress(StoreUnavailableError):  # then its lease runs out, and it is found again
-                    await self._scripts.run("fail", job_id, worker, attempt, UNREADABLE.model_dump_json())
+                    await self._scripts.run("fail", job_id, worker, attempt, wire.written(UNREADABLE))
         return leases
 
     def _key(self, *parts: str) -> str:

@@ -46,8 +46,13 @@ def job_args(job: Job) -> tuple[str | int | bytes, ...]:
         request.network_steps,
         "" if job.deadline_ms is None else job.deadline_ms,
         job.webhook_url or "",
-        job.model_dump_json(),
+        written(job),
     )
+
+
+def written(value: BaseModel) -> str:
+    """As Redis keeps it. What is as by default is left out, so that a release without that field reads it, too."""
+    return value.model_dump_json(exclude_defaults=True)
 
 
 def key_name(tenant: str, key: str) -> str:

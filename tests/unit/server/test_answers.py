@@ -46,12 +46,25 @@ def test_what_nobody_caught_is_still_json(
     assert response.json()["error"]["code"] == "internal_error"
     assert response.headers["x-request-id"]
     assert "canary" not in response.text
+    assert counted(service, "halfstep_requests_rejected_total")["internal_error"] == 1
 
 
 def counted(service: Service, name: str) -> dict[str, float]:
     """Samples of a metric by the values of its labels."""
     family = next(f for f in service.metrics.registry.collect() if f"{f.name}_total" == name)
     return {" ".join(s.labels.values()): s.value for s in family.samples if s.name == name}
+
+
+def test_what_another_release_wrote_is_counted(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unread(job_id: str) -> None:
+        raise UnreadableJobError("another version wrote it")
+
+    job = client.post("/v1/jobs", json={"prompt": "seven"}).json()
+    monkeypatch.setattr(service.store, "get", unread)
+    assert client.get(job["status_url"]).status_code == 500
+    assert counted(service, "halfstep_requests_rejected_total")["unreadable_job"] == 1
 
 
 REFUSED = [
