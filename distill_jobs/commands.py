@@ -23,7 +23,6 @@ from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher, LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
 from distill_jobs.pipelines.importing import import_student
-from distill_jobs.pipelines.published import GUIDANCE_INPUT
 from distill_jobs.pipelines.teacher import open_teacher
 from distill_jobs.plan import measure, plan_of
 from distill_jobs.plan_page import print_plan
@@ -37,7 +36,7 @@ from distill_jobs.sections import StoredWeights
 from distill_jobs.tables import gate_table
 from distill_jobs.taken import takeable
 from engines.bundle import Bundle, verify_bundle
-from engines.manifest import DecoderKind, GuidanceRange
+from engines.manifest import DecoderKind
 from engines.quantize import Int8Options
 
 
@@ -146,31 +145,18 @@ def import_(
 ) -> None:
     """Turn a published student into a bundle. scales: least, largest and default, or None. Raises: JobError."""
     with _display() as progress:
-        guidance = _range(*scales)
         written = import_student(
             folder,
             bundle,
             name=name,
             steps=steps,
-            guidance=guidance,
+            scales=scales,
             licence=licence,
             progress=progress,
             sizes=sizes,
             weights=weights,
         )
         _say_written(progress, written)
-
-
-def _range(low: float | None, high: float | None, default: float | None) -> GuidanceRange | None:
-    """What the user asked for, the rest as usual; None where nothing was asked for."""
-    if low is None and high is None and default is None:
-        return None
-    usual = GUIDANCE_INPUT
-    chosen = (usual.min if low is None else low, usual.max if high is None else high)
-    wanted = usual.default if default is None else default
-    if not 1 <= chosen[0] <= wanted <= chosen[1]:
-        raise RecipeError("guidance needs 1 <= --guidance-min <= --guidance-default <= --guidance-max")
-    return GuidanceRange(min=chosen[0], max=chosen[1], default=wanted)
 
 
 def _print_plan(recipe: Recipe, out: Path, taken_from: Path | None) -> None:

@@ -133,7 +133,8 @@ class Phases:
 
         With the parts of the run's own teacher once that stands: another's may be on a disk that has no links here.
         """
-        save_stock(staging, network, self.schedule, self.recipe.clip, trained)
+        told = None if trained is None else replace(trained, guidance_scale=self.recipe.served)
+        save_stock(staging, network, self.schedule, self.recipe.clip, told)
         if self.teacher is None:
             return
         own = self.folder.teacher

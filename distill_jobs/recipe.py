@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import yaml
@@ -133,6 +134,11 @@ class Recipe(Section):
             raise ValueError(f"stage_two.guidance {guidance:g} is outside {allowed.min:g} to {allowed.max:g}")
         if isinstance(guidance, float) and guidance not in self.evaluation.guidance_scales:
             raise ValueError(f"evaluation.guidance_scales must hold stage_two.guidance, {guidance:g}")
+        default = self.served.default
+        if isinstance(self.data, GlyphData) and default not in self.evaluation.guidance_scales:
+            raise ValueError(
+                f"evaluation.guidance_scales must hold guidance.default, {default:g}, at which glyphs are judged"
+            )
         return self
 
     @model_validator(mode="after")
@@ -188,6 +194,8 @@ class Recipe(Section):
             raise ValueError("a teacher that is made goes without inpainting and compute.shard")
         if isinstance(self.data, CaptionedData) and self.data.unreadable == "skip":
             raise ValueError("data.unreadable must be error where a teacher is made: it is made of every image")
+        if teacher.finetune is not None and not isinstance(self.data, GlyphData):
+            raise ValueError("teacher.finetune is for data.kind: glyphs, of which it draws pictures of its own")
         latents, told = teacher.autoencoder.latent_channels, teacher.text.width
         fixed = {"in_channels": latents, "out_channels": latents, "cross_attention_dim": told}
         for name, value in fixed.items():
@@ -252,6 +260,11 @@ class Recipe(Section):
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
     def evaluated_sha256(self) -> str:
-        """Of all that an evaluation depends on: how a bundle is called and packed is none of it."""
+        """Of all that an evaluation depends on: how a bundle is called and packed is none of it.
+
+        Fields at their default are left out, so that a field which is new changes no hash of before.
+        """
         drawn = self.export.model_dump(include={"students", "default_steps", "upscale"})
-        return self.model_copy(update={"export": ExportSection(name="any", **drawn)}).sha256()
+        asked = self.model_copy(update={"export": ExportSection(name="any", **drawn)})
+        told = json.dumps(asked.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()

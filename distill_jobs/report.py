@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill_jobs.checkpoint import write_text
 from distill_jobs.choices import Choice
 from distill_jobs.curves import picture_links
+from distill_jobs.errors import JobError
 from distill_jobs.gates import Gate
 from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder, training_seconds
@@ -85,7 +86,15 @@ class RunReport(_Frozen):
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
-        return cls.model_validate_json((run_dir / JSON_NAME).read_bytes())
+        """Raises: JobError when another version wrote it, or it is damaged."""
+        try:
+            return cls.model_validate_json((run_dir / JSON_NAME).read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            raise JobError(
+                f"{run_dir / JSON_NAME} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']}); run "
+                f"again: python -m distill_jobs evaluate {run_dir}"
+            ) from None
 
     def write(self, run_dir: Path) -> None:
         """Write report.md and report.json, each in one move. Raises: StorageError."""

@@ -7,22 +7,23 @@ student's also holds what it was trained for (``student.json``), and the schedul
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, UNet2DConditionModel
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from distill_jobs import stochastic_scheduler
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.stochastic_scheduler import StochasticScheduler
+from engines.manifest import GuidanceRange
 from engines.sampler import Sampler
 from engines.schedule import NoiseSchedule
 
@@ -41,10 +42,11 @@ FIRST_WEIGHT, FIRST_BIAS = "time_embedding.linear_1.weight", "time_embedding.lin
 
 @dataclass(frozen=True)
 class Trained:
-    """What a student was trained for: the sampler whose steps it takes, and in how many."""
+    """What a student was trained for: the sampler whose steps it takes, in how many, and at which guidance."""
 
     sampler: Sampler
     steps: tuple[int, ...]
+    guidance_scale: GuidanceRange | None = None
 
     @classmethod
     def consistency(cls, grid: int) -> Trained:
@@ -242,7 +244,7 @@ def save_stock(
     if isinstance(scheduler, StochasticScheduler):
         shutil.copyfile(SCHEDULER_CODE, folder / "scheduler" / SCHEDULER_CODE.name)
     if trained is not None:
-        (folder / "student.json").write_text(json.dumps(asdict(trained)) + "\n", encoding="utf-8")
+        (folder / "student.json").write_bytes(TypeAdapter(Trained).dump_json(trained, exclude_none=True) + b"\n")
 
 
 def load_stock(folder: Path) -> UNet2DConditionModel:

@@ -84,7 +84,9 @@ def write_bundle(staging: Path, destination: Path, manifest: BundleManifest) -> 
 
 
 def check_replaceable(destination: Path) -> None:
-    """Raises: BundleError when ``destination`` holds anything but a bundle: that would be lost."""
+    """Raises: BundleError when ``destination`` holds anything but a bundle, which would be lost, or has no name."""
+    if not destination.name:
+        raise BundleError(f"{destination} cannot be replaced as a whole; give the bundle a folder with a name")
     if not destination.exists() or (destination / MANIFEST_NAME).is_file():
         return
     if not destination.is_dir() or any(destination.iterdir()):

@@ -32,6 +32,10 @@ from engines.tables import cost_table, difference_table, fraction_table, parity_
 _out, _err = Console(), Console(stderr=True)
 
 
+def _say(error: str) -> None:
+    _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+
+
 class _Group(TyperGroup):
     """Errors a user should read become one sentence on stderr and exit code 1; wrong usage stays 2."""
 
@@ -39,8 +43,10 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except HalfstepError as error:
-            _err.print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
-            raise typer.Exit(1) from None
+            _say(str(error))
+        except OSError as error:  # a full disk, a missing permission
+            _say(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+        raise typer.Exit(1)
 
 
 app = typer.Typer(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from engines.backends.base import RUNGS, EngineBackend
 from engines.backends.load import (
     BACKENDS,
+    INT8,
     OFFERED,
     ON_GPU,
     PrecisionName,
@@ -68,14 +69,15 @@ def compare_backends(
     cache_dir: Path | None = None,
     rungs: Sequence[int] = RUNGS,
 ) -> list[Difference]:
-    """Differences of each backend (None: all installed for CPUs) on every graph, at every size.
+    """Differences of each backend (None: all installed for CPUs that run the bundle) on every graph, at every size.
 
     rows: random rows a call, over its students' timesteps and the trained range of w. precision: of backends
     that offer it. cache_dir, rungs: of compiled models and batch sizes, as ``load_backend``.
     Raises: BackendError when none does, or the reference or a named backend is not installed.
     """
     tokenizer = load_tokenizer(bundle)
-    names = [choose_backend(name) for name in backends or [n for n in BACKENDS if find_spec(n) is not None]]
+    there = [n for n in BACKENDS if find_spec(n) is not None and (n in INT8 or not bundle.manifest.in_int8)]
+    names = [choose_backend(name) for name in backends or there]
     if not any(precision in ("auto", *OFFERED[name]) for name in names):
         choose_precision(names[0], precision)  # says who offers it
     at_work: Progress = progress or (lambda call, rows: None)

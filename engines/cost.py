@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,20 +54,29 @@ class CostTable:
         return min(ms / rung for rung, ms in self.ms[call].items())
 
     def best_rung(self, call: str, waiting: int) -> int:
-        """The rung that advances most rows per millisecond when ``waiting`` rows could go; the larger of equals."""
+        """The rung that advances most rows per millisecond when ``waiting`` rows could go; the larger of equals.
+
+        None that is larger than what holds them all: a call runs at the smallest rung that holds its rows.
+        """
         if waiting < 1:
             raise ValueError(f"best_rung needs a row that waits, not {waiting}")
-        costs = self.ms[call]
+        costs = self._holding(call, waiting)
         return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
 
     def split(self, call: str, rows: int) -> tuple[int, ...]:
         """The rungs, largest first, in which ``rows`` rows take the least time; of equals, the fewest calls."""
-        costs = self.ms[call]
         ways: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]  # by rows: milliseconds, calls, rungs
         for n in range(1, rows + 1):
+            costs = self._holding(call, n)
             after = [(rung, ways[max(0, n - rung)]) for rung in costs]
             ways.append(min((costs[rung] + ms, count + 1, (*rungs, rung)) for rung, (ms, count, rungs) in after))
         return tuple(sorted(ways[rows][2], reverse=True))
+
+    def _holding(self, call: str, rows: int) -> dict[int, float]:
+        """Milliseconds by rung, up to the smallest that holds so many rows."""
+        costs = self.ms[call]
+        largest = min((rung for rung in costs if rung >= rows), default=max(costs))
+        return {rung: ms for rung, ms in costs.items() if rung <= largest}
 
 
 def climb(rungs: Sequence[int], column: Callable[[int], Mapping[str, float]]) -> CostTable:
@@ -129,10 +138,18 @@ def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: P
         return None
 
 
-def save_costs(table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int) -> None:
-    """Keep a table, one file a call, each replaced whole. Raises: BackendError when it cannot be written."""
+def save_costs(
+    table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int, steps: Collection[str]
+) -> None:
+    """Keep a table, one file a call, each replaced whole. steps: the calls that are a bundle's own.
+
+    Other bundles share files of the rest, as of an autoencoder: what did not fit is said of the steps alone, and
+    rungs that were measured for others stay. Raises: BackendError when it cannot be written.
+    """
     for call, key in keys.items():
-        record = _Record(**asdict(key), repeats=repeats, ms=dict(table.ms[call]), too_large=table.too_large)
+        limit = table.too_large if call in steps else None
+        before = {r: ms for r, ms in _read(call, key, cache_dir).ms[call].items() if limit is None or r < limit}
+        record = _Record(**asdict(key), repeats=repeats, ms={**before, **table.ms[call]}, too_large=limit)
         folder = key.folder(cache_dir)
         partial = folder / f"{COST_FILE}.{secrets.token_hex(8)}"  # pids repeat from container to container
         try:

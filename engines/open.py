@@ -119,7 +119,9 @@ def know_costs(
     if cache_dir is None:
         return
     try:
-        save_costs(costs, _keys(bundle, backend, precision, threads), cache_dir, repeats)
+        own = {student.graph for student in (*bundle.manifest.students, *bundle.manifest.encoders)}
+        steps = {str(call) for call in calls(bundle.manifest) if call.graph in own}
+        save_costs(costs, _keys(bundle, backend, precision, threads), cache_dir, repeats, steps)
     except BackendError as error:
         if again:
             raise

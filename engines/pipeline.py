@@ -73,8 +73,8 @@ class Pipeline:
 
     @property
     def engine_name(self) -> str:
-        """The step engine, as responses report it."""
-        return self._engines[self.manifest.students[0].graph].name
+        """The engine of the steps, as responses report it; each where step graphs differ in precision."""
+        return ", ".join(dict.fromkeys(self._engines[student.graph].name for student in self.manifest.students))
 
     @property
     def max_rows(self) -> int:

@@ -99,7 +99,7 @@ def _quantize(file: Path, staging: Path, spec: GraphSpec, calls: Recorded) -> Gr
     seen = [rows for i, rows in enumerate(calls.inputs) if i not in held_out]
     target = staging / spec.file
     _save(quantize_graph(onnx.load(file, load_external_data=False), seen, file.parent), target)
-    lowered = spec.model_copy(update={"dtype": "int8", "parity_by_size": {}, "lowered": {}})
+    lowered = spec.model_copy(update={"dtype": "int8", "parity_by_size": {}, "lowered": {}, "rounded": None})
     engine = OpenVinoBackend(target, lowered)
     errors = []
     for i in held_out:

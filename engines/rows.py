@@ -168,6 +168,11 @@ class Drawing:
         )
 
 
+def inverts(student: StudentSpec) -> bool:
+    """Whether a student can draw from the noise that an image was inverted to, instead of its own."""
+    return student.sampler == "deterministic" or student.steps == 1
+
+
 def find_encoder(manifest: BundleManifest, student: StudentSpec, wanted: int | None = None) -> StudentSpec:
     """The encoder of ``wanted`` steps; else one to go with a student: of as many steps, or of the most.
 
@@ -177,7 +182,7 @@ def find_encoder(manifest: BundleManifest, student: StudentSpec, wanted: int | N
     if not manifest.encoders:
         message = "mode invert needs a model with an encoder, and this one has none; use mode noise."
         raise RequestError("mode", "unsupported_value", message)
-    if student.sampler != "deterministic" and student.steps > 1:
+    if not inverts(student):
         message = (
             f"mode invert needs the deterministic sampler, and that of {student.steps} steps is {student.sampler}: "
             "its fresh noise would take the place of the image's own. Take other steps, or mode noise."

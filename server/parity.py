@@ -12,6 +12,7 @@ from PIL import Image
 
 from engines.errors import BackendError
 from engines.manifest import BundleManifest, Size
+from engines.rows import inverts
 from server.images import write_png
 from server.request import DenoiseRequest
 from server.work import Pixels
@@ -102,9 +103,10 @@ def _probes(manifest: BundleManifest, prompts: Sequence[str]) -> Iterator[Denois
     }
     if "edit" in manifest.tasks:
         yield DenoiseRequest(**image, task="edit", strength=_EDITED_SHARE)
-        for encoder in manifest.encoders:
+        drawing = [{"steps": s.steps, "sampler": s.sampler} for s in (student, *manifest.students) if inverts(s)]
+        for encoder in manifest.encoders if drawing else ():
             inverting = {"mode": "invert", "source_prompt": next(prompt), "encoder_steps": encoder.steps}
-            yield DenoiseRequest(**image, **inverting, task="edit")
+            yield DenoiseRequest(**(image | drawing[0]), **inverting, task="edit")
     if "inpaint" in manifest.tasks:
         yield DenoiseRequest(**image, task="inpaint", strength=1.0, mask=_left_half(manifest.sizes[0]))
 

@@ -20,6 +20,7 @@ from server.engine import Engine, Report
 from server.engine_build import build
 from server.engine_process import EngineProcess
 from server.engine_switch import EngineSwitch
+from server.loading import usable_cache
 from server.metrics import Metrics
 from server.parity import Sample, check_like, probe_requests
 from server.request import DenoiseRequest
@@ -154,8 +155,8 @@ class Succession(EngineSwitch):
 
     async def _take_up_versions(self, versions: tuple[Version, ...]) -> None:
         settings = start_settings(self._settings, versions)
-        if choose_backend(settings.backend) in BUILT and settings.cache_dir is not None:
-            await self._build(settings)
+        if choose_backend(settings.backend) in BUILT and usable_cache(settings.cache_dir) is not None:
+            await self._build(settings)  # else it is made at the start, as everything is without a cache
         async with self._changing, self._beside(settings, versions) as engine:
             await self.ask(engine, _probes(versions))
             self._versions, self._preferred, self._lost = versions, not _differ(self._settings), ""

@@ -44,7 +44,7 @@ def glyph_judge(
         return None
     scenes, folder = scenes_of(data, recipe.seed), RunFolder(run_dir).glyph_encoder
     if not stands(folder, processes):
-        processes.first(lambda: _lend(folder, recipe, lenders))
+        processes.first(lambda: _lend(folder, recipe, lenders, progress))
     with StopSignal().listening() as stop:
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, run_dir / "checkpoints", every, log_every, stop, progress)
@@ -52,12 +52,21 @@ def glyph_judge(
     return GlyphJudge(Asking.of(scenes, recipe.evaluation.samples), scenes, encoder)
 
 
-def _lend(folder: Path, recipe: Recipe, lenders: Sequence[Path]) -> None:
+TOLD_APART = {"kind", "font", "names", "side_px", "held_glyphs", "held_compositions"}
+"""What of the data its encoder sees: the glyphs themselves, whatever pictures a run is taught."""
+
+
+def _lend(folder: Path, recipe: Recipe, lenders: Sequence[Path], progress: Progress) -> None:
+    """Take the encoder of the first that has it of the same glyphs, and say of the others why not."""
     for lender in map(RunFolder, lenders):
+        if not lender.glyph_encoder.is_dir():
+            continue
         theirs = stored_recipe(lender)
-        if (theirs.data, theirs.seed) == (recipe.data, recipe.seed) and lender.glyph_encoder.is_dir():
+        seen = [(r.seed, r.data.model_dump(include=TOLD_APART)) for r in (theirs, recipe) if r.data != "digits"]
+        if seen[0] == seen[-1] and len(seen) == 2:
             copy_phase(lender.glyph_encoder, folder)
             return
+        progress.console.log(f"glyph encoder: not taken from {lender.path}, which is of other glyphs or seed")
 
 
 def glyph_table(

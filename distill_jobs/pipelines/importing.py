@@ -16,7 +16,7 @@ from distill_jobs.errors import RecipeError
 from distill_jobs.export import write_step, write_surroundings
 from distill_jobs.graphs import StepGraph
 from distill_jobs.parity import STEP_LIMIT
-from distill_jobs.pipelines.published import Published, open_published
+from distill_jobs.pipelines.published import Published, Scales, open_published
 from distill_jobs.pipelines.surroundings import surroundings_of
 from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.sections import StoredWeights
@@ -45,7 +45,7 @@ def import_student(
     *,
     name: str,
     steps: Sequence[int] | None,
-    guidance: GuidanceRange | None,
+    scales: Scales,
     licence: str,
     progress: Progress,
     sizes: Sequence[str] = (),
@@ -53,9 +53,9 @@ def import_student(
 ) -> Bundle:
     """Write a bundle of a pipeline folder, replacing one at ``bundle_dir``.
 
-    steps: step counts to serve, the first by default; guidance: the range to serve; None for what is usual, where
-    there is such; sizes: as of ``export_run``; weights: what the files keep them in. Raises: TeacherError saying
-    why a folder cannot be served exactly; RecipeError where its networks take no such size; ExportError.
+    steps: step counts to serve, the first by default; scales: of guidance, as ``Published.guidance`` has it;
+    sizes: as of ``export_run``; weights: what the files keep them in. Raises: TeacherError saying why a folder
+    cannot be served exactly; RecipeError where its networks take no such size; ExportError.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise RecipeError(
@@ -63,7 +63,7 @@ def import_student(
         )
     check_replaceable(bundle_dir)
     published = open_published(path)
-    folder, plans, served = published.folder, published.plans(steps), published.guidance(guidance)
+    folder, plans, served = published.folder, published.plans(steps), published.guidance(scales)
     network = load_network(folder).requires_grad_(False)
     around = surroundings_of(folder, Licences(teacher=licence, data="not stated"))
     side = folder.size_px // folder.pixels_per_latent

@@ -16,6 +16,7 @@ Sources: Luo et al. 2023; Sauer et al. 2023; Lin et al. 2024; diffusers' schedul
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from typing import Any
 
 import diffusers
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
+from distill_jobs.errors import RecipeError
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.folder import PipelineFolder, read_json
-from distill_jobs.student import GUIDANCE_WIDTH
+from distill_jobs.student import GUIDANCE_WIDTH, Trained
 from engines.manifest import GuidanceRange
 from engines.sampler import Prediction, Sampler, SamplerPlan, plan_through
 from engines.schedule import NoiseSchedule
@@ -35,6 +38,7 @@ GUIDANCE_INPUT = GuidanceRange(min=1, max=15, default=8.5)
 """Of a model that takes guidance as an input, unless told otherwise."""
 
 NO_GUIDANCE = GuidanceRange(min=1, max=1, default=1)
+Scales = tuple[float | None, float | None, float | None]
 LCM_STEPS = (4, 1, 2, 3, 5, 6, 7, 8)
 """What the cards of such models recommend, the default first."""
 
@@ -89,13 +93,15 @@ SCHEDULERS = {
 class Published:
     """A published student that we can run.
 
-    guided: its UNet takes the guidance weight; trained: its step counts, where it was made here and says them.
+    guided: its UNet takes the guidance weight; trained: its step counts, where it was made here and says them;
+    asked: the guidance that it was then trained for, where it says that too.
     """
 
     folder: PipelineFolder
     scheduler: Scheduler
     guided: bool
     trained: tuple[int, ...] = ()
+    asked: GuidanceRange | None = None
 
     @property
     def initial_std(self) -> float:
@@ -103,15 +109,37 @@ class Published:
         schedule = NoiseSchedule(self.folder.schedule)
         return 1.0 if self.scheduler.full_start else schedule.at(schedule.timesteps - 1)[1]
 
-    def guidance(self, wanted: GuidanceRange | None) -> GuidanceRange:
-        """The guidance range to serve. Raises: TeacherError when one is wanted of a model that has none."""
-        if self.guided:
-            return wanted or GUIDANCE_INPUT
-        if wanted is not None:
+    def guidance(self, scales: Scales) -> GuidanceRange:
+        """The guidance range to serve. scales: least, largest and default that are wanted, None for what is usual.
+
+        Raises: TeacherError when any is wanted of a model that has none, or more than it was trained for;
+        RecipeError where they are no range.
+        """
+        given = any(scale is not None for scale in scales)
+        if not self.guided and given:
             raise self.folder.wrong(
                 "its unet takes no guidance weight (time_cond_proj_dim); leave --guidance-… out"
             )
-        return NO_GUIDANCE
+        if not self.guided:
+            return NO_GUIDANCE
+        usual = self.asked or GUIDANCE_INPUT
+        low, high, default = (
+            own if scale is None else scale
+            for scale, own in zip(scales, (usual.min, usual.max, usual.default), strict=True)
+        )
+        if self.trained and self.asked is None and None in scales:
+            raise self.folder.wrong(
+                "student.json does not say which guidance it was trained for, as that of an older run; give it: "
+                "--guidance-min, --guidance-max and --guidance-default"
+            )
+        if not (1 <= low <= default <= high and math.isfinite(high)):
+            raise RecipeError("guidance needs 1 <= --guidance-min <= --guidance-default <= --guidance-max")
+        if self.asked is not None and not self.asked.min <= low <= high <= self.asked.max:
+            raise self.folder.wrong(
+                f"student.json: it was trained for guidance {self.asked.min:g} to {self.asked.max:g}, not for "
+                f"{low:g} to {high:g}"
+            )
+        return GuidanceRange(min=low, max=high, default=default)
 
     def plans(self, steps: Sequence[int] | None) -> dict[int, SamplerPlan]:
         """By step count. Raises: TeacherError naming a step count that the model cannot be run at."""
@@ -174,17 +202,28 @@ def open_published(path: Path) -> Published:
         )
     if folder.extra_channels:
         raise folder.wrong("its unet sees a mask; such models cannot be imported")
-    return Published(folder, _scheduler(folder), width is not None, _trained(folder))
+    told = _told(folder)
+    asked = None if told is None else told.guidance_scale
+    return Published(folder, _scheduler(folder), width is not None, _steps(folder, told), asked)
 
 
-def _trained(folder: PipelineFolder) -> tuple[int, ...]:
-    """The step counts of a student that was made here, those that its scheduler can run; empty for others'."""
+def _told(folder: PipelineFolder) -> Trained | None:
+    """What a student that was made here says of itself; None of others'."""
     file = folder.path / "student.json"
     if not file.is_file():
+        return None
+    try:
+        return TypeAdapter(Trained).validate_python(read_json(file))
+    except ValidationError as error:
+        raise folder.wrong(f"student.json cannot be read: {error.errors()[0]['msg']}") from None
+
+
+def _steps(folder: PipelineFolder, told: Trained | None) -> tuple[int, ...]:
+    """The step counts of a student that was made here, those that its scheduler can run; empty for others'."""
+    if told is None:
         return ()
-    steps = read_json(file)["steps"]
-    points = folder.config("scheduler").get("original_inference_steps", steps[0])
-    return tuple(n for n in steps if points % n == 0)
+    points = folder.config("scheduler").get("original_inference_steps", told.steps[0])
+    return tuple(n for n in told.steps if points % n == 0)
 
 
 def _scheduler(folder: PipelineFolder) -> Scheduler:

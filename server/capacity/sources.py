@@ -111,5 +111,5 @@ def _of_this_machine(bundle: Bundle, settings: Settings) -> Costed:
         costs, source = pipeline.costs, "measured now"
         pipeline.close()
     assert costs is not None  # of a warm pipeline
-    graph = bundle.manifest.students[0].graph
-    return Costed(bundle, costs, engine_key(bundle, graph, backend, precision, threads).engine, source)
+    keys = [engine_key(bundle, s.graph, backend, precision, threads) for s in bundle.manifest.students]
+    return Costed(bundle, costs, ", ".join(dict.fromkeys(key.engine for key in keys)), source)

@@ -25,12 +25,11 @@ from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.sampling import sample, student_network
 from distill_jobs.sections import StoredWeights
 from distill_jobs.student import load_stock
-from engines.manifest import GuidanceRange
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
 from tests.support import tiny_pipelines as tiny
 
-RANGE = GuidanceRange(min=1, max=15, default=8.5)
+SCALES = (1.0, 15.0, 8.5)
 SEED = 3
 
 
@@ -107,7 +106,7 @@ def test_an_imported_bundle_draws_the_same(
         tmp_path / "bundle",
         name="lcm",
         steps=(4, 1),
-        guidance=RANGE,
+        scales=SCALES,
         licence="theirs",
         progress=Progress(disable=True),
         weights=weights,
@@ -151,7 +150,7 @@ def test_what_cannot_be_run_is_refused_with_the_reason(
     copied = shutil.copytree(folder, tmp_path / "copy")
     told = json.loads((copied / file).read_text())
     (copied / file).write_text(json.dumps({**told, **changes}))
-    wanted = {"name": "lcm", "steps": steps, "guidance": RANGE, "licence": "x", "progress": Progress(disable=True)}
+    wanted = {"name": "lcm", "steps": steps, "scales": SCALES, "licence": "x", "progress": Progress(disable=True)}
     with pytest.raises(TeacherError, match=message):
         import_student(copied, tmp_path / "bundle", **wanted)
     assert not (tmp_path / "bundle").exists()
@@ -164,7 +163,7 @@ def test_a_name_that_no_bundle_may_have_is_refused_before_anything_is_made(folde
             tmp_path / "bundle",
             name="My Model",
             steps=None,
-            guidance=None,
+            scales=(None, None, None),
             licence="",
             progress=Progress(disable=True),
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_jobs.errors import TeacherError
+from distill_jobs.errors import RecipeError, TeacherError
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.packing import whole_image
@@ -113,7 +115,7 @@ def test_an_imported_bundle_draws_the_same(folders: dict[str, Path], tmp_path: P
         tmp_path / "bundle",
         name="turbo",
         steps=(1, 4),
-        guidance=None,
+        scales=(None, None, None),
         licence="theirs",
         progress=Progress(disable=True),
     )
@@ -141,7 +143,7 @@ def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], 
         tmp_path / "bundle",
         name="lightning",
         steps=(4,),
-        guidance=None,
+        scales=(None, None, None),
         licence="theirs",
         progress=Progress(disable=True),
         sizes=("16x16", "24x16", "16x48"),
@@ -213,4 +215,25 @@ def test_weights_without_a_place_are_refused(folders: dict[str, Path], tmp_path:
 
 def test_guidance_is_refused_where_it_is_no_input(folders: dict[str, Path]) -> None:
     with pytest.raises(TeacherError, match="takes no guidance weight"):
-        open_published(folders["sd"]).guidance(GuidanceRange(min=1, max=7, default=2))
+        open_published(folders["sd"]).guidance((None, 7, None))
+
+
+def test_a_student_made_here_is_asked_for_the_guidance_of_its_training(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = GuidanceRange(min=1, max=9, default=4)
+    usual, scales = (None, None, None), (2.0, 7.0, 3.0)
+    of_ours = replace(open_published(folders["sd"]), guided=True, trained=(4,), asked=trained)
+    assert of_ours.guidance(usual) == trained
+    assert of_ours.guidance((2.0, None, None)) == GuidanceRange(min=2, max=9, default=4)
+    with pytest.raises(TeacherError, match="it was trained for guidance 1 to 9, not for 1 to 12"):
+        of_ours.guidance((None, 12.0, None))
+    older = replace(of_ours, asked=None)
+    with pytest.raises(TeacherError, match=r"student\.json does not say which guidance"):
+        older.guidance((None, 7.0, None))
+    assert older.guidance(scales) == GuidanceRange(min=2, max=7, default=3)
+    others = replace(older, trained=())
+    assert others.guidance(usual).max == 15
+    for wrong in ((0.5, None, None), (None, math.inf, None), (None, None, 16.0), (None, math.nan, None)):
+        with pytest.raises(RecipeError, match="guidance needs"):
+            others.guidance(wrong)

@@ -122,7 +122,9 @@ def test_a_killed_finish_ends_in_the_same_bytes(tmp_path: Path) -> None:
     whole = run_job(read_recipe("digits", FINISH), tmp_path / "whole", resume=False, progress=quiet)
     assert set(training_seconds(whole)) == {"teacher", "stage_one", "d4", "consistency"}
     told = json.loads((whole.consistency / "student.json").read_text())
-    assert told == {"sampler": "consistency", "steps": [4, 2, 1]}  # all that its grid allows, bundled or not
+    asked = read_recipe("digits", FINISH).guidance.model_dump()
+    steps = [4, 2, 1]  # all that its grid allows, bundled or not
+    assert told == {"sampler": "consistency", "steps": steps, "guidance_scale": asked}
     out = tmp_path / "killed"
     shutil.copytree(whole.path, out)
     shutil.rmtree(out / "consistency")

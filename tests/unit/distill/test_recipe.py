@@ -203,3 +203,21 @@ def test_a_base_that_is_not_shipped_is_refused(base: str, tmp_path: Path) -> Non
     file.write_text(f"base: {base}\nname: mine\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="base"):
         read_recipe(file)
+
+
+def test_glyphs_are_judged_at_the_default_guidance() -> None:
+    with pytest.raises(RecipeError, match=r"evaluation\.guidance_scales must hold guidance\.default, 3"):
+        read_recipe("emoji", ["guidance.default=3"])
+    assert read_recipe("emoji", ["guidance.default=9"]).guidance.default == 9
+
+
+def test_what_an_evaluation_depends_on_is_told_without_defaults() -> None:
+    """So that a field of a later release changes nothing for runs that do not use it."""
+    recipe = read_recipe("digits")
+    said = read_recipe("digits", ["teacher.clip_norm=1.0", "export.description=other"])
+    assert said.evaluated_sha256() == recipe.evaluated_sha256()
+    assert read_recipe("digits", ["teacher.clip_norm=2.0"]).evaluated_sha256() != recipe.evaluated_sha256()
+    first, *rest = recipe.stage_two.halvings
+    kept = first.model_copy(update={"keep": True})
+    other = recipe.model_copy(update={"stage_two": recipe.stage_two.model_copy(update={"halvings": (kept, *rest)})})
+    assert other.evaluated_sha256() != recipe.evaluated_sha256()

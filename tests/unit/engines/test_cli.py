@@ -50,6 +50,16 @@ def test_a_bad_bundle_is_one_sentence_and_exit_1(command: str, tmp_path: Path) -
     assert "Traceback" not in result.output
 
 
+def test_what_the_disk_refuses_is_one_sentence_too(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/b/manifest.json")
+
+    monkeypatch.setattr("engines.cli.verify_bundle", refused)
+    result = run("verify", toy.path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: Permission denied: /b/manifest.json\n"
+
+
 @pytest.mark.parametrize("command", ["verify", "build", "bench", "compare"])
 def test_help_has_every_default(command: str) -> None:
     result = run(command, "--help")

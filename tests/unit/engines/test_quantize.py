@@ -15,6 +15,7 @@ from engines.backends.openvino import OpenVinoBackend
 from engines.bundle import Bundle, file_records, verify_bundle, write_bundle
 from engines.calibration import BATCH, record_trajectories
 from engines.cli import app
+from engines.compare import compare_backends
 from engines.condition import load_tokenizer
 from engines.errors import BackendError, BundleError
 from engines.examples import example_inputs
@@ -102,6 +103,7 @@ def test_the_int8_bundle_says_what_it_is(lowered: Bundle) -> None:
     for name, spec in manifest.graphs.items():
         assert spec.dtype == ("int8" if name in steps else "float32")
         if name in steps:
+            assert spec.rounded is None
             assert 0 < spec.parity.mean_abs_error <= spec.parity.max_abs_error
             assert spec.parity.rows > 0
 
@@ -111,6 +113,21 @@ def test_who_cannot_run_it_says_so(lowered: Bundle, backend: str, precision: str
     graph = lowered.manifest.students[0].graph
     with pytest.raises(BackendError, match="int8"):
         load_backend(backend, lowered, graph, precision=precision)  # type: ignore[arg-type]
+
+
+def test_only_backends_that_run_it_are_compared_unless_named(lowered: Bundle) -> None:
+    assert {d.engine.split()[0] for d in compare_backends(lowered, None, "auto", 2, 0, rungs=(1, 2))} == {
+        "openvino",
+        "onnxruntime",
+    }
+    with pytest.raises(BackendError, match="int8"):
+        compare_backends(lowered, ["torch"], "auto", 2, 0)
+
+
+@pytest.mark.parametrize("nameless", [Path(), Path("/")], ids=str)
+def test_a_bundle_takes_the_place_of_no_folder_without_a_name(toy: Bundle, nameless: Path) -> None:
+    with pytest.raises(BundleError, match="give the bundle a folder with a name"):
+        quantize_bundle(toy, nameless)
 
 
 def test_a_bad_name_is_refused_before_anything_is_drawn(toy: Bundle, tmp_path: Path) -> None:

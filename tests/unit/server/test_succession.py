@@ -247,6 +247,20 @@ async def test_a_new_version_is_taken_up_beside_the_old(tmp_path: Path) -> None:
         assert not on.value("halfstep_bundle_info", model="toy-digits", sha256=old)
 
 
+async def test_a_new_version_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HALFSTEP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    async with stage(bundle, start=False) as on:
+        on.build_error = "Nothing can be built without a cache"
+        on.built.set()
+        replace(bundle, weights_seed=1)
+        on.makes.append(SpawnedThread(bundle, LATER))
+        await on.succession.renew()
+        assert on.changes("bundle", "taken_up") == 1
+        assert engine_of(await on.make("a")) == LATER
+
+
 async def test_jobs_that_wait_for_an_engine_that_is_down_go_to_the_new_version(tmp_path: Path) -> None:
     bundle = make_toy_bundle(tmp_path / "toy").path
     async with stage(bundle, start=False) as on:

@@ -14,6 +14,8 @@ import pytest
 from engines.bundle import verify_bundle
 from engines.condition import LabelClass, LabelTokenizer, LabelVocabulary, load_tokenizer
 from engines.errors import BundleError
+from engines.pipeline import find_student
+from engines.rows import find_encoder
 from server.metrics import Metrics
 from server.parity import Sample, UnlikeError, check_like, probe_requests
 from server.renewal import Renewals, heed_early
@@ -114,6 +116,24 @@ def test_probes_visit_every_student_task_and_encoder(tmp_path: Path) -> None:
     assert {p.task for p in probes} == set(bundle.manifest.tasks)
     assert {p.encoder_steps for p in probes if p.mode == "invert"} == {2, 4}
     assert all(p.n == 1 for p in probes)
+
+
+def test_encoders_are_probed_with_a_student_that_keeps_the_noise(toy_bundle: Path) -> None:
+    """Where the default one draws fresh noise, as a consistency finish does."""
+    manifest = verify_bundle(toy_bundle).manifest
+    steps = manifest.default_steps
+    fresh, kept = (
+        tuple(s.model_copy(update={"sampler": sampler}) if s.steps == steps else s for s in manifest.students)
+        for sampler in ("consistency", "deterministic")
+    )
+    encoder = kept[0].model_copy(update={"graph": "invert"})
+    for students in (fresh, kept):
+        mixed = manifest.model_copy(update={"students": students, "encoders": (encoder,)})
+        [probe] = [p for p in probe_requests(mixed, ["one"]) if p.mode == "invert"]
+        assert find_encoder(mixed, find_student(mixed, probe.steps, probe.sampler), probe.encoder_steps) == encoder
+    alone = tuple(s for s in fresh if s.steps == steps)
+    mixed = manifest.model_copy(update={"students": alone, "encoders": (encoder,)})
+    assert not [p for p in probe_requests(mixed, ["one"]) if p.mode == "invert"]
 
 
 CORNER, EVERYWHERE = np.s_[0, 0], np.s_[:, :]
