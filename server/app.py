@@ -112,8 +112,7 @@ def create_api(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, _: Exception) -> Response:
-        service.metrics.rejected.labels("internal_error").inc()
-        return _response(request, internal_error())  # Starlette raises it again afterwards, for the guard to log
+        return _response(request, internal_error())  # Starlette raises it again, for the guard to log and count
 
     return app
 

@@ -31,11 +31,12 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        started = False
+        status: int | None = None
 
         async def noted(message: Message) -> None:
-            nonlocal started
-            started |= message["type"] == "http.response.start"
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
             await send(message)
 
         refusal = self._refusal(scope, headers)
@@ -47,8 +48,9 @@ class Guard:
             await self._app(scope, self._timely(receive), noted)
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", error=type(error).__name__)
-            if not started:
+            if status in (None, 500):  # else it is a client that left its answer
                 self._metrics.rejected.labels("internal_error").inc()
+            if status is None:
                 await respond(internal_error(), scope, send)
 
     def _timely(self, receive: Receive) -> Receive:

@@ -176,14 +176,14 @@ def test_export_takes_a_published_student_as_import_does(
     asked: list[tuple[Any, ...]] = []
 
     def imported(*places: Path, **told: Any) -> Never:
-        asked.append((*places, told["name"], told["steps"], told["guidance"], told["sizes"]))
+        asked.append((*places, told["name"], told["steps"], told["scales"], told["sizes"]))
         raise RecipeError("far enough")
 
     monkeypatch.setattr(commands, "import_student", imported)
     runner, bundle = CliRunner(), tmp_path / "lcm"
     result = runner.invoke(app, ["export", str(folder), str(bundle), "--sizes", "16x16"])
     assert (result.exit_code, result.output) == (RecipeError.exit_code, "Error: far enough\n")
-    assert asked == [(folder, bundle, "lcm", None, None, ["16x16"])]
+    assert asked == [(folder, bundle, "lcm", None, (None, None, None), ["16x16"])]
     result = runner.invoke(app, ["export", str(folder), str(bundle), "--decoder", "tiny"])
     assert "no gates and no tiny decoder" in result.output
     result = runner.invoke(app, ["export", str(tmp_path), str(bundle)])
