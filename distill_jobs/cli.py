@@ -180,11 +180,14 @@ def import_(
         ),
     ] = None,
     guidance_min: Annotated[
-        float | None, typer.Option(help="Smallest guidance_scale, where guidance is an input.", show_default="1")
+        float | None,
+        typer.Option(help="Smallest guidance_scale, where it is an input.", show_default="1, or as trained here"),
     ] = None,
-    guidance_max: Annotated[float | None, typer.Option(help="Largest guidance_scale.", show_default="15")] = None,
+    guidance_max: Annotated[
+        float | None, typer.Option(help="Largest guidance_scale.", show_default="15, or as trained here")
+    ] = None,
     guidance_default: Annotated[
-        float | None, typer.Option(help="What a request without one gets.", show_default="8.5")
+        float | None, typer.Option(help="What a request without one gets.", show_default="8.5, or as trained here")
     ] = None,
     licence: Annotated[str, typer.Option(help="Of the model's weights, for the bundle.")] = "not stated",
     sizes: Sizes = "",

@@ -48,7 +48,7 @@ class Guard:
             await self._app(scope, self._timely(receive), noted)
         except Exception as error:  # the log gets the reason; the client mostly has its answer by now
             _log.exception("request_failed", error=type(error).__name__)
-            if status in (None, 500):  # else it is a client that left its answer
+            if status in (None, 500):  # else its answer was under way
                 self._metrics.rejected.labels("internal_error").inc()
             if status is None:
                 await respond(internal_error(), scope, send)
