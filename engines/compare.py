@@ -77,7 +77,7 @@ def compare_backends(
     """
     tokenizer = load_tokenizer(bundle)
     there = [n for n in BACKENDS if find_spec(n) is not None and (n in INT8 or not bundle.manifest.in_int8)]
-    names = [choose_backend(name) for name in backends or there]
+    names = [choose_backend(name) for name in backends or there or [REFERENCE]]
     if not any(precision in ("auto", *OFFERED[name]) for name in names):
         choose_precision(names[0], precision)  # says who offers it
     at_work: Progress = progress or (lambda call, rows: None)

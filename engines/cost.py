@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,13 +64,16 @@ class CostTable:
         return max(costs, key=lambda rung: (min(rung, waiting) / costs[rung], rung if rung <= waiting else -rung))
 
     def split(self, call: str, rows: int) -> tuple[int, ...]:
-        """The rungs, largest first, in which ``rows`` rows take the least time; of equals, the fewest calls."""
+        """The rungs, in turn, in which ``rows`` rows take the least time; of equals, the fewest calls.
+
+        All but the last are full, and that one is the smallest which holds what is left.
+        """
         ways: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]  # by rows: milliseconds, calls, rungs
         for n in range(1, rows + 1):
             costs = self._holding(call, n)
             after = [(rung, ways[max(0, n - rung)]) for rung in costs]
             ways.append(min((costs[rung] + ms, count + 1, (*rungs, rung)) for rung, (ms, count, rungs) in after))
-        return tuple(sorted(ways[rows][2], reverse=True))
+        return ways[rows][2][::-1]
 
     def _holding(self, call: str, rows: int) -> dict[int, float]:
         """Milliseconds by rung, up to the smallest that holds so many rows."""
@@ -119,16 +122,19 @@ class _Record(Frozen):
     too_large: int | None = None
 
 
-def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path) -> CostTable | None:
+def load_costs(
+    keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: Path, steps: Set[str]
+) -> CostTable | None:
     """The kept table of these calls and ascending rungs, or None where any of it is missing, foreign or damaged.
 
-    Rungs that are not worth it, or did not fit (``climb``), need not be there.
+    Rungs that are not worth it, or did not fit (``climb``), need not be there. steps: as of ``save_costs``.
     """
     tables = [_read(call, key, cache_dir) for call, key in keys.items()]
+    limits = [table.too_large for table in tables if table.too_large is not None and steps & table.ms.keys()]
 
     def column(rung: int) -> dict[str, float]:
-        for table in tables:
-            if table.too_large is not None and rung >= table.too_large:
+        for limit in limits:
+            if rung >= limit:
                 raise OutOfMemoryError("it was so when they were measured, as python -m engines build does again")
         return {call: row[rung] for table in tables for call, row in table.ms.items()}
 
@@ -139,7 +145,7 @@ def load_costs(keys: Mapping[str, EngineKey], rungs: Sequence[int], cache_dir: P
 
 
 def save_costs(
-    table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int, steps: Collection[str]
+    table: CostTable, keys: Mapping[str, EngineKey], cache_dir: Path, repeats: int, steps: Set[str]
 ) -> None:
     """Keep a table, one file a call, each replaced whole. steps: the calls that are a bundle's own.
 

@@ -119,9 +119,7 @@ def know_costs(
     if cache_dir is None:
         return
     try:
-        own = {student.graph for student in (*bundle.manifest.students, *bundle.manifest.encoders)}
-        steps = {str(call) for call in calls(bundle.manifest) if call.graph in own}
-        save_costs(costs, _keys(bundle, backend, precision, threads), cache_dir, repeats, steps)
+        save_costs(costs, _keys(bundle, backend, precision, threads), cache_dir, repeats, _steps(bundle))
     except BackendError as error:
         if again:
             raise
@@ -139,7 +137,13 @@ def kept_costs(
     """The table an engine with these arguments has in the cache, without loading it; None where it has none."""
     if cache_dir is None:
         return None
-    return load_costs(_keys(bundle, backend, precision, threads), rungs, cache_dir)
+    return load_costs(_keys(bundle, backend, precision, threads), rungs, cache_dir, _steps(bundle))
+
+
+def _steps(bundle: Bundle) -> set[str]:
+    """The calls that take a step: a bundle's own, where other graphs may be those of others, too."""
+    own = {student.graph for student in (*bundle.manifest.students, *bundle.manifest.encoders)}
+    return {str(call) for call in calls(bundle.manifest) if call.graph in own}
 
 
 def _keys(bundle: Bundle, backend: str, precision: PrecisionName, threads: int) -> dict[str, EngineKey]:

@@ -55,15 +55,16 @@ def made_teacher(recipe: Recipe, folder: RunFolder, trainer: Trainer) -> Pipelin
     """
     if not isinstance(recipe.teacher, MadeTeacher) or not isinstance(recipe.data, CaptionedData):
         return None
-    first = folder.teacher if recipe.teacher.finetune is None else folder.begun
-    if not stands(folder.teacher, trainer.processes) and not stands(first, trainer.processes):
+    if not stands(folder.teacher, trainer.processes):
         entries = entries_of(recipe.data, recipe.seed, trainer.processes, trainer.progress)
         trainer.processes.first(lambda: folder.keep_data(folder.pictures, _identity(entries), len(entries)))
-        making = _Making(recipe, recipe.teacher, folder, trainer, entries)
-        making.autoencoder()
-        making.network(first)
-    if recipe.teacher.finetune is not None and not stands(folder.teacher, trainer.processes):
-        _finetune(recipe, recipe.teacher.finetune, folder, trainer)
+        first = folder.teacher if recipe.teacher.finetune is None else folder.begun
+        if not stands(first, trainer.processes):
+            making = _Making(recipe, recipe.teacher, folder, trainer, entries)
+            making.autoencoder()
+            making.network(first)
+        if recipe.teacher.finetune is not None:
+            _finetune(recipe, recipe.teacher.finetune, folder, trainer)
     return open_folder(folder.teacher)
 
 

@@ -74,6 +74,7 @@ def load_network(folder: PipelineFolder) -> UNet2DConditionModel:
     network = load_part(folder, "unet", UNet2DConditionModel)
     if not isinstance(network, UNet2DConditionModel):
         raise TeacherError(f"{folder.path}/unet is no UNet2DConditionModel")
+    network.register_to_config(_name_or_path="")  # else where it was read from is part of what is written
     return network.requires_grad_(True)
 
 

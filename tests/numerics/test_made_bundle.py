@@ -213,9 +213,25 @@ def test_the_network_is_fine_tuned_on_pictures_of_its_own(work: Path) -> None:
         for file in (run.begun / part).iterdir():
             assert (run.teacher / part / file.name).read_bytes() == file.read_bytes()
     assert weights_sha256(run.begun) != weights_sha256(run.teacher)
+    assert str(work) not in (run.teacher / "unet" / "config.json").read_text()
     assert training_seconds(run).keys() >= {"teacher", "finetune"}
     drawn = {len(index_shards(str(folder))) for folder in (work / "drawn").iterdir()}
     assert drawn == {30, 20}
+
+
+def test_a_resume_within_the_fine_tuning_is_of_the_same_pictures(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = read_recipe(work / "run" / "recipe.yaml"), RunFolder(tmp_path / "run")
+    shutil.copytree(work / "run", run.path)
+    shutil.rmtree(run.teacher)
+    run.data.unlink()
+    monkeypatch.setattr(drawing, "read_names", lambda file: ())
+    monkeypatch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(7))
+    (work / "font").write_text("another font")
+    with pytest.raises(RecipeError, match="not those that"):
+        run_job(recipe, run.path, resume=True, progress=QUIET)
+    (work / "font").write_text("font")
 
 
 def test_who_takes_the_fine_tuned_teacher_needs_none_before_it(work: Path, tmp_path: Path) -> None:
