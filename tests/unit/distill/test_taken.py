@@ -31,6 +31,11 @@ from tests.support.tiny_recipe import OVERRIDES, weights_of
 
 ROOT = Path(__file__).parents[3]
 FIRST = ("teacher", "stage_one")
+EMOJI = (
+    *("teacher", "teacher.autoencoder", "teacher.text.training", "teacher.finetune"),
+    *("stage_one", "stage_two", "decoder"),
+)
+"""Sections of the recipe that have batches."""
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +168,7 @@ def test_shipped_variants_take_what_they_share_with_digits_separate(name: str, s
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
-        ("emoji", ("teacher", "teacher.autoencoder", "teacher.text.training", "stage_one", "stage_two", "decoder")),
+        ("emoji", EMOJI),
         ("digits-consistency", ("teacher", "consistency")),
         ("digits-encoder", ("teacher", "encoder")),
     ],
@@ -194,7 +199,7 @@ def test_the_emoji_autoencoder_that_comes_with_the_source_is_taken(tmp_path: Pat
     """It gives back discs of any colour on white, which it never saw."""
     recipe, shipped = read_recipe("emoji"), RunFolder(ROOT / "distill_jobs" / "weights" / "emoji")
     assert isinstance(recipe.data, GlyphData)
-    assert takeable(recipe, shipped).names == {"autoencoder", "text_encoder", "teacher", "decoder"}
+    assert takeable(recipe, shipped).names == {"autoencoder", "text_encoder", "teacher", "finetune", "decoder"}
     mine = RunFolder(tmp_path)
     list(take_phases(recipe, shipped, mine))
     vae = AutoencoderKL.from_pretrained(mine.autoencoder, use_safetensors=True).eval()
