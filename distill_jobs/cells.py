@@ -87,6 +87,7 @@ class Judge:
             recipe.schedule.model_dump_json(),
             recipe.clip,
             recipe.evaluation.samples,
+            *filter(None, (each.limits(cell.guidance_scale) for each in (cell.contender, self.reference))),
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

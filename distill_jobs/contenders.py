@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -27,7 +27,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import RunFolder
 from distill_jobs.sampling import Network, guided_networks, sample, student_network
 from distill_jobs.sections import EvaluationSection, Solver
-from distill_jobs.solvers import TITLES, solve, stock_scheduler
+from distill_jobs.solvers import TITLES, solve, solver_timesteps, stock_scheduler
 from distill_jobs.student import load_stock, sees_masks, weights_sha256
 from engines.guidance import weight_from_scale
 from engines.manifest import EvaluationRow, Measured
@@ -47,7 +47,8 @@ class Contender:
 
     folder: its stock diffusers folder; shape: (C, h, w) of its images. name: how tables call it, empty for its
     role. scales: the guidance scales it can be run at, empty for all. solver: a scheduler of diffusers, run
-    instead of our plan. unconditional: folder of a second network, for a student that is guided at sampling.
+    instead of our plan. unconditional: folder of a second network, for a student that is guided at sampling. off:
+    the timesteps at which guidance at sampling is not applied; spared: how many of its steps are there.
     """
 
     role: Role
@@ -59,6 +60,8 @@ class Contender:
     scales: tuple[float, ...] = ()
     solver: Solver | None = None
     unconditional: Path | None = None
+    off: frozenset[int] = frozenset()
+    spared: int = 0
 
     @property
     def title(self) -> str:
@@ -93,8 +96,12 @@ class Contender:
 
     def evaluations(self, guidance_scale: float) -> int:
         """Network evaluations an image: two a step where it is guided at sampling, one at guidance 1."""
-        twice = self._guided_at_sampling and weight_from_scale(guidance_scale) != 0
-        return self.steps * (2 if twice else 1)
+        twice = self.guided_at_sampling and weight_from_scale(guidance_scale) != 0
+        return self.steps + (self.steps - self.spared if twice else 0)
+
+    def limits(self, guidance_scale: float) -> tuple[int, ...]:
+        """The timesteps without guidance, where that changes what it draws: part of what results are known by."""
+        return tuple(sorted(self.off)) if weight_from_scale(guidance_scale) != 0 else ()
 
     def scales_of(self, settings: EvaluationSection) -> tuple[float, ...]:
         """The guidance scales of the recipe that it can be run at."""
@@ -128,14 +135,14 @@ class Contender:
         w = weight_from_scale(guidance_scale)
         if seen is None and sees_masks(unet):
             seen = seen_channels(torch.zeros(1, *self.shape), torch.ones(1, 1, *self.shape[1:]))
-        if not self._guided_at_sampling:
+        if not self.guided_at_sampling:
             return student_network(unet, w, seen)
         second = unet if self.unconditional is None else load_stock(self.unconditional).to(unet.device)
         empty = class_condition(torch.tensor([NULL_CLASS])) if null is None else null
-        return guided_networks(unet, second, empty, w, seen)
+        return guided_networks(unet, second, empty, w, seen, self.off)
 
     @property
-    def _guided_at_sampling(self) -> bool:
+    def guided_at_sampling(self) -> bool:
         return self.role == TEACHER or self.unconditional is not None
 
     def draw(self, network: Network, recipe: Recipe, condition: Condition, seeds: Sequence[int]) -> Tensor:
@@ -168,7 +175,19 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     )
     for contender in everyone:
         contender.weights_sha256()
-    return everyone
+    return tuple(guided_where_applied(contender, recipe) for contender in everyone)
+
+
+def guided_where_applied(contender: Contender, recipe: Recipe) -> Contender:
+    """A contender that is guided at sampling, guided where the recipe's teacher is; others as they are."""
+    off = recipe.guidance.off(NoiseSchedule(recipe.schedule))
+    if not off or not contender.guided_at_sampling:
+        return contender
+    if contender.solver:
+        taken = solver_timesteps(contender.folder, contender.solver, contender.steps)
+    else:
+        taken = [step.timestep for step in contender.plan(recipe)]
+    return replace(contender, off=off, spared=sum(t in off for t in taken))
 
 
 def _of_stage_two(folder: RunFolder, recipe: Recipe, shape: tuple[int, int, int]) -> Iterator[Contender]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_jobs.classifier import DigitClassifier
 from distill_jobs.columns import column_sheet
-from distill_jobs.contenders import STUDENT, TEACHER, Contender, latent_shape
+from distill_jobs.contenders import STUDENT, TEACHER, Contender, guided_where_applied, latent_shape
 from distill_jobs.data.digits import CLASSES, Digits, class_condition
 from distill_jobs.data.source import Condition
 from distill_jobs.encoders import Encoder, encoders
@@ -56,7 +56,8 @@ class Route:
 
 def teacher_route(run_dir: Path, recipe: Recipe, steps: int) -> Route:
     """DDIM both ways."""
-    teacher = Contender(TEACHER, steps, RunFolder(run_dir).teacher, latent_shape(recipe))
+    own = Contender(TEACHER, steps, RunFolder(run_dir).teacher, latent_shape(recipe))
+    teacher = guided_where_applied(own, recipe)
     unet = teacher.load()
     return Route(TEACHER, steps, teacher.network(unet, SCALE_OFF), teacher, unet)
 

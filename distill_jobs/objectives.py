@@ -7,7 +7,7 @@ Sources: Ho & Salimans 2022 (condition dropout); Meng et al. 2023, eq. 4 (stage 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,14 +56,25 @@ VectorField = Callable[[Tensor, Noisy], Tensor]
 
 @dataclass(frozen=True)
 class Tables:
-    """A schedule's tables on the training device: alpha, sigma (T,) float32, computed in float64."""
+    """A schedule's tables on the training device: alpha, sigma (T,) float32, computed in float64.
+
+    off: (T,) bool, where the teacher is not guided.
+    """
 
     alpha: Tensor
     sigma: Tensor
+    off: Tensor
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, device: torch.device | None = None) -> Tables:
-        return cls(float32(schedule.alpha).to(device), float32(schedule.sigma).to(device))
+    def of(cls, schedule: NoiseSchedule, device: torch.device | None = None, off: Collection[int] = ()) -> Tables:
+        """off: the table indices at which the teacher is not guided."""
+        marked = torch.zeros(schedule.timesteps, dtype=torch.bool)
+        marked[sorted(off)] = True
+        return cls(float32(schedule.alpha).to(device), float32(schedule.sigma).to(device), marked.to(device))
+
+    def applied(self, w: Tensor, t: Tensor) -> Tensor:
+        """(B,) the guidance weights that count at table indices t: w, or 0 where there is no guidance."""
+        return w.masked_fill(self.off[t], 0.0)
 
     def noisy(self, rows: Noisy) -> tuple[Tensor, Tensor]:
         """(z_t, v) of a batch, both shaped as x."""
@@ -125,7 +136,7 @@ def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows:
     """(B,) truncated-SNR loss of the w-conditioned student against true guidance."""
     z_t, _ = tables.noisy(rows)
     with torch.no_grad():
-        target = guided_v(teacher, z_t, rows, w)
+        target = guided_v(teacher, z_t, rows, tables.applied(w, rows.t))
     return tables.truncated_snr(rows.t) * row_mse(network_v(student, z_t, rows, w), target)
 
 

@@ -85,7 +85,7 @@ class Phases:
         self.schedule = NoiseSchedule(recipe.schedule)
         self.processes = trainer.processes
         self.device = trainer.processes.device
-        self.tables = Tables.of(self.schedule, self.device)
+        self.tables = Tables.of(self.schedule, self.device, recipe.guidance.off(self.schedule))
         self._source = source
 
     def train(

@@ -26,6 +26,7 @@ from distill_jobs.latent_sections import FolderTeacher, LatentTeacher, MadeTeach
 from distill_jobs.recipe import Recipe
 from distill_jobs.sections import Training
 from distill_jobs.student import GUIDANCE_WIDTH
+from engines.schedule import NoiseSchedule
 
 FLOAT = 4
 KEPT_CHECKPOINTS = 3  # two, and the one being written
@@ -189,7 +190,8 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
 
 def _guided_passes(recipe: Recipe, unguided_share: float) -> float:
     """The teacher's evaluations for a row's true guidance: one where guidance is off, two elsewhere."""
-    return 2 - (unguided_share if recipe.guidance.min == 1 else 0)
+    off = len(recipe.guidance.off(NoiseSchedule(recipe.schedule))) / recipe.schedule.timesteps
+    return 2 - off - (1 - off) * (unguided_share if recipe.guidance.min == 1 else 0)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from distill_jobs.sections import (
     EncoderSection,
     EvaluationSection,
     ExportSection,
+    GuidanceSection,
     InpaintingSection,
     Section,
     StageOneSection,
@@ -51,7 +52,7 @@ class Recipe(Section):
     inpainting: InpaintingSection | None = None
     schedule: ScheduleSpec = ScheduleSpec()
     clip: float | None = Field(None, gt=0)
-    guidance: GuidanceRange
+    guidance: GuidanceSection
     unet: dict[str, Any]
     teacher: Teacher
     stage_one: StageOneSection
@@ -73,6 +74,15 @@ class Recipe(Section):
                 "dropout must be 0: students learn exact targets, and a resumed run would drop something else"
             )
         return unet
+
+    @model_validator(mode="after")
+    def _guided_somewhere(self) -> Recipe:
+        if len(self.guidance.off(NoiseSchedule(self.schedule))) == self.schedule.timesteps:
+            raise ValueError(
+                "no timestep of the schedule is between guidance.log_snr_min and guidance.log_snr_max, so nothing "
+                "would be guided"
+            )
+        return self
 
     @model_validator(mode="after")
     def _starts_from_what_it_trains(self) -> Recipe:
@@ -236,8 +246,10 @@ class Recipe(Section):
     @property
     def served(self) -> GuidanceRange:
         """The guidance that its students are for: the recipe's range, or the one of single-guidance students."""
-        only = self.stage_two.guidance
-        return GuidanceRange(min=only, max=only, default=only) if isinstance(only, float) else self.guidance
+        only, given = self.stage_two.guidance, self.guidance
+        if isinstance(only, float):
+            return GuidanceRange(min=only, max=only, default=only)
+        return GuidanceRange(min=given.min, max=given.max, default=given.default)
 
     @property
     def cautions(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -60,17 +60,18 @@ def guided_networks(
     null: Condition,
     w: float,
     seen: Tensor | None = None,
+    off: Collection[int] = (),
 ) -> Network:
-    """Classifier-free guidance at sampling: two evaluations a step, the second spared where w is 0.
+    """Classifier-free guidance at sampling: two evaluations a step, the second spared where it counts nothing.
 
     A teacher is both networks. null: the empty condition, one row, framed as each row's own condition is; seen:
-    (B or 1, K, h, w) further input channels, which are never dropped.
+    (B or 1, K, h, w) further input channels, which are never dropped. off: timesteps without guidance.
     """
 
     def network(x_t: Tensor, timestep: int, condition: Condition) -> Tensor:
         at, extra = _timesteps(x_t, timestep), _rows(seen, x_t)
         guided = predict(conditional, x_t, at, condition, extra=extra)
-        if w == 0:
+        if w == 0 or timestep in off:
             return guided
         empty = null.expand(len(condition)).framed_as(condition)
         return torch.as_tensor(combine(guided, predict(unconditional, x_t, at, empty, extra=extra), w))

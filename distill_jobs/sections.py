@@ -5,7 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engines.manifest import GuidanceRange
+from engines.schedule import NoiseSchedule
 
 StoredWeights = Literal["float32", "float16"]
 """What a bundle's files keep weights in."""
@@ -13,6 +17,26 @@ StoredWeights = Literal["float32", "float16"]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class GuidanceSection(GuidanceRange):
+    """The guidance_scale that students are made for, and where the teacher that they learn from is guided.
+
+    log_snr_min, log_snr_max: only at timesteps whose log-SNR, log(alpha² / sigma²), is within these, both included;
+    null for no bound. Elsewhere the teacher's prediction with the condition is all there is, at any guidance_scale.
+    Source: Kynkäänniemi et al. 2024, whose interval is of sigma / alpha = exp(-log-SNR / 2).
+    """
+
+    log_snr_min: float | None = Field(None, allow_inf_nan=False)
+    log_snr_max: float | None = Field(None, allow_inf_nan=False)
+
+    def off(self, schedule: NoiseSchedule) -> frozenset[int]:
+        """The table indices of a schedule at which there is no guidance."""
+        with np.errstate(divide="ignore"):
+            log_snr = 2 * (np.log(schedule.alpha) - np.log(schedule.sigma))
+        low = -np.inf if self.log_snr_min is None else self.log_snr_min
+        high = np.inf if self.log_snr_max is None else self.log_snr_max
+        return frozenset(np.flatnonzero((log_snr < low) | (log_snr > high)).tolist())
 
 
 class Training(Section):

@@ -31,6 +31,13 @@ def stock_scheduler(folder: Path, solver: Solver) -> SchedulerMixin:
     )
 
 
+def solver_timesteps(folder: Path, solver: Solver, steps: int) -> list[int]:
+    """The timesteps that ``steps`` of it evaluate a network at."""
+    scheduler = stock_scheduler(folder, solver)
+    scheduler.set_timesteps(steps)
+    return [int(timestep) for timestep in scheduler.timesteps]
+
+
 def solve(
     network: Network,
     scheduler: SchedulerMixin,

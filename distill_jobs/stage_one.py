@@ -190,7 +190,7 @@ def guidance_errors(phases: Phases, student: nn.Module, teacher: nn.Module) -> d
         both = both_ways(teacher, z_t, rows)
         for scale, of_scale in sums.items():
             w = torch.full((size,), weight_from_scale(scale), device=phases.device)
-            target = guided(both, w)
+            target = guided(both, phases.tables.applied(w, rows.t))
             error = predict(student, z_t, rows.t, rows.condition, w, rows.extra) - target
             of_scale.add_(torch.stack([error.square().sum(), target.square().sum()]).cpu())
     return {scale: float(error / norm) for scale, (error, norm) in sums.items()}

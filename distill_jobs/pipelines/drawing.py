@@ -51,7 +51,9 @@ class LatentSampler:
         asked = fingerprint_of([], [*tensors, self.blank])
         key = f"{asked[:ASKED_CHARS]}/{contender.key}-g{scale:g}-s{seed}"
         weights, schedule = self.networks.sha256(contender), recipe.schedule.model_dump(mode="json")
-        parts = (asked, contender.key, contender.shape, weights, recipe.unet, scale, seed, schedule, recipe.clip)
+        parts = [asked, contender.key, contender.shape, weights, recipe.unet, scale, seed, schedule, recipe.clip]
+        if limits := contender.limits(scale):
+            parts.append(limits)
         fingerprint = fingerprint_of(parts, [])
 
         def drawn() -> Tensor:

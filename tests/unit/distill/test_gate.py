@@ -60,6 +60,21 @@ def test_the_gate_sees_the_same_rows_in_the_parts_that_training_has(
     assert split == pytest.approx(errors, rel=1e-5)
 
 
+def test_the_gate_asks_for_guidance_where_the_teacher_has_it(tmp_path: Path) -> None:
+    """A new student is the teacher without guidance, and is far off it where that is guided."""
+    errors = {}
+    for name, bounds in {
+        "all": [],
+        "some": ["guidance.log_snr_max=0"],
+        "last": ["guidance.log_snr_max=-15"],
+    }.items():
+        phases = phases_of(tmp_path / name, *bounds)
+        teacher = new_teacher(phases.recipe.unet, 0)
+        errors[name] = guidance_errors(phases, student_of(teacher), teacher)[5.0]
+    assert errors["all"] > 1.5 * errors["some"] > 0
+    assert errors["some"] > 20 * errors["last"]
+
+
 @pytest.mark.parametrize(("rows", "least", "parts"), [(512, 3, 4), (8, 1, 1), (8, 8, 8), (4, 9, 4)])
 def test_parts_are_equal_and_as_few_as_may_be(rows: int, least: int, parts: int) -> None:
     assert equal_parts(rows, least) == parts

@@ -1,5 +1,6 @@
 """Objectives and students against what they must equal, without training."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -123,6 +124,20 @@ def test_stage_one_loss_is_zero_exactly_where_student_is_the_guided_teacher(
     )
     assert float(loss[:5].max()) < 1e-10
     assert float(loss[5]) > 1e-6
+
+
+def test_outside_its_interval_the_target_is_the_teacher_with_its_condition(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    """A new student is that teacher at any w: its loss is none there, and what it was elsewhere."""
+    spread = replace(rows, t=torch.tensor([0, 120, 350, 600, 850, 999]))
+    guidance = read_recipe("digits", ["guidance.log_snr_min=-2.0", "guidance.log_snr_max=3.0"]).guidance
+    student, w = student_of(teacher).eval(), torch.full((B,), 2.0)
+    everywhere = stage_one_loss(student, teacher, Tables.of(schedule), spread, w)
+    limited = stage_one_loss(student, teacher, Tables.of(schedule, off=guidance.off(schedule)), spread, w)
+    inside = torch.tensor([False, False, True, True, False, False])
+    assert bool((everywhere > 1e-6).all())
+    torch.testing.assert_close(limited, torch.where(inside, everywhere, 0.0), rtol=1e-5, atol=1e-10)
 
 
 def test_teacher_loss_sees_the_null_condition_on_dropped_rows(

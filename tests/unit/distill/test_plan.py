@@ -42,6 +42,16 @@ def test_a_folders_teacher_is_planned_without_the_folder(monkeypatch: pytest.Mon
     assert as_it_is.phases[0].name == "stage_one"
 
 
+def test_a_plan_spares_the_evaluations_of_timesteps_without_guidance() -> None:
+    """0.636 of the cosine schedule's timesteps are from log-SNR -2 to 3; a fifth of the rows is unguided anyhow."""
+    (passes,) = (
+        phase.frozen_passes
+        for phase in plan_of(read_recipe("digits", ["guidance.log_snr_min=-2", "guidance.log_snr_max=3"])).phases
+        if phase.name == "stage_one"
+    )
+    assert passes == pytest.approx(1 + 0.8 * 0.636, abs=1e-3)
+
+
 @pytest.mark.parametrize(("name", "told"), [("sd15", "0.18 MB"), ("sdxl", "0.58 MB"), ("digits", None)])
 def test_a_plan_says_what_cached_latents_take(
     name: str, told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

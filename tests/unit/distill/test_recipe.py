@@ -1,5 +1,6 @@
 """Recipes: what is wrong is named, what is overridden is used."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import changed_fields, read_recipe, shipped_recipes
 from distill_jobs.student import new_teacher
+from engines.manifest import GuidanceRange
+from engines.schedule import NoiseSchedule
 
 
 def test_every_shipped_recipe_is_valid_and_survives_its_own_yaml(tmp_path: Path) -> None:
@@ -35,6 +38,18 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
     assert [h.steps for h in recipe.stage_two.halvings] == [1]
 
 
+def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> None:
+    recipe = read_recipe("digits", ["guidance.log_snr_min=-2", "guidance.log_snr_max=3"])
+    schedule = NoiseSchedule(recipe.schedule)
+    log_snr = [2 * math.log(a / s) if a else -math.inf for a, s in (schedule.at(t) for t in range(1000))]
+    assert recipe.guidance.off(schedule) == {t for t in range(1000) if not -2 <= log_snr[t] <= 3}
+    below = read_recipe("digits", ["guidance.log_snr_max=3"]).guidance.off(schedule)
+    assert below == {t for t in range(1000) if log_snr[t] > 3}
+    assert read_recipe("digits").guidance.off(schedule) == set()
+    assert type(recipe.served) is GuidanceRange
+    assert recipe.served == read_recipe("digits").served
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -42,6 +57,9 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
         ("teacher.lrate=1", "teacher.lrate"),
         ("teacher.lr=.inf", "teacher.lr"),
         ("guidance.max=.inf", "guidance.max"),
+        ("guidance.log_snr_min=.nan", "guidance.log_snr_min"),
+        ("guidance.log_snr_min=50", "no timestep of the schedule is between guidance.log_snr_min"),
+        ("guidance={min: 1, max: 5, default: 3, log_snr_min: 1, log_snr_max: -1}", "no timestep of the schedule"),
         ("stage_one.accumulate=3", "stage_one: .*accumulate 3"),
         ("stage_two.accumulate=1000", "stage_two: .*accumulate 1000"),
         ("teacher={updates: 1, updates: 2}", "not valid YAML"),

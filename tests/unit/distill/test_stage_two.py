@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,19 +17,24 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill_jobs import stage_two
 from distill_jobs.adapters import FOLDER, Adapters, adapter_parameters, folded, with_adapters
 from distill_jobs.contenders import contenders
-from distill_jobs.data.digits import class_condition
+from distill_jobs.data.digits import Digits, DigitsSource, class_condition
+from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
-from distill_jobs.objectives import Noisy
+from distill_jobs.objectives import Noisy, guided_v
 from distill_jobs.phases import Phases
 from distill_jobs.plan import plan_of
+from distill_jobs.processes import Processes
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.rollout import Rollout
 from distill_jobs.run_folder import RunFolder, training_seconds
 from distill_jobs.sampling import sample
+from distill_jobs.sections import ComputeSection, Solver
+from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase
 from distill_jobs.student import load_stock, predict
 from distill_jobs.taken import takeable
@@ -50,6 +57,7 @@ VARIANTS = {
     "lora": "stage_two.lora={rank: 2}",
     "on-policy": "stage_two.on_policy=0.5",
     "of-the-teacher": "stage_two.first_target=teacher",
+    "between": "guidance.log_snr_min=-2.0",
     "single": "stage_two.guidance=4.0",
     "two": "stage_two.guidance=at_sampling",
 }
@@ -194,6 +202,58 @@ def test_without_a_share_there_is_no_rollout_and_the_bytes_are_those_of_the_plai
     assert takeable(recipe, plain).names == {"teacher", "stage_one", "d4", "d2"}
     own = variant("on-policy")
     assert (own.student(4) / WEIGHTS).read_bytes() != (plain.student(4) / WEIGHTS).read_bytes()
+
+
+# ---- guidance in an interval
+
+
+@pytest.mark.parametrize("solver", [None, "dpm-solver++"])
+def test_a_teacher_is_guided_in_its_interval_alone(plain: RunFolder, solver: Solver | None) -> None:
+    """By hand: 4 steps at 999, 749, 499 and 249, guided where the log-SNR is -2 and more, which 999 has not."""
+    bounds = ["guidance.log_snr_min=-2.0", "evaluation.solvers=[dpm-solver++]", "evaluation.solver_steps=[4]"]
+    recipe = read_recipe("digits", [*SHORT, *bounds])
+    found = [
+        c for c in contenders(plain.path, recipe) if c.guided_at_sampling and c.steps == 4 and c.solver == solver
+    ]
+    (teacher,), unet, condition = found, load_stock(plain.teacher), class_condition(torch.tensor([3]))
+    asked: list[tuple[int, int]] = []
+    watched = unet.register_forward_pre_hook(lambda _, args: asked.append((len(args[0]), int(args[1][0]))))
+    drawn = teacher.draw(teacher.network(unet, 4.0), recipe, condition, [5])
+    watched.remove()
+    per_step = Counter(t for _, t in asked)
+    off = recipe.guidance.off(SCHEDULE)
+    assert all(count == (1 if t in off else 2) for t, count in per_step.items())
+    assert 0 < sum(t in off for t in per_step) < 4
+    assert teacher.evaluations(4.0) == len(asked)
+    assert teacher.evaluations(1.0) == 4
+    assert teacher.limits(1.0) == ()
+    assert set(teacher.limits(4.0)) == off
+    if solver is None:
+        guided, unguided = replace(teacher, off=frozenset()).network(unet, 4.0), teacher.network(unet, 1.0)
+
+        def by_hand(x_t: Tensor, timestep: int, its: Condition) -> Tensor:
+            return (unguided if timestep == 999 else guided)(x_t, timestep, its)
+
+        assert torch.equal(drawn, sample(by_hand, teacher.plan(recipe), condition, [5], teacher.shape))
+
+
+def test_a_first_halving_along_the_teacher_has_its_interval(plain: RunFolder, rows: Noisy, tmp_path: Path) -> None:
+    recipe = read_recipe("digits", [*SHORT, VARIANTS["of-the-teacher"], VARIANTS["between"]])
+    trainer = Trainer(Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 5, 1, StopSignal(), QUIET)
+    phases = Phases(recipe, plain, trainer, DigitsSource(Digits.load()))
+    w, at = torch.full((B,), 2.0), replace(rows, t=torch.tensor([999, 999, 999, 499, 499, 249]))
+    with torch.no_grad():
+        v = stage_two._followed(phases, recipe.stage_two, plain.stage_one, first=True)(rows.x, at, w=w)
+        guided = guided_v(load_stock(plain.teacher), rows.x, at, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0]))
+    torch.testing.assert_close(v, guided, rtol=0, atol=1e-5)
+
+
+def test_students_learn_the_interval_of_their_teacher(plain: RunFolder, variant: Variant) -> None:
+    """Its teacher is taken, and neither stage one nor a student is."""
+    between = variant("between")
+    for phase in ("stage_one", "students/d4", "students/d2"):
+        assert (between.path / phase / WEIGHTS).read_bytes() != (plain.path / phase / WEIGHTS).read_bytes()
+    assert (between.teacher / WEIGHTS).read_bytes() == (plain.teacher / WEIGHTS).read_bytes()
 
 
 # ---- one guidance, two networks

@@ -56,6 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ("compute.gradient_checkpointing=true", {"teacher", "stage_one", "d4", "d2", "d1"}),
         ("guidance.default=3", {"teacher", "stage_one", "d4", "d2", "d1"}),
         ("guidance.max=4", {"teacher"}),
+        ("guidance.log_snr_min=-2", {"teacher"}),
         ("stage_one.lr=0.1", {"teacher"}),
         ("teacher.lr=0.1", set()),
         ("compute.precision=bf16", {"teacher"}),
