@@ -21,7 +21,6 @@ from distill_jobs.latent_sections import CaptionedData, LatentTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.report import RunReport
 from distill_jobs.run_folder import RunFolder
-from distill_jobs.sections import GuidanceSection
 from distill_jobs.tables import gate_table
 from distill_jobs.task_tables import task_lines
 
@@ -104,20 +103,13 @@ def _made(run: RunFolder, recipe: Recipe, report: RunReport) -> str:
         "seed": str(recipe.seed),
         "machine": f"{report.machine.processor}, {report.machine.cores} cores",
         "libraries": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        **_interval(recipe.guidance),
+        **({"guided": recipe.guidance.interval} if recipe.guidance.interval else {}),
         "training": f"{sum(report.training_seconds.values()) / 3600:.1f} hours in all",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters(run).items()},
     }
     if isinstance(recipe.teacher, LatentTeacher) and isinstance(recipe.data, CaptionedData):
         facts |= {"licence of the data": recipe.data.licence, "licence of the weights": recipe.teacher.licence}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
-
-
-def _interval(guidance: GuidanceSection) -> dict[str, str]:
-    """Where the teacher is guided, if not everywhere."""
-    bounds = {"from": guidance.log_snr_min, "to": guidance.log_snr_max}
-    given = [f"{name} {value:g}" for name, value in bounds.items() if value is not None]
-    return {"guided at log-SNR": " ".join(given)} if given else {}
 
 
 def parameters(run: RunFolder) -> dict[str, int]:

@@ -70,6 +70,7 @@ class EvaluatedRun:
             "teacher's weights": self.report.weights[f"{TEACHER}-{settings.teacher_steps}"],
             "evaluation.teacher_steps": settings.teacher_steps,
             "schedule": self.recipe.schedule,
+            "where the teacher is guided": self.recipe.guidance.interval or "everywhere",
             "clip": self.recipe.clip,
             "evaluation.samples": evaluation.samples,
             "evaluation.seeds": evaluation.seeds,

@@ -47,8 +47,8 @@ class Contender:
 
     folder: its stock diffusers folder; shape: (C, h, w) of its images. name: how tables call it, empty for its
     role. scales: the guidance scales it can be run at, empty for all. solver: a scheduler of diffusers, run
-    instead of our plan. unconditional: folder of a second network, for a student that is guided at sampling. off:
-    the timesteps at which guidance at sampling is not applied; spared: how many of its steps are there.
+    instead of our plan. unconditional: folder of a second network, for a student that is guided at sampling.
+    unguided: the timesteps of its steps at which a teacher has no guidance.
     """
 
     role: Role
@@ -60,8 +60,7 @@ class Contender:
     scales: tuple[float, ...] = ()
     solver: Solver | None = None
     unconditional: Path | None = None
-    off: frozenset[int] = frozenset()
-    spared: int = 0
+    unguided: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -95,13 +94,13 @@ class Contender:
         return self.role == STUDENT and self.name in ("", CONSISTENCY)
 
     def evaluations(self, guidance_scale: float) -> int:
-        """Network evaluations an image: two a step where it is guided at sampling, one at guidance 1."""
-        twice = self.guided_at_sampling and weight_from_scale(guidance_scale) != 0
-        return self.steps + (self.steps - self.spared if twice else 0)
+        """Network evaluations an image: two a step that is guided at sampling, one elsewhere and at guidance 1."""
+        twice = self._guided_at_sampling and weight_from_scale(guidance_scale) != 0
+        return self.steps + (self.steps - len(self.unguided) if twice else 0)
 
     def limits(self, guidance_scale: float) -> tuple[int, ...]:
-        """The timesteps without guidance, where that changes what it draws: part of what results are known by."""
-        return tuple(sorted(self.off)) if weight_from_scale(guidance_scale) != 0 else ()
+        """Its timesteps without guidance, where that changes what it draws: part of what results are known by."""
+        return self.unguided if weight_from_scale(guidance_scale) != 0 else ()
 
     def scales_of(self, settings: EvaluationSection) -> tuple[float, ...]:
         """The guidance scales of the recipe that it can be run at."""
@@ -135,14 +134,14 @@ class Contender:
         w = weight_from_scale(guidance_scale)
         if seen is None and sees_masks(unet):
             seen = seen_channels(torch.zeros(1, *self.shape), torch.ones(1, 1, *self.shape[1:]))
-        if not self.guided_at_sampling:
+        if not self._guided_at_sampling:
             return student_network(unet, w, seen)
         second = unet if self.unconditional is None else load_stock(self.unconditional).to(unet.device)
         empty = class_condition(torch.tensor([NULL_CLASS])) if null is None else null
-        return guided_networks(unet, second, empty, w, seen, self.off)
+        return guided_networks(unet, second, empty, w, seen, self.unguided)
 
     @property
-    def guided_at_sampling(self) -> bool:
+    def _guided_at_sampling(self) -> bool:
         return self.role == TEACHER or self.unconditional is not None
 
     def draw(self, network: Network, recipe: Recipe, condition: Condition, seeds: Sequence[int]) -> Tensor:
@@ -156,14 +155,15 @@ class Contender:
 def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
     """The reference first (teacher at the recipe's teacher_steps), then teacher, solvers, stage one and students.
 
-    The teacher is run in as many steps as each student, and in half as many, which with guidance cost as much.
+    The teacher is run in as many steps as each student, and in as many as cost what the student does with guidance:
+    half of them, more where it is guided in an interval.
     The students are those that go into the bundle: the ones on the way to them are teachers, not products.
     Raises: JobError naming a folder that is missing.
     """
     settings, students = recipe.evaluation, sorted(recipe.export.students, reverse=True)
     finished = sorted(recipe.consistency.students, reverse=True) if recipe.consistency else []
     alike = {*students, *finished}
-    twins = sorted({*alike, *(max(1, n // 2) for n in alike)} - {settings.teacher_steps}, reverse=True)
+    twins = sorted({*alike, *(_steps_for(n, recipe) for n in alike)} - {settings.teacher_steps}, reverse=True)
     reference, solver_steps = settings.teacher_steps, sorted(settings.solver_steps, reverse=True)
     folder, shape = RunFolder(run_dir), latent_shape(recipe)
     everyone = (
@@ -179,15 +179,23 @@ def contenders(run_dir: Path, recipe: Recipe) -> tuple[Contender, ...]:
 
 
 def guided_where_applied(contender: Contender, recipe: Recipe) -> Contender:
-    """A contender that is guided at sampling, guided where the recipe's teacher is; others as they are."""
-    off = recipe.guidance.off(NoiseSchedule(recipe.schedule))
-    if not off or not contender.guided_at_sampling:
+    """A teacher that is guided where the recipe says; other contenders as they are."""
+    if contender.role != TEACHER:
         return contender
     if contender.solver:
         taken = solver_timesteps(contender.folder, contender.solver, contender.steps)
     else:
         taken = [step.timestep for step in contender.plan(recipe)]
-    return replace(contender, off=off, spared=sum(t in off for t in taken))
+    off = recipe.guidance.off(NoiseSchedule(recipe.schedule))
+    return replace(contender, unguided=tuple(t for t in taken if t in off))
+
+
+def _steps_for(evaluations: int, recipe: Recipe) -> int:
+    """The most steps that a guided teacher takes in as many evaluations; 1 where it takes none."""
+    schedule = NoiseSchedule(recipe.schedule)
+    off = recipe.guidance.off(schedule)
+    costs = {n: n + sum(t not in off for t in schedule.grid(n)[1:]) for n in range(1, evaluations + 1)}
+    return max((n for n, cost in costs.items() if cost <= evaluations), default=1)
 
 
 def _of_stage_two(folder: RunFolder, recipe: Recipe, shape: tuple[int, int, int]) -> Iterator[Contender]:

@@ -83,16 +83,19 @@ def _agreement_gates(exported: Sequence[EvaluationRow], rows: _Rows, reference_s
 def _cost_gates(exported: Sequence[EvaluationRow], rows: _Rows) -> Iterator[Gate]:
     """A student against the teacher run for as many evaluations, or in one step: nearer to the fine teacher."""
     for student, its in groupby(exported, title):
-        judged = ((row, rows.get(_twin(row))) for row in its if not draws_afresh(row))
+        judged = ((row, _twin(row, rows)) for row in its if not draws_afresh(row))
         ratios = [_paired(row) / max(_paired(twin), 1e-12) for row, twin in judged if twin is not None]
         if ratios:
             name = f"{student} distance to the teacher / the teacher's at as many evaluations, worst guidance"
             yield Gate(name=name, value=max(ratios), limit=1.0)
 
 
-def _twin(student: EvaluationRow) -> tuple[str, int, float]:
-    """The teacher at the same guidance that costs what the student does; where none does, the next cheaper one."""
-    return TEACHER, student.steps if _off(student) else max(1, student.steps // 2), student.guidance_scale
+def _twin(student: EvaluationRow, rows: _Rows) -> EvaluationRow | None:
+    """The teacher at the same guidance that costs what the student does, or the next cheaper one; or in 1 step."""
+    scale = student.guidance_scale
+    alike = [row for (name, _, of), row in rows.items() if name == TEACHER and of == scale]
+    affordable = [row for row in alike if row.evaluations <= student.evaluations]
+    return max(affordable, key=lambda row: (row.evaluations, row.steps), default=rows.get((TEACHER, 1, scale)))
 
 
 def _off(row: EvaluationRow) -> bool:

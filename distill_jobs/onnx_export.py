@@ -26,6 +26,7 @@ from distill_jobs.onnx_rewrites import (
     without_notes,
 )
 from distill_jobs.sections import StoredWeights
+from distill_jobs.traces import program_of
 from engines.bundle import INLINE_LIMIT_BYTES
 from engines.manifest import FREE, Parity, TensorSpec
 
@@ -55,19 +56,27 @@ def write_graph(
     free = tuple({i: axis for i, length in enumerate(spec.shape) if length == FREE} for spec in inputs)
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists optional packages we do not use
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", (UserWarning, FutureWarning))  # the exporter's own, about its internals
+
+    def trace() -> torch.onnx.ONNXProgram:
         program = torch.onnx.export(
-            module.eval(),
+            module,
             tuple(example),
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
             dynamic_shapes=(free,) if inspect.Parameter.VAR_POSITIONAL in kinds else free,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
+        assert program is not None
+        return program
+
+    asked = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in example], inputs, outputs
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", (UserWarning, FutureWarning))  # the exporter's own, about its internals
+        program = program_of(module.eval(), asked, trace)
+        program.optimize()
     if weights == "float16":
         keep_in_float16(program.model.graph)
     tensors = [value.const_value for value in program.model.graph.initializers.values()]

@@ -189,7 +189,10 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
 
 
 def _guided_passes(recipe: Recipe, unguided_share: float) -> float:
-    """The teacher's evaluations for a row's true guidance: one where guidance is off, two elsewhere."""
+    """The teacher's evaluations for a row's true guidance: one where guidance is off, two elsewhere.
+
+    As of rows at all timesteps alike; a grid, and the share of late rows, have a little more or less.
+    """
     off = len(recipe.guidance.off(NoiseSchedule(recipe.schedule))) / recipe.schedule.timesteps
     return 2 - off - (1 - off) * (unguided_share if recipe.guidance.min == 1 else 0)
 

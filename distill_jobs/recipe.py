@@ -76,15 +76,6 @@ class Recipe(Section):
         return unet
 
     @model_validator(mode="after")
-    def _guided_somewhere(self) -> Recipe:
-        if len(self.guidance.off(NoiseSchedule(self.schedule))) == self.schedule.timesteps:
-            raise ValueError(
-                "no timestep of the schedule is between guidance.log_snr_min and guidance.log_snr_max, so nothing "
-                "would be guided"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _starts_from_what_it_trains(self) -> Recipe:
         source = None if self.consistency is None else self.consistency.source
         if not self.stage_two.halvings and source != "stage_one":
@@ -162,7 +153,27 @@ class Recipe(Section):
         finest = max(evaluation.teacher_steps, self.consistency.grid if self.consistency else 0, *grids)
         if finest > self.schedule.timesteps:
             raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
+        finish = () if self.consistency is None else (self.consistency.grid,)
+        self._is_guided_on({evaluation.teacher_steps, *grids, *finish})
         return self
+
+    def _is_guided_on(self, grids: set[int]) -> None:
+        """Raises: ValueError where guidance in an interval would say nothing, on one of these grids or at all."""
+        if not self.guidance.interval:
+            return
+        if self.stage_two.guidance == "at_sampling" or self.served.max == 1:
+            raise ValueError(
+                "guidance.log_snr_min and guidance.log_snr_max are for students that learn guidance: they say "
+                "nothing with stage_two.guidance: at_sampling, nor without guidance above 1"
+            )
+        schedule = NoiseSchedule(self.schedule)
+        off = self.guidance.off(schedule)
+        for n in sorted(grids):
+            if off.issuperset(schedule.grid(n)[1:]):
+                raise ValueError(
+                    f"of a grid of {n} steps no timestep is between guidance.log_snr_min and guidance.log_snr_max, "
+                    "so nothing would be guided there"
+                )
 
     @model_validator(mode="after")
     def _fits_its_data(self) -> Recipe:

@@ -30,6 +30,14 @@ class GuidanceSection(GuidanceRange):
     log_snr_min: float | None = Field(None, allow_inf_nan=False)
     log_snr_max: float | None = Field(None, allow_inf_nan=False)
 
+    @property
+    def interval(self) -> str:
+        """Where there is guidance, in words; empty for everywhere."""
+        low, high = self.log_snr_min, self.log_snr_max
+        if low is None:
+            return "" if high is None else f"up to log-SNR {high:g}"
+        return f"from log-SNR {low:g}" + ("" if high is None else f" to {high:g}")
+
     def off(self, schedule: NoiseSchedule) -> frozenset[int]:
         """The table indices of a schedule at which there is no guidance."""
         with np.errstate(divide="ignore"):

@@ -82,6 +82,23 @@ def test_equal_cells_are_taken_from_another_run(
     assert measured == []
 
 
+def test_a_teacher_guided_elsewhere_is_measured_again_and_so_is_the_distance_to_it(
+    copy: EvaluatedRun, measured: list[str]
+) -> None:
+    """Without guidance nothing changes: those cells are taken."""
+    bounds = copy.recipe.guidance.model_copy(update={"log_snr_min": -2.0})
+    evaluate_run(copy.path, copy.recipe.model_copy(update={"guidance": bounds}))
+    assert {key.split("-g")[0] for key in measured} == {
+        "teacher-16",
+        "teacher-2",
+        "teacher-1",
+        "stage_one-16",
+        "student-2",
+        "student-1",
+    }
+    assert {key.split("-g")[1] for key in measured} == {"2-s1", "2-s2"}
+
+
 def test_another_count_is_another_cell(evaluated: EvaluatedRun, copy: EvaluatedRun, measured: list[str]) -> None:
     fewer = copy.recipe.model_copy(
         update={"evaluation": copy.recipe.evaluation.model_copy(update={"samples": 20, "seeds": (1,)})}

@@ -65,6 +65,13 @@ def test_the_report_has_a_row_of_the_teacher_and_of_the_student_for_every_encode
         assert sheet.width == 6 + 12 * (48 + 6)  # the image, the image again, and every class
 
 
+def test_the_teacher_draws_edits_where_it_is_guided(run_dir: Path) -> None:
+    bounds = RECIPE.guidance.model_copy(update={"log_snr_min": -2.0})
+    decoder = teacher_route(run_dir, RECIPE.model_copy(update={"guidance": bounds}), 2).decoder
+    assert decoder.unguided == (999,)
+    assert [decoder.evaluations(scale) for scale in (1.0, 4.0)] == [2, 3]
+
+
 def test_rows_are_the_errors_of_their_routes(run_dir: Path, report: Report) -> None:
     digits = Digits.load()[: RECIPE.evaluation.samples]
     (encoder,) = encoders(run_dir, RECIPE)

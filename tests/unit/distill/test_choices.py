@@ -65,6 +65,13 @@ def test_a_student_must_beat_the_teacher_run_for_as_many_evaluations() -> None:
     assert not [name for name in found if name.startswith("1-step distance to")]  # the teacher was not run in 1
 
 
+def test_a_teacher_guided_in_an_interval_takes_more_steps_in_as_many_evaluations() -> None:
+    rows = [*TEACHER, *both("student", 0.04, steps=8), quality("teacher", 4, 2.0, paired=0.1)]
+    rows.append(quality("teacher", 5, 2.0, paired=0.05).model_copy(update={"evaluations": 8}))
+    (gate,) = (gate for gate in gates(rows, 64) if "as many evaluations" in gate.name)
+    assert round(gate.value, 9) == 0.8
+
+
 def test_a_consistency_student_is_judged_as_any_other() -> None:
     twins = [*both("teacher", 0.1, steps=1)]
     bad = [

@@ -35,6 +35,12 @@ def changed(**evaluation: object) -> Recipe:
     return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=evaluation)})
 
 
+def bounded() -> Recipe:
+    recipe = tiny_recipe((2, 1))
+    bounds = {"log_snr_min": -2.0, "log_snr_max": 3.0}
+    return recipe.model_copy(update={"guidance": recipe.guidance.model_copy(update=bounds)})
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     return write_evaluated(tmp_path / "plain", tiny_recipe((2, 1)), (*TEACHER, *students(0.06)))
@@ -75,6 +81,7 @@ def test_runs_in_the_features_of_other_weights_are_not_compared(plain: Path, tmp
 @pytest.mark.parametrize(
     ("recipe", "teacher", "difference"),
     [
+        (bounded(), "t", "where the teacher is guided differ: everywhere and from log-SNR -2 to 3"),
         (changed(samples=40), "t", "evaluation.samples differ: 30 and 40"),
         (changed(seeds=(1,)), "t", r"evaluation.seeds differ: \(1, 2\) and \(1,\)"),
         (changed(), "another", "they differ in the teacher's weights"),

@@ -43,9 +43,12 @@ def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> 
     schedule = NoiseSchedule(recipe.schedule)
     log_snr = [2 * math.log(a / s) if a else -math.inf for a, s in (schedule.at(t) for t in range(1000))]
     assert recipe.guidance.off(schedule) == {t for t in range(1000) if not -2 <= log_snr[t] <= 3}
-    below = read_recipe("digits", ["guidance.log_snr_max=3"]).guidance.off(schedule)
-    assert below == {t for t in range(1000) if log_snr[t] > 3}
+    below_recipe = read_recipe("digits", ["guidance.log_snr_max=3"])
+    assert below_recipe.guidance.off(schedule) == {t for t in range(1000) if log_snr[t] > 3}
     assert read_recipe("digits").guidance.off(schedule) == set()
+    phrases = [each.interval for each in (recipe.guidance, below_recipe.guidance, read_recipe("digits").guidance)]
+    assert phrases == ["from log-SNR -2 to 3", "up to log-SNR 3", ""]
+    assert read_recipe("digits", ["guidance.log_snr_min=-2"]).guidance.interval == "from log-SNR -2"
     assert type(recipe.served) is GuidanceRange
     assert recipe.served == read_recipe("digits").served
 
@@ -58,8 +61,9 @@ def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> 
         ("teacher.lr=.inf", "teacher.lr"),
         ("guidance.max=.inf", "guidance.max"),
         ("guidance.log_snr_min=.nan", "guidance.log_snr_min"),
-        ("guidance.log_snr_min=50", "no timestep of the schedule is between guidance.log_snr_min"),
-        ("guidance={min: 1, max: 5, default: 3, log_snr_min: 1, log_snr_max: -1}", "no timestep of the schedule"),
+        ("guidance.log_snr_min=50", "of a grid of [0-9]+ steps no timestep is between guidance.log_snr_min"),
+        ("guidance={min: 1, max: 5, default: 3, log_snr_min: 1, log_snr_max: -1}", "no timestep is between"),
+        ("guidance={min: 1, max: 5, default: 3, log_snr_min: 0.3, log_snr_max: 0.33}", "of a grid of 64 steps no"),
         ("stage_one.accumulate=3", "stage_one: .*accumulate 3"),
         ("stage_two.accumulate=1000", "stage_two: .*accumulate 1000"),
         ("teacher={updates: 1, updates: 2}", "not valid YAML"),
@@ -186,6 +190,10 @@ def test_variants_exclude_sharding_and_two_networks(override: str) -> None:
 def test_two_networks_have_no_guidance_to_learn_from_the_teacher() -> None:
     with pytest.raises(RecipeError, match="at_sampling goes without first_target: teacher"):
         read_recipe("digits-two-networks", ["stage_two.first_target=teacher"])
+    with pytest.raises(RecipeError, match=r"say nothing with stage_two\.guidance: at_sampling"):
+        read_recipe("digits-two-networks", ["guidance.log_snr_min=-2"])
+    with pytest.raises(RecipeError, match="nor without guidance above 1"):
+        read_recipe("digits-single", ["stage_two.guidance=1.0", "guidance.log_snr_min=-2"])
 
 
 def test_consistency_needs_students_that_take_guidance() -> None:

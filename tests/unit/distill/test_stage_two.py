@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, guided_v
 from distill_jobs.phases import Phases
+from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.plan import plan_of
 from distill_jobs.processes import Processes
 from distill_jobs.recipe_file import read_recipe
@@ -213,7 +215,7 @@ def test_a_teacher_is_guided_in_its_interval_alone(plain: RunFolder, solver: Sol
     bounds = ["guidance.log_snr_min=-2.0", "evaluation.solvers=[dpm-solver++]", "evaluation.solver_steps=[4]"]
     recipe = read_recipe("digits", [*SHORT, *bounds])
     found = [
-        c for c in contenders(plain.path, recipe) if c.guided_at_sampling and c.steps == 4 and c.solver == solver
+        c for c in contenders(plain.path, recipe) if c.role == "teacher" and c.steps == 4 and c.solver == solver
     ]
     (teacher,), unet, condition = found, load_stock(plain.teacher), class_condition(torch.tensor([3]))
     asked: list[tuple[int, int]] = []
@@ -227,14 +229,41 @@ def test_a_teacher_is_guided_in_its_interval_alone(plain: RunFolder, solver: Sol
     assert teacher.evaluations(4.0) == len(asked)
     assert teacher.evaluations(1.0) == 4
     assert teacher.limits(1.0) == ()
-    assert set(teacher.limits(4.0)) == off
+    assert teacher.limits(4.0) == tuple(t for t in per_step if t in off)
     if solver is None:
-        guided, unguided = replace(teacher, off=frozenset()).network(unet, 4.0), teacher.network(unet, 1.0)
+        guided, unguided = replace(teacher, unguided=()).network(unet, 4.0), teacher.network(unet, 1.0)
 
         def by_hand(x_t: Tensor, timestep: int, its: Condition) -> Tensor:
             return (unguided if timestep == 999 else guided)(x_t, timestep, its)
 
         assert torch.equal(drawn, sample(by_hand, teacher.plan(recipe), condition, [5], teacher.shape))
+
+
+def test_what_is_kept_of_a_teacher_is_known_by_its_interval(plain: RunFolder) -> None:
+    """Where it is guided at all; and nothing else is known otherwise than before there were intervals."""
+
+    def fingerprint(scale: float, *bounds: str) -> str:
+        recipe, known = read_recipe("digits", [*SHORT, *bounds]), list[str]()
+        teacher = next(each for each in contenders(plain.path, recipe) if each.steps == 4)
+        networks = SimpleNamespace(sha256=lambda _: "weights")
+        kept = SimpleNamespace(latents=lambda _, fingerprint, __: known.append(fingerprint))
+        null = class_condition(torch.tensor([10]))
+        LatentSampler(recipe, networks, kept, null, null, None).draw(teacher, scale, 0)  # type: ignore[arg-type]
+        return known[0]
+
+    bound = "guidance.log_snr_min=-2"
+    assert fingerprint(4.0) != fingerprint(4.0, bound)
+    assert fingerprint(1.0) == fingerprint(1.0, bound)
+    assert fingerprint(4.0) == fingerprint(4.0, "guidance.log_snr_max=90")
+
+
+def test_a_teacher_guided_in_part_is_run_in_as_many_steps_as_cost_what_students_do(plain: RunFolder) -> None:
+    """3 steps, at 999, 666 and 332, of which the second alone is guided from log-SNR -2 to 0.5."""
+    bounds = ["guidance.log_snr_min=-2", "guidance.log_snr_max=0.5"]
+    found = contenders(plain.path, read_recipe("digits", [*SHORT, *bounds]))
+    costs = {each.steps: each.evaluations(4.0) for each in found if each.role == "teacher"}
+    assert costs[3] == 4
+    assert 3 not in {each.steps for each in contenders(plain.path, read_recipe("digits", SHORT))}
 
 
 def test_a_first_halving_along_the_teacher_has_its_interval(plain: RunFolder, rows: Noisy, tmp_path: Path) -> None:
@@ -249,10 +278,9 @@ def test_a_first_halving_along_the_teacher_has_its_interval(plain: RunFolder, ro
 
 
 def test_students_learn_the_interval_of_their_teacher(plain: RunFolder, variant: Variant) -> None:
-    """Its teacher is taken, and neither stage one nor a student is."""
+    """The bounds reach training: stage one of the very same teacher is another."""
     between = variant("between")
-    for phase in ("stage_one", "students/d4", "students/d2"):
-        assert (between.path / phase / WEIGHTS).read_bytes() != (plain.path / phase / WEIGHTS).read_bytes()
+    assert (between.stage_one / WEIGHTS).read_bytes() != (plain.stage_one / WEIGHTS).read_bytes()
     assert (between.teacher / WEIGHTS).read_bytes() == (plain.teacher / WEIGHTS).read_bytes()
 
 
