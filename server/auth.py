@@ -173,9 +173,9 @@ class Keyring:
         found = _KEY.fullmatch(presented)
         kept = self._current().get(found[1]) if found else None
         if kept is None or not hmac.compare_digest(_hash(presented), kept.sha256):
-            raise ApiError(401, "invalid_api_key", "This API key is not valid here.", headers=_CHALLENGE)
+            raise ApiError(401, "invalid_api_key", "This API key is not valid here.")
         if kept.expired:
-            raise ApiError(401, "expired_api_key", "This API key has expired.", headers=_CHALLENGE)
+            raise ApiError(401, "expired_api_key", "This API key has expired.")
         quota = self._quota(kept.tenant)
         return Caller(tenant=kept.tenant, scopes=kept.scopes, key=kept.id, rate=kept.rate, quota=quota)
 
@@ -200,14 +200,6 @@ class Keyring:
         except OSError:
             return None
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-
-_CHALLENGE = {"www-authenticate": "Bearer"}
-
-
-def missing_key() -> ApiError:
-    message = "An API key is needed: send it as Authorization: Bearer KEY."
-    return ApiError(401, "missing_api_key", message, headers=_CHALLENGE)
 
 
 def _hash(key: str) -> str:

@@ -1,4 +1,4 @@
-"""``python -m server keys``: make, list and revoke API keys."""
+"""``python -m server keys``: make, list and revoke API keys, and tell what verifies a tenant's webhooks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from rich.table import Table
 from engines.errors import HalfstepError
 from server.auth import KeyFile, Scope, new_key, read_keys, write_keys
 from server.flags import read_settings
+from server.jobs import DEFAULT_TENANT
+from server.signing import Signer
 
 ParametersT = ParamSpec("ParametersT")
 
-keys_app = typer.Typer(no_args_is_help=True, help="API keys: make, list, revoke.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys: make, list, revoke; webhook secrets.")
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -90,6 +92,20 @@ def revoke(
     if len(left) == len(keys):
         _fail(f"There is no key with this id in {path}.")
     write_keys(path, KeyFile(keys=left))
+
+
+@keys_app.command()
+@_one_sentence
+def webhook_secret(
+    tenant: Annotated[
+        str, typer.Option(help="of the jobs; where no keys are asked for, leave it out")
+    ] = DEFAULT_TENANT,
+) -> None:
+    """Print the secret by which a tenant's receivers verify webhooks. It follows from HALFSTEP_SECRET."""
+    secret = read_settings().secret.get_secret_value()
+    if not secret:
+        _fail("It follows from HALFSTEP_SECRET: set that to what the API processes have.")
+    _out.print(Signer(secret).webhook_secret(tenant), markup=False)
 
 
 def _in_days(days: float) -> datetime:

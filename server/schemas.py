@@ -59,6 +59,7 @@ class GenerationBody(BaseModel):
         None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image on the way; needs stream."
     )
     user: str | None = Field(None, max_length=512, description="Your own label; neither stored nor logged.")
+    safety_identifier: str | None = Field(None, max_length=512, description='As "user", whose place it takes.')
     guidance_scale: GuidanceScale = None
     guidance: GuidanceAlias = None
     steps: Steps = None

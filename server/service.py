@@ -101,7 +101,7 @@ class Service:
         secret = self.settings.secret.get_secret_value()
         self.signer = Signer(secret or None)
         self.links = None if self.files is None else FileLinks(self.files, self.signer)
-        self.webhooks = Webhooks(self.settings.webhook_allow, secret, self.store, self.links)
+        self.webhooks = Webhooks(self.settings.webhook_allow, self.signer, self.store, self.links)
         self.counts = RequestCounts(self.metrics, self.store)
         self._entrance = Entrance(self.admission, self.store, self.costs, self.keyring)
 

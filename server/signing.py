@@ -1,7 +1,11 @@
-"""What this deployment can recognise later as its own: the ids of its jobs, and the addresses of its files."""
+"""What this deployment can recognise later as its own: the ids of its jobs, and the addresses of its files.
+
+And the keys by which receivers of webhooks recognise it.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
@@ -31,6 +35,14 @@ class Signer:
 
     def signed_file(self, key: str, expires: int, signature: str) -> bool:
         return hmac.compare_digest(self.sign_file(key, expires).encode(), signature.encode("utf-8", "replace"))
+
+    def webhook_key(self, tenant: str) -> bytes:
+        """What a tenant's webhooks are signed with: of no use for ids, addresses or other tenants' webhooks."""
+        return hmac.new(self._secret, f"webhook\n{tenant}".encode(), hashlib.sha256).digest()
+
+    def webhook_secret(self, tenant: str) -> str:
+        """The tenant's key as Standard Webhooks write it, for receivers."""
+        return f"whsec_{base64.b64encode(self.webhook_key(tenant)).decode('ascii')}"
 
     def _mac(self, *parts: str) -> str:
         return self._digest(*parts)[:_MAC_CHARS]

@@ -1,6 +1,7 @@
 """Telling a client's server that a job has ended: from the store's outbox, signed, until it says it heard.
 
-Signature: Standard Webhooks 1.0: ``webhook-signature: v1,`` and the base64 HMAC-SHA256 of ``id.timestamp.body``.
+Signature: Standard Webhooks 1.0: ``webhook-signature: v1,`` and the base64 HMAC-SHA256 of ``id.timestamp.body``,
+by a key of the job's tenant.
 An address must be under an allowed origin. Its host is resolved once, and that very address is connected to; one
 that is not public must lie in an allowed network. Redirects are not followed.
 """
@@ -27,6 +28,7 @@ import structlog
 from server.errors import InvalidRequestError
 from server.jobs import Delivery
 from server.links import FileLinks
+from server.signing import Signer
 from server.stores.base import JobStore, StoreUnavailableError, UnreadableJobError
 
 MAX_ATTEMPTS = 12
@@ -56,10 +58,12 @@ class Webhooks:
     message is under way at a time and the others are put off, so that it leaves the other origins room.
     """
 
-    def __init__(self, allow: Sequence[str], secret: str, store: JobStore, links: FileLinks | None = None) -> None:
+    def __init__(
+        self, allow: Sequence[str], signer: Signer, store: JobStore, links: FileLinks | None = None
+    ) -> None:
         self._origins = {_origin(httpx.URL(entry)) for entry in allow if "://" in entry}
         self._networks = [ipaddress.ip_network(entry) for entry in allow if "://" not in entry]
-        self._secret = secret.encode()
+        self._signer = signer
         self._store = store
         self._links = links
         self._resolving = ThreadPoolExecutor(_AT_ONCE, "webhook-names")  # a slow name takes no other work's thread
@@ -160,7 +164,8 @@ class Webhooks:
         url = httpx.URL(delivery.url)
         async with asyncio.timeout(TIMEOUT_S):  # of all of it: the client's own is of each part
             address = await self._address(url)
-            headers = {**signed(self._secret, delivery.job_id, content), "host": url.netloc.decode("ascii")}
+            key = self._signer.webhook_key(delivery.tenant)
+            headers = {**signed(key, delivery.job_id, content), "host": url.netloc.decode("ascii")}
             post = client.stream(
                 "POST",
                 url.copy_with(host=address),
@@ -208,10 +213,10 @@ def _delay_s(delivery: Delivery, *, put_off: bool) -> float:
     return min(max(wait_s, _FIRST_DELAY_S), _LONGEST_DELAY_S)
 
 
-def signed(secret: bytes, message_id: str, content: bytes) -> dict[str, str]:
+def signed(key: bytes, message_id: str, content: bytes) -> dict[str, str]:
     """Headers by which a receiver knows who sent this, and when."""
     timestamp = str(int(time.time()))
-    mac = hmac.new(secret, f"{message_id}.{timestamp}.".encode() + content, hashlib.sha256).digest()
+    mac = hmac.new(key, f"{message_id}.{timestamp}.".encode() + content, hashlib.sha256).digest()
     return {
         "webhook-id": message_id,
         "webhook-timestamp": timestamp,

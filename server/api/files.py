@@ -14,6 +14,7 @@ def file_routes(service: Service) -> APIRouter:
     """``/files``."""
     router = APIRouter(prefix="/files", tags=["Files"])
 
+    @router.head("/{slot}/{name}", include_in_schema=False)
     @router.get("/{slot}/{name}", response_class=Response, responses=FILE)
     async def read_file(
         slot: str,

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.guard import respond
-from server.auth import ANYONE, Caller, Keyring, current_caller, missing_key
+from server.auth import ANYONE, Caller, Keyring, current_caller
 from server.auth import Scope as KeyScope
 from server.errors import ApiError, RateError, store_away
 from server.metrics import Metrics
@@ -58,6 +58,9 @@ class Gate:
                 current_caller.set(await self._admit(scope))
             except (ApiError, StoreUnavailableError) as cause:
                 error = cause if isinstance(cause, ApiError) else store_away()
+                if error.status == 401:
+                    challenges = 'Basic realm="halfstep", Bearer' if _takes_basic(scope) else "Bearer"
+                    error.headers["www-authenticate"] = challenges
                 self._metrics.rejected.labels(error.code).inc()
                 await respond(error, scope, send)
                 return
@@ -93,14 +96,21 @@ def _needed(scope: Scope) -> KeyScope:
     return KeyScope.READ if scope["method"] in ("GET", "HEAD", "OPTIONS") else KeyScope.GENERATE
 
 
+def _takes_basic(scope: Scope) -> bool:
+    """AUTOMATIC1111 clients send the key as the password of basic authentication."""
+    return str(scope["path"]).startswith("/sdapi/")
+
+
 def _presented(scope: Scope) -> str:
-    """The key a request carries. AUTOMATIC1111 clients send it as the password of basic authentication."""
+    """The key a request carries. Raises: ApiError 401."""
     kind, _, value = Headers(scope=scope).get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value.strip()
-    if kind.lower() == "basic" and scope["path"].startswith("/sdapi/"):
+    if kind.lower() == "basic" and _takes_basic(scope):
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
         except (binascii.Error, UnicodeDecodeError):
             return ""
-    raise missing_key()
+    also = ", or as the password of basic authentication" if _takes_basic(scope) else ""
+    message = f"An API key is needed: send it as Authorization: Bearer KEY{also}."
+    raise ApiError(401, "missing_api_key", message)

@@ -101,6 +101,7 @@ EVENTS: dict[int | str, dict[str, Any]] = {
         "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",
         "content": events_content(dict.fromkeys(_EVENTS, JobEventBody)),
     },
+    204: {"description": "The job has ended, and nothing comes after Last-Event-ID"},
     400: error_response(
         "Last-Event-ID is malformed", "invalid_event_id", "Last-Event-ID must be the id of an event."
     ),

@@ -31,6 +31,7 @@ def job_routes(service: Service) -> APIRouter:
     """``/v1/jobs/{job_id}``."""
     router = APIRouter(prefix="/v1/jobs", tags=["Jobs"])
 
+    @router.head("/{job_id}", include_in_schema=False)
     @router.get("/{job_id}", responses=JOB | UNKNOWN)
     async def read_job(request: Request, job_id: str) -> JobStateBody:
         """How a job is doing."""
@@ -47,6 +48,7 @@ def job_routes(service: Service) -> APIRouter:
             raise not_worth_a_retry(409, "already_ended", message)
         return await job_body(service, request, state)
 
+    @router.head("/{job_id}/images/{index}", include_in_schema=False)
     @router.get("/{job_id}/images/{index}", response_class=Response, responses=IMAGE | UNKNOWN)
     async def read_image(job_id: str, index: str) -> Response:
         """The file of image ``index``, counted from 0."""
@@ -65,6 +67,8 @@ def job_routes(service: Service) -> APIRouter:
         if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
         lines = with_error_event(job_events(service, request, state, last_event_id))
+        if last_event_id is not None and state.status.terminal and await _all_told(service, job_id, last_event_id):
+            return Response(status_code=204)  # by which an EventSource knows not to come back
         # Where other processes go on, one of them replays from the last id.
         return StreamingResponse(kept_alive(lines, service.leaving), media_type=EVENT_STREAM, headers=HEADERS)
 
@@ -80,6 +84,16 @@ async def find_job(service: Service, job_id: str) -> JobState:
     if service.signer.made_job_id(tenant, job_id):
         raise job_gone()
     raise NotFoundError("job_not_found", "There is no such job.")
+
+
+async def _all_told(service: Service, job_id: str, event_id: str) -> bool:
+    """Whether nothing came after an event of a job that has ended. Raises: ApiError 410 where it was forgotten."""
+    try:
+        async for _ in service.store.events(job_id, event_id):
+            return False
+    except KeyError:
+        raise job_gone() from None
+    return True
 
 
 def _image(state: JobState, index: str) -> EncodedImage:

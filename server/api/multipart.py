@@ -50,7 +50,8 @@ async def read_form(request: Request) -> Form:
     try:
         boundary = options.get(b"boundary", b"")
         if not boundary:
-            raise _broken()
+            message = "The Content-Type has no boundary: let your client set this header by itself."
+            raise InvalidRequestError("invalid_multipart", message)
         parser = MultipartParser(boundary, reader.callbacks(), max_size=most)
         async for chunk in request.stream():
             if parser.write(chunk) < len(chunk):

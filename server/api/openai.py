@@ -68,11 +68,13 @@ def openai_routes(service: Service) -> APIRouter:
         wanted = await unless_gone(request, service.decoded(edit.outline, decode))
         return await _answer(service, request, wanted, stream=bool(body.stream))
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models")
     async def list_models() -> ModelsResponse:
         """The models on offer, the default first."""
         return ModelsResponse(data=[_model_body(model) for model in service.catalogue])
 
+    @router.head("/models/{model_id}", include_in_schema=False)
     @router.get("/models/{model_id}", responses=MODEL_RESPONSES)
     async def retrieve_model(model_id: str) -> ModelBody:
         """What one model can do."""

@@ -25,7 +25,7 @@ def page_routes() -> APIRouter:
     routes |= {"/": "index.html", "/docs": "docs.html"}
     for route, name in routes.items():
         content, kind = files[name], _TYPES[Path(name).suffix]
-        router.add_api_route(route, _page(content, kind), methods=["GET"])
+        router.add_api_route(route, _page(content, kind), methods=["GET", "HEAD"])
     return router
 
 

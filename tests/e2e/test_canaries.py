@@ -108,7 +108,7 @@ def ask(run: Run, api: Command, origin: str) -> None:
     key, image = run.keys["a"], file_of(photo(), pnginfo=None)
     headers = {**bearer(key), "x-note": HEADER, "user-agent": HEADER, "idempotency-key": ONCE}
     hook, coded = f"{origin}/{HOOK}?token={HOOK}", base64.b64encode(image).decode()
-    form = {"prompt": PROMPT, "user": USER}
+    form = {"prompt": PROMPT, "user": USER, "safety_identifier": USER}
     files = {"image": (f"{FILE}.png", image, "image/png"), "mask": (f"{FILE}.png", mask_file(), "image/png")}
     with httpx.Client(base_url=api.url, timeout=60, headers=headers, params={"note": QUERY}) as client:
 
@@ -121,7 +121,7 @@ def ask(run: Run, api: Command, origin: str) -> None:
 
         generations = "/v1/images/generations"
         for body in (
-            {"prompt": PROMPT, "user": USER},
+            {"prompt": PROMPT, "user": USER, "safety_identifier": USER},
             {"prompt": PROMPT, "stream": True, "partial_images": 2},
             {"prompt": UNKNOWN},
             {"prompt": PROMPT, "oddity": UNKNOWN},

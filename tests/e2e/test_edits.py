@@ -181,6 +181,7 @@ def test_what_is_wrong_is_named(
 def test_a_broken_form_is_said_so(http: httpx.Client, kind: str, body: bytes) -> None:
     answer = http.post(URL, content=body, headers={"content-type": kind})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_multipart")
+    assert ("no boundary" in answer.json()["error"]["message"]) is ("boundary=" not in kind)
 
 
 def test_a_file_that_nobody_chose_is_left_out_and_an_empty_one_is_not(http: httpx.Client) -> None:

@@ -74,6 +74,7 @@ def test_events_tell_the_whole_story_and_replay_from_anywhere(api: httpx.Client)
     assert told[-1]["job"]["status"] == "succeeded"
     for k in (0, len(told) // 2, len(told) - 1):
         assert events(api, job["events_url"], after=told[k]["id"]) == told[k + 1 :]
+    assert api.get(job["events_url"], headers={"last-event-id": told[-1]["id"]}).status_code == 204
 
 
 def test_events_come_as_they_happen(running: Live, api: httpx.Client) -> None:
@@ -165,6 +166,16 @@ def test_strange_image_numbers_are_404(api: httpx.Client, index: str) -> None:
     assert error(api.get(f"{job['status_url']}/images/{index}")) == (404, "not_found")
 
 
+def test_head_answers_where_get_does(api: httpx.Client) -> None:
+    job = submit(api)
+    until(lambda: api.get(job["status_url"]).json()["status"] == "succeeded", "the job ended")
+    for path in (job["status_url"], f"{job['status_url']}/images/0", "/v1/models", "/", "/docs", "/static/app.js"):
+        got, head = api.get(path), api.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert api.head(f"{JOBS}/x").status_code == 404
+
+
 def test_a_wrong_method_lists_all_that_are_allowed(api: httpx.Client) -> None:
     response = api.put(f"{JOBS}/x")
-    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET")
+    assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET, HEAD")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import json
 import threading
 import time
@@ -17,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
+import openai
 import pytest
 from pydantic import ValidationError
 
@@ -24,12 +22,16 @@ from server import webhooks
 from server.jobs import Job, JobStatus
 from server.request import DenoiseRequest
 from server.settings import Settings
+from server.signing import Signer
 from server.stores.base import UnreadableJobError
 from server.stores.memory_outbox import MemoryOutbox
 from server.webhooks import Webhooks
 from tests.support.live import live
 from tests.support.serving import until
 from tests.support.webhook_receiver import LOOPBACK, SECRET, receiver
+
+verify = openai.OpenAI(api_key="none").webhooks.verify_signature
+"""Of Standard Webhooks, by a library that developers have."""
 
 
 @pytest.mark.parametrize("first", [500, 302])
@@ -44,9 +46,10 @@ def test_a_webhook_is_signed_and_sent_until_it_is_heard(toy_bundle: Path, first:
         until(lambda: len(heard) >= 2, "it was sent again")
     for headers, body in heard:
         assert {"type": "job.ended", "id": job["id"], "status": "succeeded"}.items() <= json.loads(body).items()
-        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
-        mac = hmac.new(SECRET.encode(), signed, hashlib.sha256).digest()
-        assert headers["webhook-signature"] == f"v1,{base64.b64encode(mac).decode()}"
+        verify(body, headers, secret=Signer(SECRET).webhook_secret("default"))
+        for other in (Signer(SECRET).webhook_secret("another"), SECRET):
+            with pytest.raises((openai.InvalidWebhookSignatureError, ValueError)):
+                verify(body, headers, secret=other)
         assert headers["host"] == origin.removeprefix("http://")
 
 
@@ -88,7 +91,7 @@ async def test_an_answer_without_an_end_is_heard_by_its_status() -> None:
     )
     request = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=8, height=8)
     outbox.add(Job(id="a", request=request, cost_s=0, webhook_url=origin), JobStatus.SUCCEEDED, 1.0)
-    sending = asyncio.create_task(Webhooks((origin, LOOPBACK), SECRET, store).run())
+    sending = asyncio.create_task(Webhooks((origin, LOOPBACK), Signer(SECRET), store).run())
     async with asyncio.timeout(60):
         while not store.delivered.called:  # noqa: ASYNC110 - a mock has no event
             await asyncio.sleep(0.01)
@@ -132,7 +135,7 @@ async def test_an_origin_that_hangs_holds_up_no_other(
             for name in [f"silent-{k}" for k in range(silent)] + [f"heard-{k}" for k in range(20)]:
                 url = hanging if name.startswith("silent") else origin
                 outbox.add(Job(id=name, request=request, cost_s=0, webhook_url=url), JobStatus.SUCCEEDED, 1.0)
-            sending = asyncio.create_task(Webhooks((origin, hanging, LOOPBACK), SECRET, store).run())
+            sending = asyncio.create_task(Webhooks((origin, hanging, LOOPBACK), Signer(SECRET), store).run())
             async with asyncio.timeout(60):
                 while store.delivered.call_count < 20:  # noqa: ASYNC110 - a mock has no event
                     await asyncio.sleep(0.01)
@@ -172,7 +175,7 @@ async def sending_to_silence(
         job = Job(id=f"{k}", request=request, cost_s=0, webhook_url="https://silent.example")
         outbox.add(job, JobStatus.SUCCEEDED, 1.0)
     now[0] += age_s
-    sending = asyncio.create_task(Webhooks(("https://silent.example",), SECRET, store).run())
+    sending = asyncio.create_task(Webhooks(("https://silent.example",), Signer(SECRET), store).run())
     async with asyncio.timeout(60):
         while store.delivered.call_count + store.retry_delivery.call_count < 19:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.001)
@@ -208,7 +211,7 @@ async def test_hosts_are_looked_up_on_threads_of_their_own() -> None:
             claim_deliveries=AsyncMock(side_effect=outbox.claim), delivered=AsyncMock(side_effect=outbox.delivered)
         )
         await asyncio.sleep(0)
-        await Webhooks((origin, LOOPBACK), SECRET, store).flush()
+        await Webhooks((origin, LOOPBACK), Signer(SECRET), store).flush()
         free.set()
         await waiting
         assert len(heard) == 1
@@ -234,7 +237,7 @@ async def test_a_job_of_another_version_is_told_of_later_and_holds_up_no_other()
             get=get,
         )
         links: Any = object()
-        await Webhooks((origin, LOOPBACK), SECRET, store, links).flush()
+        await Webhooks((origin, LOOPBACK), Signer(SECRET), store, links).flush()
         assert [json.loads(body)["id"] for _, body in heard] == ["own"]
         assert store.retry_delivery.call_args.args[0].job_id == "foreign"
 

@@ -20,6 +20,7 @@ from server.cli import app
 from server.errors import ApiError
 from server.process import StartError, check_exposure
 from server.settings import Settings
+from server.signing import Signer
 from tests.support.keys import bearer, write_key_file
 from tests.support.offline import offline_client, offline_service
 
@@ -46,7 +47,8 @@ def client(toy_bundle: Path, path: Path, keys: dict[str, str]) -> TestClient:
 def code(client: TestClient, method: str, url: str, **headers: str) -> tuple[int, str]:
     response = client.request(method, url, headers=headers)
     assert len(response.content) <= 4096
-    assert "www-authenticate" in response.headers or response.status_code != 401
+    challenges = 'Basic realm="halfstep", Bearer' if url.startswith("/sdapi/") else "Bearer"
+    assert response.headers.get("www-authenticate") == (challenges if response.status_code == 401 else None)
     error = response.json()["error"]
     return response.status_code, error if url.startswith("/sdapi/") else error["code"]
 
@@ -113,6 +115,19 @@ def test_a_tenant_has_the_quota_of_its_newest_key_that_has_one(path: Path) -> No
     assert [keyring.caller(key).quota for key, _ in made] == ["9/day", "9/day", "9/day", "1/day", None]
 
 
+def test_a_tenants_webhook_secret_is_its_own_and_opens_nothing_else() -> None:
+    secret, runner = "s" * 24, CliRunner()
+
+    def told(*arguments: str, secret: str = secret) -> str:
+        ended = runner.invoke(app, ["keys", "webhook-secret", *arguments], env={"HALFSTEP_SECRET": secret})
+        return ended.output.strip() if ended.exit_code == 0 else f"{ended.exit_code}: {ended.output}"
+
+    assert told() == told("--tenant", "default") == Signer(secret).webhook_secret("default")
+    assert len({told(), told("--tenant", "b"), told(secret="t" * 24)}) == 3
+    assert secret not in told()
+    assert "HALFSTEP_SECRET" in told(secret="")
+
+
 def test_tenants_are_those_that_can_have_work_in_the_queue(path: Path) -> None:
     ago = datetime.now(UTC) - timedelta(days=1)
     rows = [
@@ -154,7 +169,10 @@ def test_every_route_but_the_open_ones_needs_a_key(toy_bundle: Path, path: Path,
     routes = [(route.path, method) for route in all_routes(toy_bundle) for method in sorted(route.methods)]
     assert len(routes) > 12
     for route, method in routes:
-        if route in OPEN or route.startswith("/static/"):
+        if method == "HEAD":  # has no body to say it
+            opened = route in OPEN or route.startswith(("/static/", "/files/"))
+            assert (client.head(route).status_code == 401) is not opened
+        elif route in OPEN or route.startswith("/static/"):
             assert client.request(method, route).status_code not in (401, 403)
         elif route.startswith("/files/"):  # the address itself is what opens it
             assert code(client, method, f"{route}?expires=9999999999&signature=x") == (403, "invalid_signature")

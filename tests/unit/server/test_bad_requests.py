@@ -128,6 +128,7 @@ FIELDS = [
     ("negative_prompt", "canary-4711", "unsupported_value"),
     ("stream", "true", "invalid_type"),
     ("user", "u" * 513, "out_of_range"),
+    ("safety_identifier", "u" * 513, "out_of_range"),
     ("width", 64, "unknown_field"),
     ("cfg_scale", 2.0, "unknown_field"),
 ]
