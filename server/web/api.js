@@ -4,12 +4,13 @@ const GENERATIONS = "/v1/images/generations";
 const EDITS = "/v1/images/edits";
 const KEY = "halfstep.key"; // of this tab alone: it goes when the tab does
 
-/** The server's refusal: its message, the field it names and the status. */
+/** The server's refusal: its message, the field it names, the status and the code. */
 export class Refusal extends Error {
-  constructor(message, param, status) {
+  constructor(message, param, status, code = null) {
     super(message);
     this.param = param;
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -84,7 +85,7 @@ function authorization() {
 async function refusalOf(response) {
   try {
     const { error } = await response.json();
-    return new Refusal(error.message, error.param, response.status);
+    return new Refusal(error.message, error.param, response.status, error.code);
   } catch {
     return new Refusal(`The server answered with status ${response.status}.`, null, response.status);
   }

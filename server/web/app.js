@@ -57,7 +57,7 @@ async function draw() {
     echo(body, picture);
     const answer = await generate(body, picture, signal);
     show(answer, body, picture);
-    await sweep(body, picture, answer.seed, signal);
+    await sweep(body, picture, answer, signal);
   } catch (error) {
     if (error.name !== "AbortError") complain(error);
   } finally {
@@ -96,18 +96,24 @@ function show(answer, body, picture) {
   remember({ ...body, seed: answer.seed }, at("grid").querySelector("img").src).then(showHistory);
 }
 
-/** The first image again at every guidance; skipped while only the guidance changes. */
-async function sweep(body, picture, seed, signal) {
+/** The first image again at every guidance, less what fails; skipped while only the guidance changes. */
+async function sweep(body, picture, answer, signal) {
+  const { seed } = answer;
   const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed]);
   markSweep(at("sweep"), body.guidance_scale);
   if (key === sweepKey) return;
+  sweepKey = "";
+  at("sweep").replaceChildren();
   const { min, max } = model.guidance_scale;
   const values = Array.from({ length: SWEEP_TILES }, (_, i) => min + ((max - min) * i) / (SWEEP_TILES - 1));
-  const tiles = values.map((value) => {
-    const rounded = Math.round(value * 10) / 10;
-    return generate({ ...body, seed, n: 1, guidance_scale: rounded }, picture, signal);
+  const rounded = values.map((value) => Math.round(value * 10) / 10);
+  const tiles = rounded.map((value) => generate({ ...body, seed, n: 1, guidance_scale: value }, picture, signal));
+  const outcomes = await Promise.allSettled(tiles);
+  if (signal.aborted) return;
+  const answers = outcomes.flatMap(({ value, reason }, i) => {
+    const withheld = reason?.code === "content_policy_violation";
+    return withheld ? { ...answer, guidance_scale: rounded[i], data: [{ flagged: true }] } : (value ?? []);
   });
-  const answers = await Promise.all(tiles);
   drawSweep(at("sweep"), answers, Number(fields.guidance.value), body.prompt, (value) => {
     fields.guidance.value = value;
     draw();
@@ -242,10 +248,11 @@ at("model").addEventListener("change", (event) => {
   choose(offered[event.target.selectedIndex]);
   draw();
 });
-document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input[type=text], input[type=password], input[type=number], select, canvas");
+fields.seed.closest(".field").addEventListener("keydown", (event) => {
   const plain = !event.ctrlKey && !event.metaKey && !event.altKey;
-  if (event.key.toLowerCase() === "r" && !typing && plain && model !== null) rollSeed();
+  if (event.key.toLowerCase() !== "r" || !plain || model === null) return;
+  event.preventDefault(); // some browsers take letters in a number
+  rollSeed();
 });
 
 /** Ask what there is, with the key of the field where one is wanted, and draw at once. */

@@ -26,7 +26,12 @@ function answer(api, status, response) {
   const details = make("details", {}, make("summary", {}, make("b", {}, status), ` ${response.description}`));
   const json = response.content?.["application/json"];
   if (json?.example) details.append(code(json.example));
-  else if (json?.schema) details.append(fields(api, json.schema));
+  else if (json?.schema) details.append(...tables(api, json.schema));
+  const event = response.content?.["text/event-stream"]?.itemSchema;
+  if (event) {
+    const data = event.properties.data.contentSchema;
+    details.append(make("h4", {}, "Data of an event: text/event-stream"), ...tables(api, data));
+  }
   return details;
 }
 
@@ -45,6 +50,11 @@ function examples(body) {
   return Object.values(body.examples ?? {}).flatMap(({ summary, value }) => [make("h3", {}, summary), code(value)]);
 }
 
+/** The fields of a body; of one of several bodies, a table each. */
+function tables(api, schema) {
+  return (schema.anyOf ?? [schema]).map((body) => fields(api, body));
+}
+
 function fields(api, schema) {
   const { properties = {}, required = [] } = resolved(api, schema);
   const rows = Object.entries(properties).map(([name, property]) => {
@@ -57,7 +67,8 @@ function fields(api, schema) {
       make("td", {}, property.description ?? ""),
     );
   });
-  return make("div", { class: "scroll", tabindex: "0" }, make("table", {}, make("tbody", {}, ...rows)));
+  const caption = schema.$ref ? [make("caption", {}, nameOf(schema))] : [];
+  return make("div", { class: "scroll", tabindex: "0" }, make("table", {}, ...caption, make("tbody", {}, ...rows)));
 }
 
 /** What a value may be, in a few words. */
@@ -77,7 +88,11 @@ function inside(api, property) {
 }
 
 function resolved(api, schema) {
-  return schema.$ref ? api.components.schemas[schema.$ref.split("/").at(-1)] : schema;
+  return schema.$ref ? api.components.schemas[nameOf(schema)] : schema;
+}
+
+function nameOf({ $ref }) {
+  return $ref.split("/").at(-1);
 }
 
 function code(value) {

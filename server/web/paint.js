@@ -3,6 +3,8 @@
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const UNDO_STEPS = 30;
 
+const painted = (alpha) => alpha > 0; // of the mask: the soft edge of a stroke is painted, too
+
 export class Painter {
   /** canvas: shows picture and mask; brush: an input with the width in percent; changed(): after every stroke. */
   constructor(canvas, brush, changed) {
@@ -34,7 +36,7 @@ export class Painter {
   }
 
   get masked() {
-    return this.pixels().data.some((value, i) => i % 4 === 3 && value > 0);
+    return this.pixels().data.some((value, i) => i % 4 === 3 && painted(value));
   }
 
   get before() {
@@ -50,8 +52,7 @@ export class Painter {
     const context = holes.getContext("2d");
     const pixels = this.pixels();
     for (let i = 0; i < pixels.data.length; i += 4) {
-      const painted = pixels.data[i + 3] >= 128;
-      pixels.data.set([0, 0, 0, painted ? 0 : 255], i);
+      pixels.data.set([0, 0, 0, painted(pixels.data[i + 3]) ? 0 : 255], i);
     }
     context.putImageData(pixels, 0, 0);
     return { image, mask: await png(holes) };

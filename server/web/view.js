@@ -33,7 +33,7 @@ export function drawSweep(list, answers, chosen, prompt, choose) {
   list.replaceChildren(
     ...answers.map((answer) => {
       const value = answer.guidance_scale;
-      const label = `${prompt} with guidance ${value}`;
+      const label = `${prompt} with guidance ${value}${answer.data[0].flagged ? ", withheld" : ""}`;
       const tile = make("button", { type: "button", "aria-label": label, onclick: () => choose(value) });
       tile.append(picture(answer, answer.data[0], ""), make("span", {}, value.toFixed(1)));
       tile.dataset.value = value;

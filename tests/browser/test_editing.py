@@ -119,6 +119,17 @@ def test_a_mask_is_painted_by_keyboard(page: Page) -> None:
     expect(page.locator("#curl")).not_to_contain_text("mask=")
 
 
+def test_a_dab_of_the_smallest_brush_is_sent(page: Page) -> None:
+    upload(page)
+    expect(page.locator("#compare")).to_be_visible()
+    page.get_by_label("Brush").fill("2")
+    page.locator("#canvas").focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#curl")).to_contain_text("mask=")
+    expect(page.locator("#grid")).to_have_attribute("aria-busy", "false")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_slider_uncovers_before_and_after(page: Page) -> None:
     upload(page)
     expect(page.locator("#compare")).to_be_visible()
@@ -242,3 +253,7 @@ def test_a_withheld_image_is_shown_as_one(
         page.get_by_role("button", name="Draw").click()
         expect(page.get_by_alt_text("Withheld by the server's safety check")).to_have_count(1)
         expect(page.locator(CARDS)).to_have_count(8)
+        withheld = page.get_by_role("button", name=re.compile("^seven with guidance .*, withheld$"))
+        expect(withheld).to_have_count(9)
+        expect(withheld.first.locator("img")).to_have_attribute("src", "/static/withheld.svg")
+        expect(page.get_by_role("alert")).to_be_hidden()

@@ -55,7 +55,7 @@ def test_steps_and_images_are_chosen(page: Page) -> None:
     expect(page.locator(CARDS)).to_have_count(2)
 
 
-def test_the_dice_changes_the_seed_and_r_does_too(page: Page) -> None:
+def test_the_dice_changes_the_seed_and_so_does_r_in_its_field(page: Page) -> None:
     seed = page.get_by_label("Seed", exact=True)
     first = seed.input_value()
     page.get_by_role("button", name="New random seed").click()
@@ -63,6 +63,8 @@ def test_the_dice_changes_the_seed_and_r_does_too(page: Page) -> None:
     second = seed.input_value()
     page.locator("h2").first.click()
     page.keyboard.press("r")
+    expect(seed).to_have_value(second)
+    seed.press("r")
     expect(seed).not_to_have_value(second)
 
 
@@ -85,12 +87,41 @@ def test_the_sweep_shows_every_guidance_and_picks_one(any_page: Page) -> None:
     expect(tiles.last).to_have_attribute("aria-pressed", "true")
 
 
+def test_a_tile_that_fails_is_left_out_and_not_asked_for_again(page: Page) -> None:
+    tiles, grid = page.locator("#sweep button"), page.locator("#grid")
+    expect(tiles).to_have_count(9)
+    lowest = float(page.locator("#guidance").get_attribute("min") or "")
+    asked: list[float] = []
+
+    def fail_the_lowest(route: Route) -> None:
+        body = json.loads(route.request.post_data or "")
+        if body["n"] == 1:
+            asked.append(body["guidance_scale"])
+        if body["n"] == 1 and body["guidance_scale"] == lowest:
+            error = {"message": "No room.", "param": None, "code": "queue_full"}
+            route.fulfill(status=503, json={"error": error})
+        else:
+            route.continue_()
+
+    page.route("**/v1/images/generations", fail_the_lowest)
+    page.get_by_role("button", name="seven", exact=True).click()
+    expect(page.get_by_role("button", name=re.compile("^seven with guidance"))).to_have_count(8)
+    expect(grid).to_have_attribute("aria-busy", "false")
+    set_range(page, "Guidance", "4.5")
+    expect(page.locator("#status")).to_contain_text("guidance 4.5")
+    expect(grid).to_have_attribute("aria-busy", "false")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    assert len(asked) == 9
+
+
 def test_the_servers_own_words_are_shown_and_the_field_is_marked(page: Page) -> None:
     prompt = page.get_by_label("Prompt", exact=True)
     prompt.fill("<b>a cat</b>")
     prompt.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("does not know that prompt")
     expect(prompt).to_have_attribute("aria-invalid", "true")
+    undescribed = page.locator("[aria-invalid]:not([aria-describedby~=problem])")
+    expect(undescribed).to_have_count(0)
     prompt.fill("three")
     prompt.press("Enter")
     expect(page.get_by_role("alert")).to_be_hidden()
@@ -165,3 +196,18 @@ def test_the_reference_lists_every_operation(any_page: Page) -> None:
     for field in ("guidance_scale", "num_inference_steps", "partial_images", "output_compression"):
         expect(generations.get_by_text(field, exact=True).first).to_be_visible()
     assert any_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_reference_has_every_body_of_an_answer_and_of_its_events(page: Page) -> None:
+    page.goto("/docs")
+    submitted = page.locator("#post-v1-jobs details").filter(has=page.locator("b", has_text="202"))
+    expect(submitted.locator("caption")).to_have_text(["JobStateBody", "AcceptedJobBody"])
+    expect(submitted.get_by_text("queue_position", exact=True)).to_have_count(1)
+    expect(submitted.get_by_text("status_url", exact=True)).to_have_count(2)
+    drawn = page.locator("#post-v1-images-generations details").first
+    expect(drawn.locator("caption")).to_have_text(
+        ["ImagesResponse", "PartialImageEvent", "CompletedEvent", "ErrorResponse"]
+    )
+    expect(drawn.get_by_text("partial_image_index", exact=True)).to_have_count(1)
+    followed = page.locator("#get-v1-jobs-job-id-events details").first
+    expect(followed.locator("caption")).to_have_text(["JobEventBody", "ErrorResponse"])
