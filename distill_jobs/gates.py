@@ -91,11 +91,16 @@ def _cost_gates(exported: Sequence[EvaluationRow], rows: _Rows) -> Iterator[Gate
 
 
 def _twin(student: EvaluationRow, rows: _Rows) -> EvaluationRow | None:
-    """The teacher at the same guidance that costs what the student does, or the next cheaper one; or in 1 step."""
+    """The teacher at the same guidance that costs what the student does, or the next cheaper one, down to half.
+
+    Where even one step costs more, that one.
+    """
     scale = student.guidance_scale
     alike = [row for (name, _, of), row in rows.items() if name == TEACHER and of == scale]
-    affordable = [row for row in alike if row.evaluations <= student.evaluations]
-    return max(affordable, key=lambda row: (row.evaluations, row.steps), default=rows.get((TEACHER, 1, scale)))
+    affordable = [row for row in alike if row.evaluations <= student.evaluations <= 2 * row.evaluations]
+    if affordable:
+        return max(affordable, key=lambda row: (row.evaluations, row.steps))
+    return rows.get((TEACHER, 1, scale)) if student.steps == 1 else None
 
 
 def _off(row: EvaluationRow) -> bool:

@@ -28,6 +28,10 @@ class Tokenizer(Protocol):
         """(T,) token ids. Raises: RequestError on ``prompt`` when the model cannot know it."""
         ...
 
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt that ``encode`` takes, both marks included, padding not."""
+        ...
+
     def known(self) -> tuple[str, ...]:
         """Example prompts that work, or all of them where they are few."""
         ...
@@ -77,6 +81,9 @@ class LabelTokenizer:
             raise RequestError("prompt", "unknown_prompt", message)
         return np.array([index], dtype=np.int64)
 
+    def count(self, prompt: str) -> int:
+        return 1
+
     def known(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self._vocabulary.classes)
 
@@ -115,6 +122,9 @@ class ClipTokenizer:
             message = f"prompt is {len(ids) - 2} tokens long; this model reads at most {self._length - 2}."
             raise RequestError("prompt", "prompt_too_long", message)
         return np.array(ids, dtype=np.int64)
+
+    def count(self, prompt: str) -> int:
+        return sum(self._tokenizer.encode(prompt).attention_mask)
 
     def cut(self, prompt: str) -> NDArray[np.int64]:
         """As ``encode``, but the end of a prompt that is too long is left out: for captions."""

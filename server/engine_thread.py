@@ -130,7 +130,7 @@ class EngineThread:
 
     def _start(self, model: str, works: list[Work]) -> None:
         begun = time.perf_counter()
-        conditions = self._conditions[model].get([prompt for work in works for prompt in work.prompts])
+        conditions = self._conditions[model].get([prompt for work in works for prompt in work.request.prompts])
         images = encode_images(self._pipelines[model], works)
         ended = time.perf_counter()
         for work in works:

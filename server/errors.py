@@ -115,6 +115,11 @@ def not_worth_a_retry(status: int, code: str, message: str) -> ApiError:
     return ApiError(status, code, message, headers={"x-should-retry": "false"})
 
 
+def renamed(message: str, name: str, other: str) -> str:
+    """The message under another name of the field that it may begin with."""
+    return f"{other}{message.removeprefix(name)}" if message.startswith(f"{name} ") else message
+
+
 def _retry_headers(retry_after_s: float) -> dict[str, str]:
     return {
         "retry-after": str(max(1, math.ceil(retry_after_s))),

@@ -46,7 +46,7 @@ def draw_here(bundle: Path, wish: Wish, told: Told) -> list[tuple[int, bytes]]:
     except ApiError as error:
         raise GenerateError(error.message) from None
     work = Work(Lease(job=Job(id="here", request=request, cost_s=0), worker="here", attempt=1, queued_ms=0), 0.0)
-    conditions = dict(zip(work.prompts, pipeline.condition(work.prompts), strict=True))
+    conditions = dict(zip(request.prompts, pipeline.condition(request.prompts), strict=True))
     work.start_rows(pipeline, conditions, encode_images(pipeline, [work]).get(work.token))
     rows = [ticket.row.row for ticket in work.tickets]
     told(0, request.network_steps)

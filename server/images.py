@@ -41,6 +41,8 @@ MAX_SCANS = 100
 """Of a JPEG, whose decoder goes over all pixels at each; real ones have some ten."""
 MAX_SEGMENTS = 2000
 """Parts of a JPEG, scans and tables among them; real ones have hundreds at most."""
+_MISREAD_KEYS = (b"\x02\0", b"\x04\0", b"\x10\x02")
+"""Depth and colour type of PNGs whose transparent colour Pillow compares with levels of another depth."""
 _SRGB = ImageCms.createProfile("sRGB")
 _WHITE = (255, 255, 255)
 _SIXTEEN_TO_EIGHT = [(level + 128) // 257 for level in range(65536)]
@@ -114,6 +116,8 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
     """The 8-bit transparency, or None where the file has none."""
     if not image.has_transparency_data:
         return None
+    if image.mode == "I;16":  # Pillow would compare the transparent level with 8 bits
+        return Image.fromarray((np.asarray(image) != image.info["transparency"]) * np.uint8(255))
     return image.convert("RGBA").getchannel("A")
 
 
@@ -166,6 +170,11 @@ def _check_png(data: bytes, param: str) -> None:
             _invalid(param)
         if kind == b"acTL":
             message = f"{param} is animated; send one still image."
+            raise InvalidRequestError("invalid_image", message, param=param)
+        if kind == b"tRNS" and data[24:26] in _MISREAD_KEYS:
+            message = (
+                f"{param} has a transparent colour of {data[24]} bits; save it with an alpha channel or 8 bits."
+            )
             raise InvalidRequestError("invalid_image", message, param=param)
         at = end + 4
 

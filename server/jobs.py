@@ -157,6 +157,11 @@ class JobState(Frozen):
     result: JobResult | None = None
     failure: JobFailure | None = None
 
+    @property
+    def left_s(self) -> float:
+        """Predicted engine seconds of the steps not done yet."""
+        return self.job.cost_s * (1 - self.step / self.job.request.network_steps)
+
 
 class Lease(Frozen):
     """A worker's hold on a job. queued_ms: from acceptance to the claim; attempt: the fence of every later call.

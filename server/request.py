@@ -95,6 +95,11 @@ class DenoiseRequest(Frozen):
         return self
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """Whatever it needs the condition of."""
+        return (self.prompt,) if self.source_prompt is None else (self.prompt, self.source_prompt)
+
+    @property
     def entry(self) -> int | None:
         """Grid point at which the steps are entered, None at pure noise (text-to-image) or an inverted image."""
         return None if self.strength is None else entry_point(self.steps, self.strength)

@@ -12,7 +12,7 @@ from engines.noise import MAX_SEED
 from engines.pipeline import find_student
 from engines.rows import find_encoder
 from server.catalogue import Catalogue, Model
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, renamed
 from server.fitting import Fit, MaskRule, fit_image, nearest_size
 from server.prompts import check_prompt
 from server.request import DenoiseRequest
@@ -141,7 +141,7 @@ def _check_prompt(name: str, prompt: str, model: Model) -> None:
     try:
         model.tokenizer.encode(prompt)
     except RequestError as error:
-        raise InvalidRequestError(error.code, str(error), param=name) from None
+        raise InvalidRequestError(error.code, renamed(str(error), "prompt", name), param=name) from None
 
 
 def _check_combinations(body: GenerationBody) -> None:

@@ -128,7 +128,10 @@ class InputTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Text tokens of the prompt and latent cells of the image that came; output_tokens: latent cells generated."""
+    """input: text tokens of the prompts, latent cells of the image that came; output: latent cells of the images.
+
+    A mask leaves no cells out. The events of a stream add up: input is counted in that of image 0 alone.
+    """
 
     input_tokens: int
     input_tokens_details: InputTokensDetails

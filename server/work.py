@@ -182,12 +182,6 @@ class Work:
         return self.lease.job.request
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """Whatever it needs the condition of."""
-        source = self.request.source_prompt
-        return (self.request.prompt,) if source is None else (self.request.prompt, source)
-
-    @property
     def step(self) -> int:
         """Steps done by the slowest image."""
         return min(ticket.row.row.position for ticket in self.tickets)
@@ -199,11 +193,11 @@ class Work:
     def start_rows(
         self, pipeline: Pipeline, conditions: Mapping[str, Floats | Exception], image: Encoded | Exception | None
     ) -> None:
-        """Make the rows. conditions: (T, D) of ``prompts``; image: the caller's.
+        """Make the rows. conditions: (T, D) of the request's prompts; image: the caller's.
 
         Raises: what one of them failed with; RequestError when the bundle lacks what the request asks for.
         """
-        condition, *source = (_sound(conditions[prompt]) for prompt in self.prompts)
+        condition, *source = (_sound(conditions[prompt]) for prompt in self.request.prompts)
         student = pipeline.student(self.request.steps, self.request.sampler)
         size = find_size(pipeline.manifest, self.request)
         encoded = None if image is None else _sound(image)

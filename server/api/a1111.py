@@ -38,7 +38,7 @@ def a1111_routes(service: Service) -> APIRouter:
         """Draw a prompt."""
         wish = validate(TextWish, await read_object(request, service.settings))
         body, adjusted = adjusted_text(wish, service.catalogue)
-        return await drawings.make(request, resolve(body, service.catalogue), adjusted, send=wish.send_images)
+        return await drawings.make(request, resolve(body, service.catalogue), wish, adjusted)
 
     @router.post("/img2img", responses=DRAWN, openapi_extra=IMAGE_BODY)
     async def img2img(request: Request) -> Response:
@@ -51,7 +51,7 @@ def a1111_routes(service: Service) -> APIRouter:
         edit, adjusted = resolve_image(wish, service.catalogue)
         wanted = await unless_gone(request, service.decoded(edit.outline, partial(with_files_of, wish, edit)))
         note_fitted(adjusted, wish, wanted)
-        return await drawings.make(request, wanted, adjusted, send=wish.send_images)
+        return await drawings.make(request, wanted, wish, adjusted)
 
     @router.get("/progress")
     async def progress() -> dict[str, Any]:
@@ -76,7 +76,7 @@ class _Drawings:
         """Ids by tenant."""
 
     async def make(
-        self, request: Request, wanted: DenoiseRequest, adjusted: dict[str, Any], *, send: bool
+        self, request: Request, wanted: DenoiseRequest, wish: TextWish, adjusted: dict[str, Any]
     ) -> Response:
         service, jobs = self._service, self._own
         async with service.accepted(wanted) as job_id, cancelled_when_gone(service, request, job_id):
@@ -85,7 +85,7 @@ class _Drawings:
                 state = await service.result(job_id)
             finally:
                 jobs.discard(job_id)
-            return images_answer(state, adjusted, send=send)
+            return images_answer(state, wish, adjusted)
 
     async def progress(self) -> dict[str, Any]:
         found = [await self._service.store.get(job_id) for job_id in list(self._own)]
@@ -94,7 +94,7 @@ class _Drawings:
         done = sum(state.step for state in states)
         return {
             "progress": done / steps if steps else 0.0,
-            "eta_relative": 0.0,
+            "eta_relative": sum(state.left_s for state in states),
             "state": {"job_count": len(states), "sampling_step": done, "sampling_steps": steps},
             "current_image": None,
             "textinfo": None,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from typing import Any
 
 from PIL import Image
 from starlette.responses import Response
 
+from server.api.a1111_fields import TextWish
 from server.api.answers import result_of
 from server.encoding import infotext
 from server.images import write_png
 from server.jobs import JobState, JobStatus
 
 
-def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> Response:
-    """adjusted: what the client asked for in vain, by field; send: whether it wants the files.
+def images_answer(state: JobState, wish: TextWish, adjusted: dict[str, Any]) -> Response:
+    """adjusted: what the client asked for in vain, by field. ``info`` has keys of what is not done here, too.
 
+    Source of those: AUTOMATIC1111/stable-diffusion-webui, modules/processing.py, ``Processed.js``.
     Raises: ApiError when the job failed.
     """
     request = state.job.request
@@ -32,13 +35,21 @@ def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> R
         "steps": request.steps,
         "cfg_scale": request.guidance_scale,
         "sampler_name": request.sampler,
-        "batch_size": request.n,
+        "batch_size": wish.batch_size,
+        "n_iter": wish.n_iter,
         "denoising_strength": request.effective_strength,
     }
     info = {
         **used,
         "all_prompts": [request.prompt] * len(seeds),
+        "negative_prompt": "",
+        "all_negative_prompts": [""] * len(seeds),
         "all_seeds": seeds,
+        "subseed": -1,
+        "all_subseeds": [-1] * len(seeds),
+        "styles": [],
+        "index_of_first_image": 0,
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(state.job.created_s)),
         "sd_model_name": request.model,
         "interrupted": interrupted,
         "infotexts": [infotext(request, seed) for seed in seeds],
@@ -46,7 +57,7 @@ def images_answer(state: JobState, adjusted: dict[str, Any], *, send: bool) -> R
         "flagged": [image.flagged for image in files],
     }
     black = write_png(Image.new("RGB", (request.width, request.height)))  # these clients know no gap in the list
-    shown = [black if image.flagged else image.inline() for image in files] if send else []
+    shown = [black if image.flagged else image.inline() for image in files] if wish.send_images else []
     images = [base64.b64encode(data).decode("ascii") for data in shown]
     body = {"images": images, "parameters": used, "info": json.dumps(info)}
     return Response(json.dumps(body), media_type="application/json")

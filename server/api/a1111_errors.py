@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.errors import ApiError
+from server.errors import ApiError, renamed
 from server.strict_json import MALFORMED
 
 A1111_PATH = "/sdapi/"
@@ -20,9 +20,7 @@ class A1111Error(ApiError):
     def of(cls, error: ApiError) -> A1111Error:
         status = 422 if error.status == 400 and error.code not in MALFORMED else error.status
         param = _NAMES.get(error.param or "", error.param)
-        message = error.message
-        if error.param in _NAMES and message.startswith(f"{error.param} "):
-            message = f"{param}{message.removeprefix(error.param or '')}"
+        message = renamed(error.message, error.param or "", param or "")
         return cls(status, error.code, message, param=param, headers=error.headers)
 
     def body(self) -> dict[str, Any]:

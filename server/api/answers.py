@@ -61,7 +61,7 @@ def images_response(state: JobState, catalogue: Catalogue, links: Sequence[Link 
             ImageBody(seed=image.seed, **_delivered(image, link))
             for image, link in zip(result.images, links, strict=True)
         ],
-        usage=_usage(request, catalogue, request.n),
+        usage=_usage(request, catalogue, range(request.n)),
         seed=request.seed,
         **used_fields(request),
         engine=result.engine,
@@ -92,7 +92,7 @@ def completed_events(
             type="image_generation.completed" if request.task == "text_to_image" else "image_edit.completed",
             **_delivered(image, link),
             created_at=int(time.time()),
-            usage=_usage(request, catalogue, 1),
+            usage=_usage(request, catalogue, range(index, index + 1)),
             image_index=index,
             seed=image.seed,
             **used_fields(request),
@@ -130,16 +130,18 @@ def _delivered(image: EncodedImage, link: Link | None) -> dict[str, Any]:
     return {"url": link.url, "expires_at": link.expires_at}
 
 
-def _usage(request: DenoiseRequest, catalogue: Catalogue, images: int) -> Usage:
-    manifest = catalogue.find(request.model).manifest
-    size = find_size(manifest, request)
-    text, cells = manifest.condition.tokens, size.latent_width * size.latent_height
-    given = 0 if request.image is None else cells
+def _usage(request: DenoiseRequest, catalogue: Catalogue, images: range) -> Usage:
+    """Of these images; what came in counts with image 0, so that the events of a stream add up."""
+    model = catalogue.find(request.model)
+    size = find_size(model.manifest, request)
+    cells = size.latent_width * size.latent_height
+    text = sum(map(model.tokenizer.count, request.prompts)) if 0 in images else 0
+    given = cells if 0 in images and request.image is not None else 0
     return Usage(
         input_tokens=text + given,
         input_tokens_details=InputTokensDetails(text_tokens=text, image_tokens=given),
-        output_tokens=images * cells,
-        total_tokens=text + given + images * cells,
+        output_tokens=len(images) * cells,
+        total_tokens=text + given + len(images) * cells,
     )
 
 

@@ -104,7 +104,7 @@ async def _eta_ms(service: Service, state: JobState) -> int | None:
         ahead_s = each_s * (state.queue_position or 0) / max(workers, 1)
         return round((ahead_s + cost_s) * 1000)
     if state.status is JobStatus.RUNNING:
-        return round(cost_s * 1000 * (1 - state.step / job.request.network_steps))
+        return round(state.left_s * 1000)
     return None
 
 

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.errors import InvalidRequestError
+from server.strict_json import MAX_NUMBER_CHARS
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-_INTEGER = re.compile(r"-?[0-9]{1,20}")
-_NUMBER = re.compile(r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][+-]?[0-9]{1,2})?")
+_DIGITS = f"[0-9]{{1,{MAX_NUMBER_CHARS}}}"
+_INTEGER = re.compile(f"-?{_DIGITS}")
+_NUMBER = re.compile(rf"[+-]?({_DIGITS}(\.[0-9]{{0,20}})?|\.[0-9]{{1,20}})([eE][+-]?[0-9]{{1,2}})?")
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 """Names of fields that an error may repeat, known or not."""
 _RANGE_ERRORS = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})

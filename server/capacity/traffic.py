@@ -121,7 +121,7 @@ def _kind(
         route=tuple(str(call_of(manifest, graph, size)) for graph in route),
         decode=str(call_of(manifest, DECODE_GRAPH, size)),
         encode=str(call_of(manifest, ENCODE_GRAPH, size)) if ENCODE_GRAPH in manifest.graphs else "",
-        prompts=1 if request.source_prompt is None else 2,
+        prompts=len(request.prompts),
         seen=request.mask is not None and manifest.sees_masks,
         share=share,
     )

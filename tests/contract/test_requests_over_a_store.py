@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from server.api.disconnection import cancelled_when_gone
 from server.app import create_app
 from server.auth import Keyring
 from server.errors import OverloadedError
-from server.jobs import JobEvent, JobStatus
+from server.jobs import JobEvent, JobStatus, Report
 from server.request import DenoiseRequest
 from server.service import Service
 from server.settings import Settings
@@ -24,7 +26,7 @@ from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
 from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
 from tests.support.keys import bearer, write_key_file
-from tests.support.offline import offline_service
+from tests.support.offline import ROW_STEP_S, offline_service
 
 pytestmark = pytest.mark.anyio
 
@@ -197,6 +199,34 @@ async def test_an_end_that_nobody_saw_is_counted_all_the_same(serve: Serve, lab:
     await service.counts.look()
     assert counted(service, "halfstep_requests_total") == {"unknown": 1}
     assert not service.counts.followed
+
+
+# ---- AUTOMATIC1111's clients
+
+
+async def test_a1111_clients_see_the_time_left_and_the_keys_they_read(serve: Serve, lab: Lab) -> None:
+    async with asking(serve()) as client:
+
+        async def left_s() -> float:
+            return float((await client.get("/sdapi/v1/progress")).json()["eta_relative"])
+
+        wish = {"prompt": "one", "steps": 4, "batch_size": 2, "n_iter": 3}
+        draws = asyncio.create_task(client.post("/sdapi/v1/txt2img", json=wish))
+        (lease,) = await lab.store.claim("w", MODELS, 6, wait_s=PATIENCE_S)
+        assert await left_s() == pytest.approx(6 * 4 * ROW_STEP_S)
+        await lab.store.progress([Report(lease=lease, step=3)])
+        assert await left_s() == pytest.approx(6 * 1 * ROW_STEP_S)
+        await lab.store.finish(lease, RESULT.model_copy(update={"images": RESULT.images * 6}))
+        answer = (await asyncio.wait_for(draws, PATIENCE_S)).json()
+        assert await left_s() == 0
+    info, parameters = json.loads(answer["info"]), answer["parameters"]
+    for told in (info, parameters):
+        assert (told["batch_size"], told["n_iter"]) == (2, 3)
+    assert (info["negative_prompt"], info["all_negative_prompts"]) == ("", [""] * 6)
+    assert (info["subseed"], info["all_subseeds"]) == (-1, [-1] * 6)
+    assert (info["index_of_first_image"], info["styles"]) == (0, [])
+    created = time.mktime(time.strptime(info["job_timestamp"], "%Y%m%d%H%M%S"))
+    assert 0 <= lease.job.created_s - created < 1
 
 
 # ---- outages, bursts, and processes that end

@@ -34,13 +34,14 @@ def mask_file(box: tuple[int, int, int, int] = (16, 16, 40, 48), size: tuple[int
 
 def png_claiming(width: int, height: int) -> bytes:
     """A valid header of that size, and hardly any pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + _chunk(b"IHDR", header)
-        + _chunk(b"IDAT", zlib.compress(b"\0"))
-        + _chunk(b"IEND", b"")
-    )
+    return _png(width, height, 8, 2, b"\0")
+
+
+def black_png(depth: int, colour: int) -> bytes:
+    """A PNG of this many bits a channel. colour: 0 grey, 2 RGB."""
+    width, height = SIZE
+    row_bytes = 1 + width * depth * (1 + colour) // 8
+    return _png(width, height, depth, colour, bytes(height * row_bytes))
 
 
 def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
@@ -53,6 +54,13 @@ def jpeg_of_scans(count: int) -> bytes:
     jpeg = file_of(photo(), "JPEG", progressive=True)
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     return jpeg[:-2] + last * (count - jpeg.count(b"\xff\xda")) + jpeg[-2:]
+
+
+def _png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+    )
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

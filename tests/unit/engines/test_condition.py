@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.bundle import Bundle
-from engines.condition import LabelClass, LabelTokenizer, LabelVocabulary, load_tokenizer
+from engines.condition import ClipTokenizer, LabelClass, LabelTokenizer, LabelVocabulary, load_tokenizer
 from engines.errors import RequestError
+from tests.support.serving import ROOT
 from tests.support.toy_bundle import DIGITS
+
+EMOJI = Path(ROOT, "server/bundles/emoji/tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +69,11 @@ def test_the_refused_prompt_is_not_echoed(toy: Bundle) -> None:
     with pytest.raises(RequestError) as caught:
         load_tokenizer(toy).encode("a canary phrase")
     assert "canary" not in str(caught.value)
+
+
+def test_tokens_are_counted_without_the_padding(cafe: LabelTokenizer) -> None:
+    clip = ClipTokenizer.read(EMOJI, 24)
+    assert len(clip.encode("fox")) == 24
+    assert clip.count("fox") == 4
+    assert clip.count("fox fox") == 6, "the marks are there once"
+    assert cafe.count("a café") == 1

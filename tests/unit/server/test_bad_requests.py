@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 
 from engines.noise import MAX_SEED
 from tests.support.offline import offline_client, offline_service
+from tests.support.pictures import file_of, photo
+from tests.support.serving import ROOT
 
 URL = "/v1/images/generations"
 CANARY = "canary-4711"
@@ -170,6 +172,16 @@ def test_allowed_values_are_named(client: TestClient) -> None:
     assert "1 to 10" in post(client, seven(n=0))[1]["message"]
     assert "zero, one, two" in post(client, seven(prompt="cat"))[1]["message"]
     assert "'png', 'jpeg' or 'webp'" in post(client, seven(output_format="gif"))[1]["message"]
+
+
+@pytest.mark.parametrize(("param", "fields"), [("prompt", {}), ("source_prompt", {"prompt": "fox"})])
+def test_a_prompt_of_too_many_tokens_is_called_by_its_name(param: str, fields: dict[str, str]) -> None:
+    client = offline_client(offline_service(ROOT / "server" / "bundles" / "emoji"))
+    sent = {"mode": "invert", "source_prompt": "fox", param: "fox " * 23, **fields}
+    answer = client.post("/v1/images/edits", data=sent, files={"image": file_of(photo())})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "prompt_too_long", param)
+    assert error["message"].startswith(f"{param} is ")
 
 
 def test_an_unknown_model_is_404(client: TestClient) -> None:

@@ -19,13 +19,23 @@ from server.images import (
     MAX_IMAGE_BYTES,
     MAX_SCANS,
     MAX_SEGMENTS,
+    alpha_of,
     open_image,
     read_image,
     read_mask,
     to_rgb,
     write_png,
 )
-from tests.support.pictures import SIZE, file_of, jpeg_of_scans, mask_file, photo, png_claiming, with_chunk
+from tests.support.pictures import (
+    SIZE,
+    black_png,
+    file_of,
+    jpeg_of_scans,
+    mask_file,
+    photo,
+    png_claiming,
+    with_chunk,
+)
 from tests.support.serving import ROOT
 
 AT = Size(width=64, height=64, latent_width=8, latent_height=8)
@@ -106,6 +116,38 @@ def test_every_mode_is_converted(kind: str, mode: str) -> None:
 def test_transparency_is_flattened_on_white() -> None:
     clear = Image.new("RGBA", SIZE, (10, 20, 30, 0))
     assert np.asarray(to_rgb(open_image(file_of(clear), "image"))).min() == 255
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("key", [1, 255, 40_000])
+def test_the_transparent_level_of_16_bits_is_all_of_it(key: int) -> None:
+    levels = np.full(SIZE, key, np.uint16)
+    levels[:, 32:] = key + 1
+    file = file_of(Image.fromarray(levels), transparency=key)
+    assert (np.asarray(alpha_of(open_image(file, "image"))) == [0] * 32 + [255] * 32).all()
+    seen = np.asarray(to_rgb(open_image(file, "image")))
+    assert seen[:, :32].min() == 255
+    assert seen[:, 32:].max() < 255
+    assert (fitted_mask(file) == [True] * 32 + [False] * 32).all()
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "channels", "refused"),
+    [
+        *((1, 0, 1, False), (2, 0, 1, True), (4, 0, 1, True), (8, 0, 1, False), (16, 0, 1, False)),
+        *((8, 2, 3, False), (16, 2, 3, True)),
+    ],
+)
+def test_a_transparent_colour_that_would_be_misread_is_refused(
+    depth: int, colour: int, channels: int, refused: bool
+) -> None:
+    file = with_chunk(black_png(depth, colour), b"tRNS", bytes(2 * channels))
+    if refused:
+        with pytest.raises(InvalidRequestError, match=f"mask has a transparent colour of {depth} bits; save it"):
+            open_image(file, "mask")
+    else:
+        assert np.asarray(alpha_of(open_image(file, "mask"))).max() == 0, "black is the colour"
+    open_image(black_png(depth, colour), "mask")
 
 
 @pytest.mark.filterwarnings("error")
