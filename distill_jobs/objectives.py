@@ -100,11 +100,13 @@ def network_v(
     return predict(network, z_t, rows.t, rows.condition, w, rows.extra, grid)
 
 
-def guided_v(teacher: nn.Module, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
+def guided_v(teacher: nn.Module, tables: Tables, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
     """True guidance: the teacher with and without the condition, combined at w: (B,). Shaped as z_t.
 
-    Rows at weight 0 are evaluated with it alone. One call: processes sharing a network must call it alike.
+    Rows at weight 0, or where ``tables`` have no guidance, are evaluated with it alone. One call: processes sharing
+    a network must call it alike.
     """
+    w = tables.applied(w, rows.t)
     on = w != 0
     v, unconditional = both_ways(teacher, z_t, rows, on)
     v[on] = guided((v[on], unconditional), w[on])
@@ -136,7 +138,7 @@ def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows:
     """(B,) truncated-SNR loss of the w-conditioned student against true guidance."""
     z_t, _ = tables.noisy(rows)
     with torch.no_grad():
-        target = guided_v(teacher, z_t, rows, tables.applied(w, rows.t))
+        target = guided_v(teacher, tables, z_t, rows, w)
     return tables.truncated_snr(rows.t) * row_mse(network_v(student, z_t, rows, w), target)
 
 

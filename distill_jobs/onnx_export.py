@@ -52,6 +52,24 @@ def write_graph(
     """
     if any(len(tensor) < 2 for tensor in example):
         raise ValueError("trace with a batch of at least 2")
+    program = _optimised(module.eval(), example, inputs, outputs)
+    if weights == "float16":
+        keep_in_float16(program.model.graph)
+    tensors = [value.const_value for value in program.model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if size <= INLINE_LIMIT_BYTES:
+        model = program.model_proto
+    else:  # written from torch's own memory: the message would hold each weight a second time
+        program.save(path, external_data=True)
+        model = onnx.load(str(path), load_external_data=False)
+    model = without_notes(with_means_as_products(model))
+    onnx.save_model(with_scales_added(without_einsums(without_guards(model))), str(path))
+
+
+def _optimised(
+    module: nn.Module, example: Sequence[Tensor], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> torch.onnx.ONNXProgram:
+    """``module`` as a program, constants folded; traced where no module of its architecture was."""
     axis = torch.export.Dim.AUTO  # diffusers branches on batch >= 64 (contiguity only), which a named Dim rejects
     free = tuple({i: axis for i, length in enumerate(spec.shape) if length == FREE} for spec in inputs)
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
@@ -75,19 +93,9 @@ def write_graph(
     asked = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in example], inputs, outputs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", (UserWarning, FutureWarning))  # the exporter's own, about its internals
-        program = program_of(module.eval(), asked, trace)
+        program = program_of(module, asked, trace)
         program.optimize()
-    if weights == "float16":
-        keep_in_float16(program.model.graph)
-    tensors = [value.const_value for value in program.model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    if size <= INLINE_LIMIT_BYTES:
-        model = program.model_proto
-    else:  # written from torch's own memory: the message would hold each weight a second time
-        program.save(path, external_data=True)
-        model = onnx.load(str(path), load_external_data=False)
-    model = without_notes(with_means_as_products(model))
-    onnx.save_model(with_scales_added(without_einsums(without_guards(model))), str(path))
+    return program
 
 
 def reference_outputs(module: nn.Module, rows: Sequence[Tensor], name: str) -> list[NDArray[np.float64]]:

@@ -149,15 +149,15 @@ class Recipe(Section):
             raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
         if len(set(evaluation.seeds)) < len(evaluation.seeds):
             raise ValueError("evaluation.seeds must differ from each other")
-        grids = [2 * chain.steps[0] for chain in self.chains if chain.steps]
-        finest = max(evaluation.teacher_steps, self.consistency.grid if self.consistency else 0, *grids)
-        if finest > self.schedule.timesteps:
-            raise ValueError(f"a grid of {finest} steps is finer than schedule.timesteps")
-        finish = () if self.consistency is None else (self.consistency.grid,)
-        self._is_guided_on({evaluation.teacher_steps, *grids, *finish})
+        grids = {evaluation.teacher_steps, *(2 * chain.steps[0] for chain in self.chains if chain.steps)}
+        if self.consistency is not None:
+            grids.add(self.consistency.grid)
+        if max(grids) > self.schedule.timesteps:
+            raise ValueError(f"a grid of {max(grids)} steps is finer than schedule.timesteps")
+        self._check_guided(grids)
         return self
 
-    def _is_guided_on(self, grids: set[int]) -> None:
+    def _check_guided(self, grids: set[int]) -> None:
         """Raises: ValueError where guidance in an interval would say nothing, on one of these grids or at all."""
         if not self.guidance.interval:
             return

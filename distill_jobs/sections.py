@@ -40,8 +40,7 @@ class GuidanceSection(GuidanceRange):
 
     def off(self, schedule: NoiseSchedule) -> frozenset[int]:
         """The table indices of a schedule at which there is no guidance."""
-        with np.errstate(divide="ignore"):
-            log_snr = 2 * (np.log(schedule.alpha) - np.log(schedule.sigma))
+        log_snr = schedule.log_snr
         low = -np.inf if self.log_snr_min is None else self.log_snr_min
         high = np.inf if self.log_snr_max is None else self.log_snr_max
         return frozenset(np.flatnonzero((log_snr < low) | (log_snr > high)).tolist())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_jobs.adapters import Adapters
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.halving import HalvingTables, target_loss, two_step_target
-from distill_jobs.objectives import Noisy, Tables, guided_v, network_v
+from distill_jobs.objectives import guided_v, network_v
 from distill_jobs.phases import Phases
 from distill_jobs.rollout import Rollout
 from distill_jobs.sections import ChainSection, Halving, StageTwoSection
@@ -104,12 +104,8 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
 def _followed(phases: Phases, section: ChainSection, source: Path, *, first: bool) -> partial[Tensor]:
     """Whose v a halving takes two steps along, given z_t, rows, w: that of ``source``, or true guidance."""
     if first and isinstance(section, StageTwoSection) and section.first_target == "teacher":
-        return partial(_guided_where_applied, phases.frozen(phases.folder.teacher), phases.tables)
+        return partial(guided_v, phases.frozen(phases.folder.teacher), phases.tables)
     return partial(network_v, phases.frozen(source))
-
-
-def _guided_where_applied(teacher: nn.Module, tables: Tables, z_t: Tensor, rows: Noisy, w: Tensor) -> Tensor:
-    return guided_v(teacher, z_t, rows, tables.applied(w, rows.t))
 
 
 def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, batch: int) -> Tensor:

@@ -1,7 +1,6 @@
 """ONNX programs of torch modules, traced once for modules that differ in their weights alone.
 
-Tracing and translating take nearly all of an export's time, and a recipe has a student of one architecture for each
-step count. What is kept has no weights; the newest few are kept.
+A recipe has a student of one architecture for each step count. Kept are the newest few programs, without weights.
 """
 
 from __future__ import annotations
@@ -48,12 +47,17 @@ def _without_weights(program: ONNXProgram, module: nn.Module) -> ONNXProgram:
 
 
 class _Structure(pickle.Pickler):
-    """Writes everything but the values of parameters."""
+    """Writes everything but the values of parameters; which of those are one and the same, too."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._order: dict[int, int] = {}
 
     def persistent_id(self, thing: object) -> object:
         if not isinstance(thing, Tensor):
             return None
-        described = (tuple(thing.shape), str(thing.dtype), thing.requires_grad)
+        order = self._order.setdefault(id(thing), len(self._order))
+        described = (order, tuple(thing.shape), str(thing.dtype), thing.requires_grad)
         if isinstance(thing, nn.Parameter):
             return described
         return *described, hashlib.sha256(thing.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

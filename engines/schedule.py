@@ -90,6 +90,12 @@ class NoiseSchedule:
         return np.sin(self.angles)
 
     @property
+    def log_snr(self) -> NDArray[np.float64]:
+        """log(alpha² / sigma²): (T,), falling, -inf where the table ends in pure noise."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(2 * (np.log(self.alpha) - np.log(self.sigma)))
+
+    @property
     def zero_terminal_snr(self) -> bool:
         return bool(self.angles[-1] == np.pi / 2)
 

@@ -9,6 +9,7 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.api.a1111_errors import A1111_PATH
 from server.api.guard import respond
 from server.auth import ANYONE, Caller, Keyring, current_caller
 from server.auth import Scope as KeyScope
@@ -98,7 +99,7 @@ def _needed(scope: Scope) -> KeyScope:
 
 def _takes_basic(scope: Scope) -> bool:
     """AUTOMATIC1111 clients send the key as the password of basic authentication."""
-    return str(scope["path"]).startswith("/sdapi/")
+    return str(scope["path"]).startswith(A1111_PATH)
 
 
 def _presented(scope: Scope) -> str:

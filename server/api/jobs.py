@@ -66,9 +66,9 @@ def job_routes(service: Service) -> APIRouter:
         state = await find_job(service, job_id)
         if last_event_id is not None and not service.store.is_event_id(last_event_id):
             raise InvalidRequestError("invalid_event_id", "Last-Event-ID must be the id of an event of this job.")
-        lines = with_error_event(job_events(service, request, state, last_event_id))
         if last_event_id is not None and state.status.terminal and await _all_told(service, job_id, last_event_id):
             return Response(status_code=204)  # by which an EventSource knows not to come back
+        lines = with_error_event(job_events(service, request, state, last_event_id))
         # Where other processes go on, one of them replays from the last id.
         return StreamingResponse(kept_alive(lines, service.leaving), media_type=EVENT_STREAM, headers=HEADERS)
 

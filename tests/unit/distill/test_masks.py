@@ -14,11 +14,12 @@ from distill_jobs.data.masks import NUMBERS, MaskedSource, random_masks
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import RecipeError
 from distill_jobs.job import run_job
-from distill_jobs.objectives import Noisy, guided_v
+from distill_jobs.objectives import Noisy, Tables, guided_v
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.sections import InpaintingSection
 from distill_jobs.student import load_stock, new_teacher, predict
 from engines.masks import HIDDEN
+from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.tiny_recipe import OVERRIDES
 
 ROWS, SIDE = 400, 8
@@ -95,10 +96,10 @@ def test_guidance_drops_the_condition_and_keeps_the_image() -> None:
     source = MaskedSource(DigitsSource(Digits.load()), InpaintingSection())
     data, t = source.batch(DRAWS, 0, 4), torch.full((4,), 500)
     rows = Noisy(data.x, data.condition, source.null(4), data.x, t, data.extra)
-    w = torch.full((4,), 2.0)
+    w, tables = torch.full((4,), 2.0), Tables.of(NoiseSchedule(ScheduleSpec()))
     with torch.no_grad():
         c, u = (predict(teacher, data.x, t, told, extra=data.extra) for told in (rows.condition, rows.null))
-        torch.testing.assert_close(guided_v(teacher, data.x, rows, w), c + 2 * (c - u), rtol=0, atol=1e-5)
+        torch.testing.assert_close(guided_v(teacher, tables, data.x, rows, w), c + 2 * (c - u), rtol=0, atol=1e-5)
 
 
 def test_a_job_trains_networks_of_three_channels(tmp_path: Path) -> None:

@@ -73,17 +73,19 @@ def test_student_of_leaves_the_global_rng_alone(teacher: UNet2DConditionModel) -
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_guided_v_is_the_two_passes_combined(teacher: UNet2DConditionModel, rows: Noisy) -> None:
+def test_guided_v_is_the_two_passes_combined(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
     w = torch.linspace(0, 4, B)
     with torch.no_grad():
         c = predict(teacher, rows.x, rows.t, rows.condition)
         u = predict(teacher, rows.x, rows.t, rows.null)
         expected = (1 + w)[:, None, None, None] * c - w[:, None, None, None] * u
-        assert torch.allclose(guided_v(teacher, rows.x, rows, w), expected, atol=1e-5)
+        assert torch.allclose(guided_v(teacher, Tables.of(schedule), rows.x, rows, w), expected, atol=1e-5)
 
 
 def test_rows_at_weight_zero_are_evaluated_with_their_condition_alone(
-    teacher: UNet2DConditionModel, rows: Noisy
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
 ) -> None:
     seen: list[int] = []
     watched = teacher.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
@@ -91,7 +93,7 @@ def test_rows_at_weight_zero_are_evaluated_with_their_condition_alone(
         with torch.no_grad():
             for zeros in (0, 4, B):
                 w = torch.tensor([0.0] * zeros + [2.0] * (B - zeros))
-                got = guided_v(teacher, rows.x, rows, w)
+                got = guided_v(teacher, Tables.of(schedule), rows.x, rows, w)
                 c, u = (predict(teacher, rows.x, rows.t, each) for each in (rows.condition, rows.null))
                 torch.testing.assert_close(got, c + w[:, None, None, None] * (c - u), rtol=0, atol=1e-5)
     finally:
@@ -111,7 +113,9 @@ def test_the_target_of_true_guidance_lands_where_two_guided_teacher_steps_do(
             c, u = (predict(teacher, z, at, each) for each in (rows.condition, rows.null))
             v = c + w[:, None, None, None] * (c - u)
             z, _ = deterministic_step(schedule, grid[k], grid[k - 1]).apply(z, v)
-        target = two_step_target(partial(guided_v, teacher, w=w), halving, rows.noise, here, point)
+        target = two_step_target(
+            partial(guided_v, teacher, Tables.of(schedule), w=w), halving, rows.noise, here, point
+        )
     landed, _ = deterministic_step(schedule, grid[6], grid[4]).apply(rows.noise, target)
     torch.testing.assert_close(landed, z, rtol=0, atol=2e-5)
 

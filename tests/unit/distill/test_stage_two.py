@@ -26,7 +26,7 @@ from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
-from distill_jobs.objectives import Noisy, guided_v
+from distill_jobs.objectives import Noisy, Tables, guided_v
 from distill_jobs.phases import Phases
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.plan import plan_of
@@ -273,7 +273,9 @@ def test_a_first_halving_along_the_teacher_has_its_interval(plain: RunFolder, ro
     w, at = torch.full((B,), 2.0), replace(rows, t=torch.tensor([999, 999, 999, 499, 499, 249]))
     with torch.no_grad():
         v = stage_two._followed(phases, recipe.stage_two, plain.stage_one, first=True)(rows.x, at, w=w)
-        guided = guided_v(load_stock(plain.teacher), rows.x, at, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0]))
+        guided = guided_v(
+            load_stock(plain.teacher), Tables.of(SCHEDULE), rows.x, at, torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0])
+        )
     torch.testing.assert_close(v, guided, rtol=0, atol=1e-5)
 
 

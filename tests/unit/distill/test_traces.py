@@ -90,6 +90,17 @@ def test_another_example_and_another_output_are_traced(traced: list[nn.Module], 
     assert len(traced) == 3
 
 
+def test_networks_that_share_a_weight_are_another_architecture(traced: list[nn.Module], tmp_path: Path) -> None:
+    """Of the same shapes as those that do not."""
+    tied, free = (Network(0, width=4) for _ in range(2))
+    tied.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 3))
+    free.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 3))
+    tied.layers[1].weight = tied.layers[0].weight
+    for module in (tied, free):
+        written(module, tmp_path / "x.onnx")
+    assert traced == [tied, free]
+
+
 def test_what_pickle_cannot_write_is_traced_every_time(traced: list[nn.Module], tmp_path: Path) -> None:
     network = Network(0)
     network.unpack = lambda: None  # type: ignore[assignment]
