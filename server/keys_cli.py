@@ -104,7 +104,7 @@ def webhook_secret(
     """Print the secret by which a tenant's receivers verify webhooks. It follows from HALFSTEP_SECRET."""
     secret = read_settings().secret.get_secret_value()
     if not secret:
-        _fail("It follows from HALFSTEP_SECRET: set that to what the API processes have.")
+        _fail("The webhook secret follows from HALFSTEP_SECRET: set that to what the API processes have.")
     _out.print(Signer(secret).webhook_secret(tenant), markup=False)
 
 
