@@ -6,6 +6,7 @@ from torch import nn
 
 from distill_jobs.consistency import ConsistencyTables, consistency_loss
 from distill_jobs.draws import Draw, Draws
+from distill_jobs.objectives import balanced
 from distill_jobs.phases import Phases
 from distill_jobs.state import RowLoss
 from distill_jobs.student import Trained, load_stock
@@ -26,7 +27,7 @@ def train_consistency(phases: Phases) -> None:
         rows = phases.noisy(draws, update, batch, grid.t[point])
         w = phases.weights(draws, update, batch, section.unguided_share)
         losses = consistency_loss(network, average, teacher, phases.tables, grid, rows, point, w, section.huber)
-        return RowLoss(losses / (1 + w) ** section.w_power, w)
+        return RowLoss(balanced(losses, w, section.w_power), w)
 
     trained = Trained.consistency(section.grid)
     phases.train("consistency", section, lambda: load_stock(source), loss, folder, average, trained=trained)

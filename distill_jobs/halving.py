@@ -13,22 +13,23 @@ from torch import Tensor, nn
 
 from distill_jobs.objectives import Noisy, Tables, VectorField, float32, network_v, row_mse, wide
 from engines.sampler import Sampler, compose, deterministic_step, encoder_plan
-from engines.schedule import NoiseSchedule
+from engines.schedule import CLEAN, NoiseSchedule
 
-_Row = tuple[int, int, float, float, float, float, float]
+_Row = tuple[int, int, int, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
 class HalvingTables:
     """Coefficients of a student's targets, indexed by grid point i - 1: two teacher steps and what they compose to.
 
-    An encoder's are indexed by the step, 0 at the clean end. t, middle: (N,) table indices of where a step begins
-    and of where the first teacher step ends; a, d: that step;
-    target_x, target_first, target_second: weights of z, v1, v2 in the target v.
+    An encoder's are indexed by the step, 0 at the clean end. t, middle, end: (N,) table indices of where a step
+    begins, of where the first teacher step ends, and of where the second does, -1 at the clean end; a, d: the
+    first step; target_x, target_first, target_second: weights of z, v1, v2 in the target v.
     """
 
     t: Tensor
     middle: Tensor
+    end: Tensor
     a: Tensor
     d: Tensor
     target_x: Tensor
@@ -51,7 +52,7 @@ class HalvingTables:
         """
         if sampler == "stochastic":
             grid = schedule.grid(n)
-            rows = [(grid[1], grid[1], 1.0, 0.0, 0.0, 1.0, 0.0)]
+            rows = [(grid[1], grid[1], CLEAN, 1.0, 0.0, 0.0, 1.0, 0.0)]
             rows += [_two_steps(schedule, grid[i], grid[i - 1], grid[i - 2]) for i in range(2, n + 1)]
         else:
             grid = schedule.grid(2 * n)
@@ -70,14 +71,24 @@ class HalvingTables:
 
     @classmethod
     def _of_rows(cls, rows: Sequence[_Row], device: torch.device | None) -> HalvingTables:
-        t, middle, *coefficients = zip(*rows, strict=True)
-        at = (torch.tensor(t, device=device), torch.tensor(middle, device=device))
+        t, middle, end, *coefficients = zip(*rows, strict=True)
+        at = (torch.tensor(indices, device=device) for indices in (t, middle, end))
         return cls(*at, *(float32(list(column)).to(device) for column in coefficients))
 
     @classmethod
     def cat(cls, tables: Sequence[HalvingTables]) -> HalvingTables:
         """The points of several grids, one grid after the other."""
         return cls(**{name: torch.cat([getattr(each, name) for each in tables]) for name in cls.__annotations__})
+
+    def guided(self, off: Tensor, first: HalvingTables) -> Tensor:
+        """(N,) bool: whose stretch has guidance in it, counted where the chain's first teacher is evaluated.
+
+        off: (T,) bool, where there is none; first: the tables of the chain's first halving.
+        """
+        seen = torch.cat([first.t, first.middle])
+        on = seen[~off[seen]]
+        low, high = torch.minimum(self.t, self.end)[:, None], torch.maximum(self.t, self.end)[:, None]
+        return ((low <= on) & (on <= high) & (on != self.end[:, None])).any(1)
 
 
 def target_loss(
@@ -111,4 +122,4 @@ def _two_steps(schedule: NoiseSchedule, t: int, middle: int, s: int) -> _Row:
     first, second = deterministic_step(schedule, t, middle), deterministic_step(schedule, middle, s)
     composed = compose(first, second, deterministic_step(schedule, t, s))
     k = first.coefficients
-    return t, middle, k.a, k.d, composed.x, composed.first, composed.second
+    return t, middle, s, k.a, k.d, composed.x, composed.first, composed.second

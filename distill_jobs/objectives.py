@@ -142,6 +142,11 @@ def stage_one_loss(student: nn.Module, teacher: nn.Module, tables: Tables, rows:
     return tables.truncated_snr(rows.t) * row_mse(network_v(student, z_t, rows, w), target)
 
 
+def balanced(losses: Tensor, w: Tensor, power: float) -> Tensor:
+    """(B,) losses divided by (1 + w)^power, since a target's scale grows with the guidance that counts in it."""
+    return losses / (1 + w) ** power
+
+
 def row_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """(B,) mean square of the difference in each row."""
     return (prediction - target).square().flatten(1).mean(1)

@@ -83,9 +83,10 @@ class TeacherSection(Denoising):
 class StageOneSection(Denoising):
     """Folding guidance into one network.
 
-    unguided_share: share of rows drawn at the range's lowest guidance exactly. w_power: each row's loss is
-    divided by (1 + w)^w_power, since the target's scale grows with w. max_relative_error: gate on the
-    relative v-error against true guidance, at several guidance scales, before any halving starts.
+    unguided_share: share of rows drawn at the range's lowest guidance exactly. w_power: the loss of a row that has
+    guidance in its target is divided by (1 + w)^w_power, since that target's scale grows with w.
+    max_relative_error: gate on the relative v-error against true guidance, at several guidance scales, before any
+    halving starts.
     """
 
     unguided_share: float = Field(0.1, ge=0, lt=1)

@@ -15,7 +15,7 @@ from distill_jobs.checkpoint import write_text
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.errors import DivergedError
 from distill_jobs.latent_sections import FinetuneSection, FolderTeacher, MadeTeacher
-from distill_jobs.objectives import Tables, both_ways, guided, stage_one_loss, teacher_loss
+from distill_jobs.objectives import Tables, balanced, both_ways, guided, stage_one_loss, teacher_loss
 from distill_jobs.phases import Phases, Save
 from distill_jobs.pipelines.conversion import NativeTeacher, imitation_loss
 from distill_jobs.pipelines.encoders import network_sha256
@@ -132,7 +132,8 @@ def train_stage_one(phases: Phases) -> None:
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
         rows = phases.noisy(draws, update, batch, late_share=section.late_share)
         w = phases.weights(draws, update, batch, section.unguided_share)
-        return RowLoss(stage_one_loss(network, teacher, phases.tables, rows, w) / (1 + w) ** section.w_power, w)
+        losses = stage_one_loss(network, teacher, phases.tables, rows, w)
+        return RowLoss(balanced(losses, phases.tables.applied(w, rows.t), section.w_power), w)
 
     phases.train("stage_one", section, lambda: student_of(load_stock(folder.teacher)), loss, folder.stage_one)
     _gate(phases, teacher)

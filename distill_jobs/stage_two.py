@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_jobs.adapters import Adapters
 from distill_jobs.draws import Draw, Draws
 from distill_jobs.halving import HalvingTables, target_loss, two_step_target
-from distill_jobs.objectives import guided_v, network_v
+from distill_jobs.objectives import balanced, guided_v, network_v
 from distill_jobs.phases import Phases
 from distill_jobs.rollout import Rollout
 from distill_jobs.sections import ChainSection, Halving, StageTwoSection
@@ -77,6 +77,8 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
     """Train a copy of the network in ``source`` to do in one step what that network does in two."""
     section, n = chain.section, halving.steps
     halves = chain.tables(phases.schedule, n, phases.device)
+    first = chain.tables(phases.schedule, section.steps[0], phases.device)
+    guided = halves.guided(phases.tables.off, first)
     own = Rollout.of(phases.recipe, section, n)
     followed = _followed(phases, section, source, first=source == chain.source)
     adapters = Adapters.of(section, base=chain.source, before=None if source == chain.source else source)
@@ -91,7 +93,8 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
         if own is not None:
             z_t = own.replace(z_t, network, draws, update, rows, point, w)
         target = two_step_target(partial(followed, w=w), halves, z_t, rows, point)
-        return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target), w)
+        losses = target_loss(network, phases.tables, z_t, rows, w, target)
+        return RowLoss(losses) if w is None else _weighed(section, losses, w, guided[point])
 
     training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
     trained = Trained(section.sampler, (n,)) if isinstance(section, StageTwoSection) else None
@@ -115,9 +118,9 @@ def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, b
     return phases.weights(draws, update, batch, section.unguided_share)
 
 
-def _weighed(section: ChainSection, losses: Tensor, w: Tensor | None) -> RowLoss:
-    """Losses of rows at larger guidance count less, since their targets are larger."""
-    return RowLoss(losses if w is None else losses / (1 + w) ** section.w_power, w)
+def _weighed(section: ChainSection, losses: Tensor, w: Tensor, guided: Tensor) -> RowLoss:
+    """Losses of rows at larger guidance count less, where there is guidance in their stretch: (B,) bool."""
+    return RowLoss(balanced(losses, w * guided, section.w_power), w)
 
 
 def _share(phases: Phases) -> None:
@@ -146,6 +149,7 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         return network if takes_grid(network) else told_its_grid(network)
 
     grids = Grids.of(phases.schedule, steps, halving.newest_share, phases.device)
+    guided = grids.tables.guided(phases.tables.off, HalvingTables.of(phases.schedule, steps[0], phases.device))
     anchor = _followed(phases, section, phases.folder.stage_one, first=True)
     snapshot = phases.processes.frozen(begin())
 
@@ -155,6 +159,7 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         w = _weights(phases, section, draws, update, batch)
         z_t, _ = phases.tables.noisy(rows)
         target = grids.target(anchor, snapshot, z_t, rows, drawn, w)
-        return _weighed(section, target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid), w)
+        losses = target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid)
+        return _weighed(section, losses, w, guided[drawn.point])
 
     phases.train(f"d{halving.steps}", section.training(halving), begin, loss, folder)

@@ -13,7 +13,7 @@ from distill_jobs.halving import HalvingTables, two_step_target
 from distill_jobs.objectives import Noisy, Tables, guided_v, network_v, stage_one_loss, teacher_loss
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
-from engines.sampler import deterministic_step
+from engines.sampler import Sampler, deterministic_step
 from engines.schedule import NoiseSchedule, ScheduleSpec
 from tests.support.tiny_recipe import OVERRIDES
 from tests.support.tiny_run import tiny_student
@@ -118,6 +118,32 @@ def test_the_target_of_true_guidance_lands_where_two_guided_teacher_steps_do(
         )
     landed, _ = deterministic_step(schedule, grid[6], grid[4]).apply(rows.noise, target)
     torch.testing.assert_close(landed, z, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
+def test_a_step_is_guided_where_its_chains_first_teacher_is_evaluated_with_guidance(
+    schedule: NoiseSchedule, sampler: Sampler
+) -> None:
+    """The first teacher stands at 999, 749, 499 and 249 and, in the deterministic chain, between them."""
+    off = torch.ones(1000, dtype=torch.bool)
+    off[[624, 630]] = False  # a point of the 8-step grid, and one that no teacher stands at
+    first = HalvingTables.of(schedule, 4, sampler=sampler)
+    by_step = {n: HalvingTables.of(schedule, n, sampler=sampler).guided(off, first).tolist() for n in (4, 2, 1)}
+    if sampler == "deterministic":
+        assert by_step == {4: [False, False, True, False], 2: [False, True], 1: [True]}
+    else:
+        assert by_step == {4: [False] * 4, 2: [False] * 2, 1: [False]}
+    assert all(HalvingTables.of(schedule, 4, sampler=sampler).guided(torch.zeros(1000, dtype=torch.bool), first))
+
+
+def test_an_encoders_step_is_guided_between_where_it_begins_and_where_it_ends(schedule: NoiseSchedule) -> None:
+    first, off = HalvingTables.encoding(schedule, 4), torch.ones(1000, dtype=torch.bool)
+    off[first.middle[1]] = False
+    assert first.guided(off, first).tolist() == [False, True, False, False]
+    assert HalvingTables.encoding(schedule, 2).guided(off, first).tolist() == [True, False]
+    off = torch.ones(1000, dtype=torch.bool)
+    off[first.t[1]] = False  # where the step before ends: it is evaluated in the next one
+    assert first.guided(off, first).tolist() == [False, True, False, False]
 
 
 def test_stage_one_loss_is_zero_exactly_where_student_is_the_guided_teacher(

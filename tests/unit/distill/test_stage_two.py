@@ -24,10 +24,11 @@ from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import Digits, DigitsSource, class_condition
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draw, Draws
+from distill_jobs.halving import HalvingTables
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, Tables, guided_v
-from distill_jobs.phases import Phases
+from distill_jobs.phases import Loss, Phases
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.plan import plan_of
 from distill_jobs.processes import Processes
@@ -284,6 +285,49 @@ def test_students_learn_the_interval_of_their_teacher(plain: RunFolder, variant:
     between = variant("between")
     assert (between.stage_one / WEIGHTS).read_bytes() != (plain.stage_one / WEIGHTS).read_bytes()
     assert (between.teacher / WEIGHTS).read_bytes() == (plain.teacher / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_rows_with_guidance_in_their_stretch_count_less(
+    shared: bool, plain: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From log-SNR -2 to 0.5 a teacher of 8 steps is guided at 499, 624 and 749: of 4 steps, from 499 and 749."""
+    bounds = ["guidance.log_snr_min=-2.0", "guidance.log_snr_max=0.5", "stage_two.w_power=2.0"]
+    weights = "shared" if shared else "separate"
+    recipe = read_recipe("digits", [*SHORT, *bounds, f"stage_two.weights={weights}"])
+    trainer = Trainer(Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 5, 1, StopSignal(), QUIET)
+    (tmp_path / "stage_one").symlink_to(plain.stage_one)
+    folder, seen = RunFolder(tmp_path), dict[tuple[str, int], set[bool]]()
+    phases = Phases(recipe, folder, trainer, DigitsSource(Digits.load()))
+    asked: list[int] = []
+
+    def ones(network: object, tables: object, z_t: Tensor, rows: Noisy, *rest: object) -> Tensor:
+        asked[:] = rows.t.tolist()
+        return torch.ones(len(z_t))
+
+    def watched(name: str, training: object, start: object, loss: Loss, into: Path, **_: object) -> None:
+        for update in range(4):
+            rows = loss(load_stock(plain.stage_one), Draws(0, name), update, 32)
+            assert rows.w is not None
+            for t, w, each in zip(asked, rows.w.tolist(), rows.loss.tolist(), strict=True):
+                assert each == pytest.approx(1.0) or each == pytest.approx((1 + w) ** -2)
+                if w > 0.1:
+                    seen.setdefault((name, t), set()).add(each < 0.9)
+
+    monkeypatch.setattr(stage_two, "target_loss", ones)
+    monkeypatch.setattr(phases, "train", watched)
+    section = recipe.stage_two
+    if shared:
+        stage_two._learn_grid(phases, plain.stage_one, section.steps, section.halvings[-1])
+    else:
+        chain = stage_two.Chain("d", section, HalvingTables.of, plain.stage_one, folder.student)
+        for halving in section.halvings:
+            stage_two._halve(phases, chain, halving, plain.stage_one)
+    if shared:
+        assert seen == {("d2", 249): {False}, ("d2", 499): {True}, ("d2", 749): {True}, ("d2", 999): {False, True}}
+    else:
+        of_four = {("d4", 249): {False}, ("d4", 499): {True}, ("d4", 749): {True}, ("d4", 999): {False}}
+        assert seen == {**of_four, ("d2", 499): {True}, ("d2", 999): {True}}
 
 
 # ---- one guidance, two networks
