@@ -1,4 +1,4 @@
-"""``python -m distill_jobs``: run, evaluate, compare, export, quantize, card, import; see ``commands``."""
+"""``python -m distill_jobs``: run, intervals, evaluate, compare, export, quantize, card, import."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 errors = Console(stderr=True)
 
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder made by the run command.")]
+Lenders = Annotated[
+    list[Path] | None,
+    typer.Option("--from", metavar="RUN", help="Take what equal networks drew in this run, e.g. its teacher."),
+]
 Sizes = Annotated[
     str,
     typer.Option(
@@ -62,6 +66,31 @@ def run(
 
 
 @app.command()
+def intervals(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder whose teacher is finished.")],
+    lows: Annotated[
+        list[float] | None,
+        typer.Option("--log-snr-min", metavar="X", help="Guide from this log-SNR on; may be given several times."),
+    ] = None,
+    highs: Annotated[
+        list[float] | None,
+        typer.Option("--log-snr-max", metavar="X", help="Guide up to this log-SNR; may be given several times."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="The teacher's.")] = 16,
+    lenders: Lenders = None,
+) -> None:
+    """Find where to guide: draw with the teacher alone, guided everywhere and between every two of the bounds.
+
+    Writes intervals.md and intervals.json into the run folder. The students of a run whose recipe has these bounds,
+    guidance.log_snr_min and guidance.log_snr_max, learn guidance there alone.
+    """
+    with _one_sentence_errors():
+        from distill_jobs import commands  # noqa: PLC0415 - so that --help answers at once
+
+        commands.intervals(run_dir, lows or [], highs or [], steps, lenders or [])
+
+
+@app.command()
 def evaluate(
     run_dir: RunDir,
     compiled: Annotated[
@@ -70,10 +99,7 @@ def evaluate(
             "--compile/--no-compile", help="Use torch.compile.", show_default="where a C++ compiler is found"
         ),
     ] = None,
-    lenders: Annotated[
-        list[Path] | None,
-        typer.Option("--from", metavar="RUN", help="Take what equal networks drew in this run, e.g. its teacher."),
-    ] = None,
+    lenders: Lenders = None,
 ) -> None:
     """Measure a trained run: distances, class agreement and diversity, teacher's rows included.
 

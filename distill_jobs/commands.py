@@ -19,6 +19,8 @@ from distill_jobs.errors import RecipeError
 from distill_jobs.evaluate import evaluate_run
 from distill_jobs.export import evaluation_of, export_run
 from distill_jobs.int8 import quantize_run
+from distill_jobs.intervals import MARKDOWN_NAME as INTERVALS_MARKDOWN
+from distill_jobs.intervals import interval_teachers, measure_intervals
 from distill_jobs.job import run_job
 from distill_jobs.latent_sections import FolderTeacher, LatentTeacher
 from distill_jobs.pipelines.evaluate import evaluate_latent_run
@@ -81,6 +83,22 @@ def evaluate(run_dir: Path, compiled: bool | None, lenders: Sequence[Path]) -> N
                     run_dir, recipe, progress=progress, command=command, compiled=use, lenders=lenders
                 )
         progress.console.print(f"Measured in {report.seconds:.0f} s: {run_dir / 'report.md'}")
+
+
+def intervals(
+    run_dir: Path, lows: Sequence[float], highs: Sequence[float], steps: int, lenders: Sequence[Path]
+) -> None:
+    """Measure a run's teacher, guided in several intervals. Raises: JobError."""
+    bounds = *(f"--log-snr-min {low:g}" for low in lows), *(f"--log-snr-max {high:g}" for high in highs)
+    told = " ".join((*bounds, f"--steps {steps}", *(f"--from {lender}" for lender in lenders)))
+    command = f"python -m distill_jobs intervals {run_dir} {told}"
+    with _display() as progress:
+        for each in (run_dir, *lenders):
+            stored_recipe(RunFolder(each))  # says so where it is no run folder
+        with RunFolder(run_dir).locked():
+            teachers = interval_teachers(RunFolder(run_dir), lows, highs, steps)
+            measure_intervals(run_dir, teachers, progress=progress, command=command, lenders=lenders)
+        progress.console.print(f"Measured: {run_dir / INTERVALS_MARKDOWN}")
 
 
 def compare(runs: Sequence[str], out: Path) -> None:

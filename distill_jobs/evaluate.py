@@ -67,6 +67,15 @@ def evaluate_run(
     return report
 
 
+def measure_teachers(
+    run_dir: Path, recipe: Recipe, teachers: Sequence[Contender], progress: Progress, lenders: Sequence[Path] = ()
+) -> tuple[EvaluationRow, ...]:
+    """Rows of finished teachers, distances to the first; no student has to stand. Raises: JobError."""
+    judge = judge_of(run_dir, recipe, teachers[0], Digits.load(), lenders)
+    results = _measure_all(judge, teachers, progress, compiled=False)
+    return tuple(row_of(recipe, c, scale, results) for c in teachers for scale in c.scales_of(recipe.evaluation))
+
+
 def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
     """What measures the cells of a run: its classifier, trained on first use, and features of the real digits."""
     classifier = classifier_of(run_dir, digits, lenders)

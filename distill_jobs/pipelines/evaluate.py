@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,16 @@ from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.open import latents_of, open_source
 from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
+from distill_jobs.errors import RecipeError
 from distill_jobs.features import local_space
+from distill_jobs.gates import Gate
 from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.decoders import DECODER, decoded, decoder_gates, measure_decoders
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.pipelines.encoders import Encoders
 from distill_jobs.pipelines.folder import PipelineFolder
 from distill_jobs.pipelines.glyph_table import glyph_judge, glyph_table
-from distill_jobs.pipelines.glyphs import GLYPHS, GlyphJudge, glyph_gates
+from distill_jobs.pipelines.glyphs import GLYPHS, GlyphJudge, glyph_gates, measure_glyphs
 from distill_jobs.pipelines.inpainting import (
     INSIDE,
     LATENT_INPAINTING,
@@ -51,6 +53,49 @@ from engines.manifest import Evaluation, EvaluationRow
 METRIC = "none: latents are compared with the teacher's, at equal noise"
 
 
+@dataclass(frozen=True)
+class Sitting:
+    """What networks of a latent run are asked, and who judges.
+
+    captioned: asked with captions of the data; named: with the prompts of ``glyphs``, where there is a glyph table;
+    encoders: of a run with pictures to look at, None for others; judge: where the recipe names features.
+    """
+
+    source: Source
+    captioned: LatentSampler
+    named: LatentSampler
+    glyphs: GlyphJudge | None
+    encoders: Encoders | None
+    judge: PictureJudge | None
+
+    @classmethod
+    def of(cls, run_dir: Path, recipe: Recipe, progress: Progress, lenders: Sequence[Path] = ()) -> Sitting:
+        """Of a run whose teacher is finished. Raises: JobError; DataError."""
+        folder, processes = RunFolder(run_dir), Processes(ComputeSection(), run_dir)
+        teacher = open_folder(folder.teacher)
+        source = open_source(recipe, teacher, processes, progress)
+        captioned = LatentSampler(
+            recipe,
+            Networks(processes.device),
+            KeptDraws(folder.evaluation, tuple(RunFolder(lender).evaluation for lender in lenders)),
+            prompts=_prompts(_unmasked(source), recipe, teacher.size_px),
+            null=source.null(1),
+            blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
+        )
+        glyphs = glyph_judge(run_dir, recipe, processes, progress, lenders)
+        encoders = None if glyphs is None and recipe.decoder is None else Encoders.load(teacher, processes.device)
+        named = captioned
+        if glyphs is not None and encoders is not None:
+            named = replace(captioned, prompts=encoders.prompts.encode(glyphs.asking.prompts).to("cpu"))
+        judge = _judge(_unmasked(source), recipe, teacher, processes.device)
+        return cls(source, captioned, named, glyphs, encoders, judge)
+
+    @property
+    def asked(self) -> LatentSampler:
+        """Whom the table of quality is of: captions have pictures to be judged by, names may have a glyph table."""
+        return self.named if self.judge is None else self.captioned
+
+
 def evaluate_latent_run(
     run_dir: Path, recipe: Recipe, *, progress: Progress, command: str = "", lenders: Sequence[Path] = ()
 ) -> LatentReport:
@@ -62,52 +107,71 @@ def evaluate_latent_run(
     latents of equal networks, prompts and seeds are taken.
     Raises: JobError when a network is missing or gives no numbers; DataError.
     """
-    started, everyone, folder = time.monotonic(), contenders(run_dir, recipe), RunFolder(run_dir)
-    processes, teacher = Processes(ComputeSection(), run_dir), open_folder(folder.teacher)
-    source = open_source(recipe, teacher, processes, progress)
-    captioned = LatentSampler(
-        recipe,
-        Networks(processes.device),
-        KeptDraws(folder.evaluation, tuple(RunFolder(lender).evaluation for lender in lenders)),
-        prompts=_prompts(_unmasked(source), recipe, teacher.size_px),
-        null=source.null(1),
-        blank=source.blank() if isinstance(source, MaskedLatentSource) else None,
-    )
-    glyphs = glyph_judge(run_dir, recipe, processes, progress, lenders)
-    encoders = None if glyphs is None and recipe.decoder is None else Encoders.load(teacher, processes.device)
-    named = captioned
-    if glyphs is not None and encoders is not None:
-        named = replace(captioned, prompts=encoders.prompts.encode(glyphs.asking.prompts).to("cpu"))
-    judge = _judge(_unmasked(source), recipe, teacher, processes.device)
-    asked = named if judge is None else captioned
-    rows = _quality(asked, everyone, judge, progress)
-    tasks = _tasks(run_dir, captioned, source, everyone, progress)
-    tasks |= _pictures(run_dir, named, _unmasked(source), everyone, glyphs, encoders, progress)
+    started, everyone = time.monotonic(), contenders(run_dir, recipe)
+    sitting = Sitting.of(run_dir, recipe, progress, lenders)
+    rows = _quality(sitting.asked, everyone, sitting.judge, progress)
+    tasks = _tasks(run_dir, sitting.captioned, sitting.source, everyone, progress)
+    tasks |= _pictures(run_dir, sitting, everyone, progress)
     if lenders:
-        taken = len(captioned.kept.lent)
+        taken = len(sitting.captioned.kept.lent)
         progress.console.print(f"Taken from other runs: {taken} of the latents that networks drew")
-    settings = recipe.evaluation
+    samples, settings = len(sitting.asked.prompts), recipe.evaluation
     report = LatentReport.made(
         run_dir,
         recipe,
         command=command,
         weights=weights_of(run_dir, recipe, everyone),
-        features="" if judge is None else judge.space.identity,
+        features="" if sitting.judge is None else sitting.judge.space.identity,
         seconds=time.monotonic() - started,
-        evaluation=Evaluation(metric=_metric(judge), samples=len(asked.prompts), seeds=settings.seeds, rows=rows),
+        evaluation=Evaluation(metric=_metric(sitting.judge), samples=samples, seeds=settings.seeds, rows=rows),
         tasks=tasks,
-        gates=(
-            *distance_gates(rows),
-            *fresh_gates(rows, tasks.get(GLYPHS, rows)),
-            *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
-            *inversion_gates(tasks.get(LATENT_INVERSION, ())),
-            *glyph_gates(tasks.get(GLYPHS, ()), recipe.served.default, settings.teacher_steps),
-            *decoder_gates(tasks.get(DECODER, ()), "teacher" if recipe.decoder is None else recipe.decoder.target),
-        ),
+        gates=_gates(recipe, rows, tasks),
     )
     write_curves(run_dir, rows, settings.teacher_steps)
     report.write(run_dir)
     return report
+
+
+def _gates(
+    recipe: Recipe, rows: Sequence[EvaluationRow], tasks: Mapping[str, Sequence[EvaluationRow]]
+) -> tuple[Gate, ...]:
+    glyphs, decoder = tasks.get(GLYPHS, ()), "teacher" if recipe.decoder is None else recipe.decoder.target
+    return (
+        *distance_gates(rows),
+        *fresh_gates(rows, tasks.get(GLYPHS, rows)),
+        *distance_gates(tasks.get(LATENT_INPAINTING, ()), INSIDE),
+        *inversion_gates(tasks.get(LATENT_INVERSION, ())),
+        *glyph_gates(glyphs, recipe.served.default, recipe.evaluation.teacher_steps),
+        *decoder_gates(tasks.get(DECODER, ()), decoder),
+    )
+
+
+def measure_latent_teachers(
+    run_dir: Path, recipe: Recipe, teachers: Sequence[Contender], progress: Progress, lenders: Sequence[Path] = ()
+) -> tuple[EvaluationRow, ...]:
+    """Rows of the glyph table, or of the table of quality, the first teacher's first; no student has to stand.
+
+    Raises: JobError when nobody judges pictures; DataError.
+    """
+    sitting = Sitting.of(run_dir, recipe, progress, lenders)
+    if sitting.glyphs is None or sitting.encoders is None:
+        if sitting.judge is None:
+            raise RecipeError(
+                "evaluation.features: nobody judges pictures of this run, so no teacher can be told from another; "
+                "evaluate with features: inception or clip"
+            )
+        return _quality(sitting.asked, teachers, sitting.judge, progress)
+    settings, decoder, device = recipe.evaluation, sitting.encoders.autoencoder, sitting.named.device
+    each = len(teachers[0].scales_of(settings)) * len(settings.seeds)
+    task = progress.add_task(GLYPHS, total=len(teachers) * each, loss="")
+    return measure_glyphs(
+        sitting.named,
+        teachers,
+        sitting.glyphs,
+        lambda latents: decoded(decoder, latents, device, settings.batch_size),
+        lambda *_: None,
+        lambda: progress.advance(task),
+    )
 
 
 def _judge(
@@ -178,22 +242,17 @@ def _tasks(
 
 
 def _pictures(
-    run_dir: Path,
-    sampler: LatentSampler,
-    source: LatentSource,
-    everyone: Sequence[Contender],
-    judge: GlyphJudge | None,
-    encoders: Encoders | None,
-    progress: Progress,
+    run_dir: Path, sitting: Sitting, everyone: Sequence[Contender], progress: Progress
 ) -> dict[str, tuple[EvaluationRow, ...]]:
-    """The tables of what decoded latents look like: of glyphs, asked for by ``sampler``, and of a tiny decoder."""
-    recipe, folder, tables = sampler.recipe, RunFolder(run_dir), dict[str, tuple[EvaluationRow, ...]]()
+    """The tables of what decoded latents look like: of glyphs, asked for by name, and of a tiny decoder."""
+    recipe, tables = sitting.named.recipe, dict[str, tuple[EvaluationRow, ...]]()
+    encoders, judge, sampler = sitting.encoders, sitting.glyphs, sitting.named
     if encoders is None:
         return tables
     if judge is not None:
         tables[GLYPHS] = glyph_table(run_dir, judge, sampler, everyone, encoders.autoencoder, progress)
     if recipe.decoder is not None:
-        tiny = load_decoder(folder.decoder).to(sampler.device)
+        tiny, source = load_decoder(RunFolder(run_dir).decoder).to(sampler.device), _unmasked(sitting.source)
         judged = None if judge is None else judge.measure
         known = _originals(source, recipe), _latents(source, recipe)
         tables[DECODER] = measure_decoders(sampler, everyone, encoders.autoencoder, tiny, known, judged)

@@ -31,6 +31,7 @@ from distill_jobs.data.captioned import index_shards
 from distill_jobs.errors import JobError, RecipeError
 from distill_jobs.export import evaluation_of, export_run
 from distill_jobs.half_weights import LEAST_NUMBERS
+from distill_jobs.intervals import interval_teachers, measure_intervals
 from distill_jobs.job import run_job
 from distill_jobs.onnx_export import ExportError
 from distill_jobs.pipelines.decoders import DECODER
@@ -162,6 +163,22 @@ def test_what_was_drawn_is_not_drawn_again(work: Path, tmp_path: Path, monkeypat
         assert report.tasks == first.tasks
     evaluate_latent_run(again, recipe.model_copy(update={"clip": 1.0}), progress=QUIET)
     assert {"teacher-8", "student-4"} <= set(drawn)
+
+
+def test_a_teacher_guided_in_intervals_has_a_table_of_glyphs(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "read_names", lambda file: ())
+    monkeypatch.setattr(drawing, "read_glyphs", lambda font, names: glyphs(8))
+    shutil.copytree(work / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "students")
+    teachers = interval_teachers(RunFolder(tmp_path / "run"), [-2.0], [0.5, 1.5], 8)
+    report = measure_intervals(tmp_path / "run", teachers, progress=QUIET)
+    told = [(row.model, row.guidance_scale, row.evaluations) for row in report.rows]
+    where = [f"guided from log-SNR -2 to {high}" for high in (0.5, 1.5)]
+    assert told == [("data", 0, 0), ("guided everywhere", 4, 16), (where[0], 4, 11), (where[1], 4, 12)]
+    assert all("recoloured_agreement" in row.metrics for row in report.rows)
+    assert "## Glyphs" in report.markdown()
 
 
 def test_every_graph_of_the_bundle_keeps_its_weights_in_half(work: Path) -> None:
