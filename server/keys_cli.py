@@ -100,11 +100,17 @@ def webhook_secret(
     tenant: Annotated[
         str, typer.Option(help="of the jobs; where no keys are asked for, leave it out")
     ] = DEFAULT_TENANT,
+    api_keys: _FileOption = None,
 ) -> None:
     """Print the secret by which a tenant's receivers verify webhooks. It follows from HALFSTEP_SECRET."""
-    secret = read_settings().secret.get_secret_value()
+    settings = read_settings()
+    secret, path = settings.secret.get_secret_value(), api_keys or settings.api_keys
     if not secret:
         _fail("The webhook secret follows from HALFSTEP_SECRET: set that to what the API processes have.")
+    tenants = {DEFAULT_TENANT} if path is None else {key.tenant for key in read_keys(path).keys}
+    if tenant not in tenants:
+        there = f"in {path}" if path else "without a file of API keys (--api-keys FILE, or HALFSTEP_API_KEYS)"
+        _fail(f"There is no tenant {tenant} {there}, but {', '.join(sorted(tenants)) or 'none at all'}.")
     _out.print(Signer(secret).webhook_secret(tenant), markup=False)
 
 

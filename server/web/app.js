@@ -17,7 +17,7 @@ const fields = {
   size: at("size"), key: at("key"),
 };
 const source = new Source((painted) => {
-  sweepKey = "";
+  pictures += 1;
   if (painted) drawAfter(SLIDER_PAUSE_MS);
   else draw();
 }, complain);
@@ -26,6 +26,7 @@ let offered = [];
 let timer = 0;
 let running = new AbortController();
 let sweepKey = "";
+let pictures = 0; // changes of the picture to edit and of its mask
 let sent = null; // the picture of the latest request
 
 /** The request the controls describe. */
@@ -99,7 +100,7 @@ function show(answer, body, picture) {
 /** The first image again at every guidance, less what fails; skipped while only the guidance changes. */
 async function sweep(body, picture, answer, signal) {
   const { seed } = answer;
-  const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed]);
+  const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed, pictures]);
   markSweep(at("sweep"), body.guidance_scale);
   if (key === sweepKey) return;
   sweepKey = "";

@@ -115,17 +115,23 @@ def test_a_tenant_has_the_quota_of_its_newest_key_that_has_one(path: Path) -> No
     assert [keyring.caller(key).quota for key, _ in made] == ["9/day", "9/day", "9/day", "1/day", None]
 
 
-def test_a_tenants_webhook_secret_is_its_own_and_opens_nothing_else() -> None:
+def test_a_tenants_webhook_secret_is_its_own_and_opens_nothing_else(path: Path) -> None:
     secret, runner = "s" * 24, CliRunner()
+    write_keys(path, KeyFile(keys=tuple(new_key(tenant, [Scope.GENERATE])[1] for tenant in ("default", "b"))))
 
-    def told(*arguments: str, secret: str = secret) -> str:
-        ended = runner.invoke(app, ["keys", "webhook-secret", *arguments], env={"HALFSTEP_SECRET": secret})
+    def told(*arguments: str, secret: str = secret, keys: Path | None = path) -> str:
+        env = {"HALFSTEP_SECRET": secret, **({"HALFSTEP_API_KEYS": str(keys)} if keys else {})}
+        ended = runner.invoke(app, ["keys", "webhook-secret", *arguments], env=env)
         return ended.output.strip() if ended.exit_code == 0 else f"{ended.exit_code}: {ended.output}"
 
     assert told() == told("--tenant", "default") == Signer(secret).webhook_secret("default")
     assert len({told(), told("--tenant", "b"), told(secret="t" * 24)}) == 3
     assert secret not in told()
     assert "HALFSTEP_SECRET" in told(secret="")
+    assert told(keys=None) == told()
+    assert "no tenant B in" in told("--tenant", "B")
+    assert "b, default" in told("--tenant", "B")
+    assert "no tenant b without a file of API keys" in told("--tenant", "b", keys=None)
 
 
 def test_tenants_are_those_that_can_have_work_in_the_queue(path: Path) -> None:
