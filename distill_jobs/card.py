@@ -104,6 +104,7 @@ def _made(run: RunFolder, recipe: Recipe, report: RunReport) -> str:
         "machine": f"{report.machine.processor}, {report.machine.cores} cores",
         "libraries": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         **({"guided": recipe.guidance.interval} if recipe.guidance.interval else {}),
+        **({"precision of training": recipe.compute.precision} if recipe.compute.precision != "fp32" else {}),
         "training": f"{sum(report.training_seconds.values()) / 3600:.1f} hours in all",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters(run).items()},
     }

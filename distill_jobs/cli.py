@@ -76,7 +76,7 @@ def intervals(
         list[float] | None,
         typer.Option("--log-snr-max", metavar="X", help="Guide up to this log-SNR; may be given several times."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, max=1000, help="The teacher's.")] = 16,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that the teacher takes.")] = 16,
     lenders: Lenders = None,
 ) -> None:
     """Find where to guide: draw with the teacher alone, guided everywhere and between every two of the bounds.

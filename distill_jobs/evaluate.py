@@ -69,11 +69,12 @@ def evaluate_run(
 
 def measure_teachers(
     run_dir: Path, recipe: Recipe, teachers: Sequence[Contender], progress: Progress, lenders: Sequence[Path] = ()
-) -> tuple[EvaluationRow, ...]:
+) -> Evaluation:
     """Rows of finished teachers, distances to the first; no student has to stand. Raises: JobError."""
-    judge = judge_of(run_dir, recipe, teachers[0], Digits.load(), lenders)
+    judge, settings = judge_of(run_dir, recipe, teachers[0], Digits.load(), lenders), recipe.evaluation
     results = _measure_all(judge, teachers, progress, compiled=False)
-    return tuple(row_of(recipe, c, scale, results) for c in teachers for scale in c.scales_of(recipe.evaluation))
+    rows = tuple(row_of(recipe, c, scale, results) for c in teachers for scale in c.scales_of(settings))
+    return Evaluation(metric=judge.space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows)
 
 
 def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:

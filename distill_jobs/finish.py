@@ -27,7 +27,7 @@ def train_consistency(phases: Phases) -> None:
         rows = phases.noisy(draws, update, batch, grid.t[point])
         w = phases.weights(draws, update, batch, section.unguided_share)
         losses = consistency_loss(network, average, teacher, phases.tables, grid, rows, point, w, section.huber)
-        return RowLoss(balanced(losses, w, section.w_power), w)
+        return RowLoss(balanced(losses, phases.tables.ahead(w, rows.t), section.w_power), w)
 
     trained = Trained.consistency(section.grid)
     phases.train("consistency", section, lambda: load_stock(source), loss, folder, average, trained=trained)

@@ -40,6 +40,8 @@ class IntervalReport(BaseModel):
     command: str
     machine: Machine
     versions: dict[str, str]
+    teacher_sha256: str
+    metric: str
     samples: int
     seeds: tuple[int, ...]
     rows: tuple[EvaluationRow, ...]
@@ -50,9 +52,10 @@ class IntervalReport(BaseModel):
         lines = [
             f"# Where to guide the teacher of {self.recipe}",
             "",
-            f"The same noise for all rows, {self.samples} samples a row and seed (seeds "
-            f"{', '.join(map(str, self.seeds))}). Distances to the teacher are to the one that is {UNBOUNDED}. "
-            f"Machine: {self.machine.processor}, {self.machine.cores} cores.",
+            f"The same noise for all rows, {self.samples} pictures a row and seed (seeds "
+            f"{', '.join(map(str, self.seeds))}). Fréchet distance: {self.metric}; lower is better. Distances to "
+            f"the teacher are to the one that is {UNBOUNDED}. Machine: {self.machine.processor}, "
+            f"{self.machine.cores} cores. Teacher: sha256 `{self.teacher_sha256}`.",
             "",
             f"Command: `{self.command}`",
             "",
@@ -76,15 +79,17 @@ def measure_intervals(
     """
     recipe = stored_recipe(RunFolder(run_dir))
     measure = measure_latent_teachers if isinstance(recipe.teacher, LatentTeacher) else measure_teachers
-    rows = measure(run_dir, recipe, teachers, progress, lenders)
+    found = measure(run_dir, recipe, teachers, progress, lenders)
     report = IntervalReport(
         recipe=recipe.name,
         command=command,
         machine=machine(),
         versions=versions(),
-        samples=recipe.evaluation.samples,
-        seeds=recipe.evaluation.seeds,
-        rows=tuple(sorted(rows, key=lambda row: row.guidance_scale)),
+        teacher_sha256=teachers[0].weights_sha256(),
+        metric=found.metric,
+        samples=found.samples,
+        seeds=found.seeds,
+        rows=tuple(sorted(found.rows, key=lambda row: row.guidance_scale)),
     )
     write_text(run_dir / MARKDOWN_NAME, report.markdown())
     write_text(run_dir / JSON_NAME, report.model_dump_json(indent=1) + "\n")
@@ -101,6 +106,13 @@ def interval_teachers(
     """
     if not lows and not highs:
         raise RecipeError("give a bound to try, with --log-snr-min or --log-snr-max")
+    if crossed := [f"{low:g} and {high:g}" for low, high in product(lows, highs) if low >= high]:
+        raise RecipeError(
+            f"--log-snr-min must be below --log-snr-max in every pair of them, and is not in {', '.join(crossed)}; "
+            "measure those bounds in calls of their own"
+        )
+    if steps > (timesteps := stored_recipe(folder).schedule.timesteps):
+        raise RecipeError(f"--steps {steps}: the schedule has {timesteps} timesteps (schedule.timesteps)")
     pairs = [(None, None), *product(dict.fromkeys(lows) or [None], dict.fromkeys(highs) or [None])]
     teachers = tuple(_teacher(folder, pair, steps) for pair in pairs)
     teachers[0].weights_sha256()

@@ -76,6 +76,10 @@ class Tables:
         """(B,) the guidance weights that count at table indices t: w, or 0 where there is no guidance."""
         return w.masked_fill(self.off[t], 0.0)
 
+    def ahead(self, w: Tensor, t: Tensor) -> Tensor:
+        """(B,) the guidance weights that count anywhere from table indices t to the clean end: w, or 0."""
+        return w.masked_fill(self.off.logical_not().cumsum(0)[t] == 0, 0.0)
+
     def noisy(self, rows: Noisy) -> tuple[Tensor, Tensor]:
         """(z_t, v) of a batch, both shaped as x."""
         alpha, sigma = wide(self.alpha[rows.t], rows.x), wide(self.sigma[rows.t], rows.x)

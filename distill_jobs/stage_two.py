@@ -77,8 +77,7 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
     """Train a copy of the network in ``source`` to do in one step what that network does in two."""
     section, n = chain.section, halving.steps
     halves = chain.tables(phases.schedule, n, phases.device)
-    first = chain.tables(phases.schedule, section.steps[0], phases.device)
-    guided = halves.guided(phases.tables.off, first)
+    guided = _guided(phases, section, halves, chain.tables(phases.schedule, section.steps[0], phases.device))
     own = Rollout.of(phases.recipe, section, n)
     followed = _followed(phases, section, source, first=source == chain.source)
     adapters = Adapters.of(section, base=chain.source, before=None if source == chain.source else source)
@@ -116,6 +115,16 @@ def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, b
     if isinstance(section, StageTwoSection) and isinstance(section.guidance, float):
         return torch.full((batch,), weight_from_scale(section.guidance), device=phases.device)
     return phases.weights(draws, update, batch, section.unguided_share)
+
+
+def _guided(phases: Phases, section: ChainSection, halves: HalvingTables, first: HalvingTables) -> Tensor:
+    """(N,) bool: the points whose rows count less at larger guidance.
+
+    A chain of one guidance has nothing to balance: there all do, alike.
+    """
+    guided = halves.guided(phases.tables.off, first)
+    single = isinstance(section, StageTwoSection) and isinstance(section.guidance, float)
+    return torch.ones_like(guided) if single else guided
 
 
 def _weighed(section: ChainSection, losses: Tensor, w: Tensor, guided: Tensor) -> RowLoss:

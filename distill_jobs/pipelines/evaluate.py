@@ -148,23 +148,24 @@ def _gates(
 
 def measure_latent_teachers(
     run_dir: Path, recipe: Recipe, teachers: Sequence[Contender], progress: Progress, lenders: Sequence[Path] = ()
-) -> tuple[EvaluationRow, ...]:
+) -> Evaluation:
     """Rows of the glyph table, or of the table of quality, the first teacher's first; no student has to stand.
 
     Raises: JobError when nobody judges pictures; DataError.
     """
-    sitting = Sitting.of(run_dir, recipe, progress, lenders)
+    sitting, settings = Sitting.of(run_dir, recipe, progress, lenders), recipe.evaluation
     if sitting.glyphs is None or sitting.encoders is None:
         if sitting.judge is None:
             raise RecipeError(
                 "evaluation.features: nobody judges pictures of this run, so no teacher can be told from another; "
                 "evaluate with features: inception or clip"
             )
-        return _quality(sitting.asked, teachers, sitting.judge, progress)
-    settings, decoder, device = recipe.evaluation, sitting.encoders.autoencoder, sitting.named.device
+        rows, metric = _quality(sitting.asked, teachers, sitting.judge, progress), _metric(sitting.judge)
+        return Evaluation(metric=metric, samples=len(sitting.asked.prompts), seeds=settings.seeds, rows=rows)
+    decoder, device = sitting.encoders.autoencoder, sitting.named.device
     each = len(teachers[0].scales_of(settings)) * len(settings.seeds)
     task = progress.add_task(GLYPHS, total=len(teachers) * each, loss="")
-    return measure_glyphs(
+    rows = measure_glyphs(
         sitting.named,
         teachers,
         sitting.glyphs,
@@ -172,6 +173,8 @@ def measure_latent_teachers(
         lambda *_: None,
         lambda: progress.advance(task),
     )
+    metric, samples = "in the features of the image encoder of the glyphs", len(sitting.named.prompts)
+    return Evaluation(metric=metric, samples=samples, seeds=settings.seeds, rows=rows)
 
 
 def _judge(
@@ -202,8 +205,9 @@ def _quality(
     """A row for each contender and guidance scale; the first contender is the reference."""
     settings = sampler.recipe.evaluation
     reference: dict[tuple[float, int], Tensor] = {}
-    rows, each = [], len(settings.guidance_scales) * len(settings.seeds)
-    task = progress.add_task("evaluate", total=len(everyone) * each, loss="")
+    rows, each = [], len(settings.seeds)
+    cells = each * sum(len(contender.scales_of(settings)) for contender in everyone)
+    task = progress.add_task("evaluate", total=cells, loss="")
     for contender in everyone:
         for scale in contender.scales_of(settings):
             found: dict[str, list[float]] = {}

@@ -50,6 +50,7 @@ async function draw() {
   running = new AbortController();
   const { signal } = running;
   const body = request();
+  const version = pictures;
   working(true);
   try {
     const picture = await source.files();
@@ -58,7 +59,7 @@ async function draw() {
     echo(body, picture);
     const answer = await generate(body, picture, signal);
     show(answer, body, picture);
-    await sweep(body, picture, answer, signal);
+    await sweep(body, picture, version, answer, signal);
   } catch (error) {
     if (error.name !== "AbortError") complain(error);
   } finally {
@@ -98,9 +99,9 @@ function show(answer, body, picture) {
 }
 
 /** The first image again at every guidance, less what fails; skipped while only the guidance changes. */
-async function sweep(body, picture, answer, signal) {
+async function sweep(body, picture, version, answer, signal) {
   const { seed } = answer;
-  const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed, pictures]);
+  const key = JSON.stringify([body.model, body.prompt, body.steps, body.size, body.strength, seed, version]);
   markSweep(at("sweep"), body.guidance_scale);
   if (key === sweepKey) return;
   sweepKey = "";
@@ -244,7 +245,10 @@ at("forget").addEventListener("click", () => {
   forgetAll();
   showHistory();
 });
-fields.size.addEventListener("change", () => source.resize(fields.size.value));
+fields.size.addEventListener("change", () => {
+  pictures += 1; // another size takes the mask away
+  source.resize(fields.size.value);
+});
 at("model").addEventListener("change", (event) => {
   choose(offered[event.target.selectedIndex]);
   draw();

@@ -178,6 +178,7 @@ def test_a_teacher_guided_in_intervals_has_a_table_of_glyphs(
     where = [f"guided from log-SNR -2 to {high}" for high in (0.5, 1.5)]
     assert told == [("data", 0, 0), ("guided everywhere", 4, 16), (where[0], 4, 11), (where[1], 4, 12)]
     assert all("recoloured_agreement" in row.metrics for row in report.rows)
+    assert report.samples == LatentReport.read(work / "run").evaluation.samples > 20
     assert "## Glyphs" in report.markdown()
 
 

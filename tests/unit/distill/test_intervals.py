@@ -11,6 +11,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from distill_jobs.cli import app
+from distill_jobs.contenders import Contender
 from distill_jobs.intervals import JSON_NAME, MARKDOWN_NAME, IntervalReport
 from distill_jobs.job import run_job
 from distill_jobs.recipe_file import read_recipe
@@ -45,27 +46,31 @@ def test_a_teacher_is_measured_in_every_interval_at_every_guidance_above_1(run: 
     ]
     everywhere, *others = (row.metrics["paired_distance"].mean for row in report.rows)
     assert everywhere == 0
+    assert (report.samples, report.seeds) == (20, (1, 2))
+    assert len(report.teacher_sha256) == 64
     assert all(distance > 0 for distance in others)
     page = (run / MARKDOWN_NAME).read_text(encoding="utf-8")
+    assert report.metric in page
     assert all(name in page for name in names)
     assert f"python -m distill_jobs intervals {run} {' '.join(told)}" in page
 
 
 def test_what_was_drawn_for_an_interval_is_not_drawn_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called(run, "--log-snr-max", "1", "--steps", "4")
-    kept = {file: file.read_bytes() for file in (run / "evaluation").rglob("result.json")}
-    first = json.loads((run / JSON_NAME).read_text())
+    first, drawn = json.loads((run / JSON_NAME).read_text()), list[str]()
+    monkeypatch.setattr(Contender, "draw", lambda self, *_: drawn.append(self.key))
     called(run, "--log-snr-max", "1", "--steps", "4")
     assert json.loads((run / JSON_NAME).read_text()) == first
-    assert {file: file.read_bytes() for file in kept} == kept
+    assert not drawn
 
 
 @pytest.mark.parametrize(
     ("told", "said"),
     [
         ((), "give a bound to try, with --log-snr-min or --log-snr-max"),
-        (("--log-snr-min", "3", "--log-snr-max", "-3"), "no timestep is between guidance.log_snr_min and"),
-        (("--log-snr-min", "-1.7", "--log-snr-max", "2", "--steps", "2"), ""),
+        (("--log-snr-min", "-2", "--log-snr-min", "1", "--log-snr-max", "0.5"), "is not in 1 and 0.5;"),
+        (("--log-snr-min", "3", "--log-snr-max", "3.1"), "no timestep is between guidance.log_snr_min and"),
+        (("--log-snr-max", "1", "--steps", "1001"), "--steps 1001: the schedule has 1000 timesteps"),
         (("--log-snr-min", "-40", "--log-snr-max", "-3", "--steps", "2"), "of 2 steps none is guided from log-SNR"),
         (("--log-snr-min", "nan"), "guidance.log_snr_min"),
         (("--log-snr-max", "1", "--from", "nowhere"), "nowhere is not a run folder"),
@@ -73,7 +78,7 @@ def test_what_was_drawn_for_an_interval_is_not_drawn_again(run: Path, monkeypatc
 )
 def test_bounds_that_tell_nothing_are_refused(run: Path, told: tuple[str, ...], said: str) -> None:
     result = CliRunner().invoke(app, ["intervals", str(run), *told])
-    assert result.exit_code == (2 if said else 0)
+    assert result.exit_code == 2
     assert said in result.stderr
 
 

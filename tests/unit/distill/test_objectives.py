@@ -136,6 +136,14 @@ def test_a_step_is_guided_where_its_chains_first_teacher_is_evaluated_with_guida
     assert all(HalvingTables.of(schedule, 4, sampler=sampler).guided(torch.zeros(1000, dtype=torch.bool), first))
 
 
+def test_guidance_is_ahead_where_some_of_it_is_still_to_come(schedule: NoiseSchedule) -> None:
+    tables = Tables.of(schedule, off=[*range(400), *range(800, 1000)])
+    t = torch.tensor([0, 399, 400, 799, 999])
+    assert tables.ahead(torch.full((5,), 3.0), t).tolist() == [0, 0, 3, 3, 3]
+    assert tables.applied(torch.full((5,), 3.0), t).tolist() == [0, 0, 3, 3, 0]
+    assert Tables.of(schedule).ahead(torch.full((5,), 3.0), t).tolist() == [3] * 5
+
+
 def test_an_encoders_step_is_guided_between_where_it_begins_and_where_it_ends(schedule: NoiseSchedule) -> None:
     first, off = HalvingTables.encoding(schedule, 4), torch.ones(1000, dtype=torch.bool)
     off[first.middle[1]] = False
