@@ -45,8 +45,8 @@ def evaluate_run(
     started, display = time.monotonic(), progress or Progress(disable=True)
     results = _measure_all(judge, everyone, display, compiled)
     tasks = measure_tasks(run_dir, recipe, judge.classifier, digits, display)
-    rows = tuple(row_of(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
-    metric, finest = judge.space.metric, settings.teacher_steps
+    evaluation, finest = _evaluation(judge, everyone, results), settings.teacher_steps
+    rows = evaluation.rows
     report = Report.made(
         run_dir,
         recipe,
@@ -56,7 +56,7 @@ def evaluate_run(
         seconds=time.monotonic() - started,
         classifier_accuracy=accuracy(judge.classifier, split_digits(digits)[1]),
         timings=tuple(Timing(cell=cell.key, seconds=result.seconds) for cell, result in results.items()),
-        evaluation=Evaluation(metric=metric, samples=settings.samples, seeds=settings.seeds, rows=rows),
+        evaluation=evaluation,
         tasks=tasks,
         gates=(*gates(rows, finest), *task_gates(tasks)),
         choices=choices(rows, finest),
@@ -71,10 +71,8 @@ def measure_teachers(
     run_dir: Path, recipe: Recipe, teachers: Sequence[Contender], progress: Progress, lenders: Sequence[Path] = ()
 ) -> Evaluation:
     """Rows of finished teachers, distances to the first; no student has to stand. Raises: JobError."""
-    judge, settings = judge_of(run_dir, recipe, teachers[0], Digits.load(), lenders), recipe.evaluation
-    results = _measure_all(judge, teachers, progress, compiled=False)
-    rows = tuple(row_of(recipe, c, scale, results) for c in teachers for scale in c.scales_of(settings))
-    return Evaluation(metric=judge.space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows)
+    judge = judge_of(run_dir, recipe, teachers[0], Digits.load(), lenders)
+    return _evaluation(judge, teachers, _measure_all(judge, teachers, progress, compiled=False))
 
 
 def judge_of(run_dir: Path, recipe: Recipe, reference: Contender, digits: Digits, lenders: Sequence[Path]) -> Judge:
@@ -117,6 +115,12 @@ def _measure_all(
             network = contender.network(unet, cell.guidance_scale)
             results[cell] = judge.measure(cell, network, lambda done: progress.advance(task, done))
     return results
+
+
+def _evaluation(judge: Judge, everyone: Sequence[Contender], results: dict[Cell, CellResult]) -> Evaluation:
+    recipe, settings = judge.recipe, judge.recipe.evaluation
+    rows = tuple(row_of(recipe, c, scale, results) for c in everyone for scale in c.scales_of(settings))
+    return Evaluation(metric=judge.space.metric, samples=settings.samples, seeds=settings.seeds, rows=rows)
 
 
 def row_of(recipe: Recipe, contender: Contender, scale: float, results: dict[Cell, CellResult]) -> EvaluationRow:

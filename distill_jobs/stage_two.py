@@ -93,7 +93,7 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
             z_t = own.replace(z_t, network, draws, update, rows, point, w)
         target = two_step_target(partial(followed, w=w), halves, z_t, rows, point)
         losses = target_loss(network, phases.tables, z_t, rows, w, target)
-        return RowLoss(losses) if w is None else _weighed(section, losses, w, guided[point])
+        return RowLoss(losses if w is None else balanced(losses, w * guided[point], section.w_power), w)
 
     training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
     trained = Trained(section.sampler, (n,)) if isinstance(section, StageTwoSection) else None
@@ -127,11 +127,6 @@ def _guided(phases: Phases, section: ChainSection, halves: HalvingTables, first:
     return torch.ones_like(guided) if single else guided
 
 
-def _weighed(section: ChainSection, losses: Tensor, w: Tensor, guided: Tensor) -> RowLoss:
-    """Losses of rows at larger guidance count less, where there is guidance in their stretch: (B,) bool."""
-    return RowLoss(balanced(losses, w * guided, section.w_power), w)
-
-
 def _share(phases: Phases) -> None:
     """Teach one network grid after grid; then fold it into a plain student for each, as it was when it was kept."""
     section = phases.recipe.stage_two
@@ -158,7 +153,7 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         return network if takes_grid(network) else told_its_grid(network)
 
     grids = Grids.of(phases.schedule, steps, halving.newest_share, phases.device)
-    guided = grids.tables.guided(phases.tables.off, HalvingTables.of(phases.schedule, steps[0], phases.device))
+    guided = _guided(phases, section, grids.tables, HalvingTables.of(phases.schedule, steps[0], phases.device))
     anchor = _followed(phases, section, phases.folder.stage_one, first=True)
     snapshot = phases.processes.frozen(begin())
 
@@ -169,6 +164,6 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         z_t, _ = phases.tables.noisy(rows)
         target = grids.target(anchor, snapshot, z_t, rows, drawn, w)
         losses = target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid)
-        return _weighed(section, losses, w, guided[drawn.point])
+        return RowLoss(balanced(losses, w * guided[drawn.point], section.w_power), w)
 
     phases.train(f"d{halving.steps}", section.training(halving), begin, loss, folder)

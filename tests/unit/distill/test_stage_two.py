@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,18 +18,16 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill_jobs import finish as finish_phase
-from distill_jobs import stage_one, stage_two
+from distill_jobs import stage_two
 from distill_jobs.adapters import FOLDER, Adapters, adapter_parameters, folded, with_adapters
 from distill_jobs.contenders import contenders
 from distill_jobs.data.digits import Digits, DigitsSource, class_condition
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draw, Draws
-from distill_jobs.halving import HalvingTables
 from distill_jobs.job import run_job
 from distill_jobs.loop import Trainer
 from distill_jobs.objectives import Noisy, Tables, guided_v
-from distill_jobs.phases import Loss, Phases
+from distill_jobs.phases import Phases
 from distill_jobs.pipelines.drawing import LatentSampler
 from distill_jobs.plan import plan_of
 from distill_jobs.processes import Processes
@@ -287,102 +284,6 @@ def test_students_learn_the_interval_of_their_teacher(plain: RunFolder, variant:
     between = variant("between")
     assert (between.stage_one / WEIGHTS).read_bytes() != (plain.stage_one / WEIGHTS).read_bytes()
     assert (between.teacher / WEIGHTS).read_bytes() == (plain.teacher / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_only_rows_with_guidance_in_their_stretch_count_less(
-    shared: bool, plain: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """From log-SNR -2 to 0.5 a teacher of 8 steps is guided at 499, 624 and 749: of 4 steps, from 499 and 749."""
-    bounds = ["guidance.log_snr_min=-2.0", "guidance.log_snr_max=0.5", "stage_two.w_power=2.0"]
-    weights = "shared" if shared else "separate"
-    recipe = read_recipe("digits", [*SHORT, *bounds, f"stage_two.weights={weights}"])
-    trainer = Trainer(Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 5, 1, StopSignal(), QUIET)
-    (tmp_path / "stage_one").symlink_to(plain.stage_one)
-    folder, seen = RunFolder(tmp_path), dict[tuple[str, int], set[bool]]()
-    phases = Phases(recipe, folder, trainer, DigitsSource(Digits.load()))
-    asked: list[int] = []
-
-    def ones(network: object, tables: object, z_t: Tensor, rows: Noisy, *rest: object) -> Tensor:
-        asked[:] = rows.t.tolist()
-        return torch.ones(len(z_t))
-
-    def watched(name: str, training: object, start: object, loss: Loss, into: Path, **_: object) -> None:
-        for update in range(4):
-            rows = loss(load_stock(plain.stage_one), Draws(0, name), update, 32)
-            assert rows.w is not None
-            for t, w, each in zip(asked, rows.w.tolist(), rows.loss.tolist(), strict=True):
-                assert each == pytest.approx(1.0) or each == pytest.approx((1 + w) ** -2)
-                if w > 0.1:
-                    seen.setdefault((name, t), set()).add(each < 0.9)
-
-    monkeypatch.setattr(stage_two, "target_loss", ones)
-    monkeypatch.setattr(phases, "train", watched)
-    section = recipe.stage_two
-    if shared:
-        stage_two._learn_grid(phases, plain.stage_one, section.steps, section.halvings[-1])
-    else:
-        chain = stage_two.Chain("d", section, HalvingTables.of, plain.stage_one, folder.student)
-        for halving in section.halvings:
-            stage_two._halve(phases, chain, halving, plain.stage_one)
-    if shared:
-        assert seen == {("d2", 249): {False}, ("d2", 499): {True}, ("d2", 749): {True}, ("d2", 999): {False, True}}
-    else:
-        of_four = {("d4", 249): {False}, ("d4", 499): {True}, ("d4", 749): {True}, ("d4", 999): {False}}
-        assert seen == {**of_four, ("d2", 499): {True}, ("d2", 999): {True}}
-
-
-@pytest.mark.parametrize("phase", ["stage_one", "consistency"])
-def test_in_other_phases_too(phase: str, plain: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stage one where there is guidance at t; consistency where there is some from t to the clean end."""
-    bounds = ["guidance.log_snr_min=-2.0", "guidance.log_snr_max=0.5", f"{phase}.w_power=2.0"]
-    finish = ["consistency={source: 4, grid: 4, students: [2], updates: 4}"] if phase == "consistency" else []
-    recipe = read_recipe("digits", [*SHORT, *finish, *bounds])
-    trainer = Trainer(Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 5, 1, StopSignal(), QUIET)
-    for made in ("teacher", "students"):
-        (tmp_path / made).symlink_to(plain.path / made)
-    phases, seen = Phases(recipe, RunFolder(tmp_path), trainer, DigitsSource(Digits.load())), dict[int, set[bool]]()
-    noisy, asked = phases.noisy, list[int]()
-
-    def watched_rows(*told: Any, **named: Any) -> Noisy:
-        rows = noisy(*told, **named)
-        asked[:] = rows.t.tolist()
-        return rows
-
-    def watched(
-        name: str, training: object, start: object, loss: Loss, into: Path, *_: object, **__: object
-    ) -> None:
-        for update in range(8):
-            rows = loss(load_stock(plain.stage_one), Draws(0, name), update, 32)
-            assert rows.w is not None
-            for t, w, each in zip(asked, rows.w.tolist(), rows.loss.tolist(), strict=True):
-                assert each == pytest.approx(1.0) or each == pytest.approx((1 + w) ** -2)
-                if w > 0.1:
-                    seen.setdefault(t, set()).add(each < 0.9)
-
-    def ones(*told: Any) -> Tensor:
-        return torch.ones(len(asked))
-
-    monkeypatch.setattr(phases, "noisy", watched_rows)
-    monkeypatch.setattr(phases, "train", watched)
-    monkeypatch.setattr(stage_one, "stage_one_loss", ones)
-    monkeypatch.setattr(stage_one, "_gate", lambda *_: None)
-    monkeypatch.setattr(finish_phase, "consistency_loss", ones)
-    (stage_one.train_stage_one if phase == "stage_one" else finish_phase.train_consistency)(phases)
-    off = recipe.guidance.off(SCHEDULE)
-    lowest = min(set(range(1000)) - off)
-    assert all(less == {t >= lowest if phase == "consistency" else t not in off} for t, less in seen.items())
-    assert {less for each in seen.values() for less in each} == {False, True}
-
-
-def test_a_chain_of_one_guidance_divides_all_rows_alike(plain: RunFolder, tmp_path: Path) -> None:
-    bounds = ["guidance.log_snr_min=-2.0", "guidance.log_snr_max=0.5", VARIANTS["single"]]
-    recipe = read_recipe("digits", [*SHORT, *bounds])
-    trainer = Trainer(Processes(ComputeSection(), tmp_path), tmp_path / "checkpoints", 5, 1, StopSignal(), QUIET)
-    phases = Phases(recipe, plain, trainer, DigitsSource(Digits.load()))
-    halves = HalvingTables.of(SCHEDULE, 4)
-    assert not halves.guided(phases.tables.off, halves).all()
-    assert stage_two._guided(phases, recipe.stage_two, halves, halves).all()
 
 
 # ---- one guidance, two networks
