@@ -91,6 +91,18 @@ class HalvingTables:
         return ((low <= on) & (on <= high) & (on != self.end[:, None])).any(1)
 
 
+def drawn_points(u: Tensor, guided: Tensor, share: float | None = None) -> Tensor:
+    """(B,) points of a grid, by u: (B,) uniform in [0, 1). guided: (N,) bool; share: of the rows at those points.
+
+    Without a share, or where all points are alike, each is as likely.
+    """
+    points, on = len(guided), int(guided.sum())
+    if share is None or on in (0, points):
+        return (u * points).long()
+    likely = torch.where(guided.cpu(), share / on, (1 - share) / (points - on)).to(torch.float64)
+    return torch.bucketize(u, likely.cumsum(0)[:-1], right=True)
+
+
 def target_loss(
     student: nn.Module,
     tables: Tables,

@@ -173,7 +173,8 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     elif section.lora is not None:  # over a frozen stage one
         trained = network_cost({**recipe.unet, "time_cond_proj_dim": GUIDANCE_WIDTH}, section.lora.rank)
         halved = replace(student, parameters=2 * student.parameters)
-    more = 2 * (_guided_passes(recipe, section.unguided_share) - 1) if section.first_target == "teacher" else 0
+    passes = _guided_passes(recipe, section.unguided_share, section.guided_share)
+    more = 2 * (passes - 1) if section.first_target == "teacher" else 0
     return [
         PhasePlan(
             f"{prefix}{halving.steps}",
@@ -188,12 +189,15 @@ def _halvings(recipe: Recipe, teacher: NetworkCost, student: NetworkCost) -> lis
     ]
 
 
-def _guided_passes(recipe: Recipe, unguided_share: float) -> float:
+def _guided_passes(recipe: Recipe, unguided_share: float, guided_share: float | None = None) -> float:
     """The teacher's evaluations for a row's true guidance: one where guidance is off, two elsewhere.
 
-    As of rows at all timesteps alike; a grid, and the share of late rows, have a little more or less.
+    As of rows at all timesteps alike, but for ``guided_share`` of them; a grid, and the share of late rows, have a
+    little more or less.
     """
     off = len(recipe.guidance.off(NoiseSchedule(recipe.schedule))) / recipe.schedule.timesteps
+    if guided_share is not None:
+        off = 1 - guided_share
     return 2 - off - (1 - off) * (unguided_share if recipe.guidance.min == 1 else 0)
 
 

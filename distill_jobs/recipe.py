@@ -160,6 +160,11 @@ class Recipe(Section):
     def _check_guided(self, grids: set[int]) -> None:
         """Raises: ValueError where guidance in an interval would say nothing, on one of these grids or at all."""
         if not self.guidance.interval:
+            if any(chain.guided_share is not None for chain in self.chains):
+                raise ValueError(
+                    "guided_share is for teachers guided in an interval, guidance.log_snr_min to "
+                    "guidance.log_snr_max; without one all steps are guided"
+                )
             return
         if self.stage_two.guidance == "at_sampling" or self.served.max == 1:
             raise ValueError(

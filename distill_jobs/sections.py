@@ -116,7 +116,12 @@ class Halving(Section):
 
 
 class ChainSection(Section):
-    """A chain of halvings, each starting from the one before; the first from the stage-one student."""
+    """A chain of halvings, each starting from the one before; the first from the stage-one student.
+
+    guided_share: of a teacher guided in an interval, share of a grid's rows that are at steps with guidance in
+    them, where most of the error is; null for all steps equally often, as they are on grids that have guidance in
+    all steps or in none.
+    """
 
     halvings: tuple[Halving, ...]
     batch_size: int = Field(64, ge=1)
@@ -127,6 +132,7 @@ class ChainSection(Section):
     clip_norm: float = Field(1.0, gt=0)
     unguided_share: float = Field(0.1, ge=0, lt=1)
     w_power: float = Field(1.0, ge=0)
+    guided_share: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _splits_evenly(self) -> Self:
@@ -213,8 +219,11 @@ class StageTwoSection(ChainSection):
     def _chain(self) -> StageTwoSection:
         if not self.halvings and (self.sampler, self.weights) != ("deterministic", "separate"):
             raise ValueError("sampler and weights say nothing without halvings; leave them out")
-        if not self.halvings and (self.on_policy or self.lora or self.first_target == "teacher"):
-            raise ValueError("first_target, on_policy and lora say nothing without halvings; leave them out")
+        told = self.on_policy, self.lora, self.guided_share, self.first_target == "teacher"
+        if not self.halvings and any(told):
+            raise ValueError(
+                "first_target, on_policy, guided_share and lora say nothing without halvings; leave them out"
+            )
         if self.sampler == "stochastic" and self.steps[-1] == 1:
             raise ValueError("a stochastic chain ends at 2 steps: with 1 step both samplers are the same")
         if self.sampler == "stochastic" and self.weights == "shared":

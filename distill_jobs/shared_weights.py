@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from distill_jobs.draws import Draw, Draws
-from distill_jobs.halving import HalvingTables, two_step_target
-from distill_jobs.objectives import Noisy, network_v
+from distill_jobs.halving import HalvingTables, drawn_points, two_step_target
+from distill_jobs.objectives import Noisy, Tables, network_v
 from engines.schedule import NoiseSchedule
 
 
@@ -38,18 +38,28 @@ class GridRows:
 class Grids:
     """The grids of one phase, oldest (finest) first, the new one last.
 
-    tables: of all of them, one after the other; newest_share: of the rows.
+    tables, guided: of all of them, one after the other: guided, (points,) bool, whose stretch has guidance in it.
+    newest_share: of the rows; guided_share: of a grid's rows, null for all of its points equally often.
     """
 
     steps: tuple[int, ...]
     tables: HalvingTables
+    guided: Tensor
     newest_share: float
+    guided_share: float | None = None
 
     @classmethod
     def of(
-        cls, schedule: NoiseSchedule, steps: tuple[int, ...], newest_share: float, device: torch.device
+        cls,
+        schedule: NoiseSchedule,
+        steps: tuple[int, ...],
+        tables: Tables,
+        newest_share: float,
+        guided_share: float | None = None,
     ) -> Grids:
-        return cls(steps, HalvingTables.cat([HalvingTables.of(schedule, n, device) for n in steps]), newest_share)
+        of_each = [HalvingTables.of(schedule, n, tables.off.device) for n in steps]
+        joined = HalvingTables.cat(of_each)
+        return cls(steps, joined, joined.guided(tables.off, of_each[0]), newest_share, guided_share)
 
     def draw(self, draws: Draws, update: int, rows: int) -> GridRows:
         """A grid and a point on it for each row: the new grid with its share, the others equally often."""
@@ -58,8 +68,12 @@ class Grids:
         edges = share * torch.arange(1, older + 1, dtype=torch.float64)
         which = torch.bucketize(draws.stratified(update, rows, Draw.GRID), edges, right=True)
         grid = torch.tensor(self.steps)[which]
-        first = torch.tensor([sum(self.steps[:k]) for k in range(len(self.steps))])[which]
-        point = first + (draws.stratified(update, rows, Draw.TIME) * grid).long()
+        at, ends = draws.stratified(update, rows, Draw.TIME), [sum(self.steps[:k]) for k in range(len(self.steps))]
+        points = [
+            first + drawn_points(at, self.guided[first : first + n], self.guided_share)
+            for first, n in zip(ends, self.steps, strict=True)
+        ]
+        point = torch.stack(points)[which, torch.arange(rows)]
         device = self.tables.t.device
         return GridRows(grid.to(device), point.to(device))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill_jobs.adapters import Adapters
 from distill_jobs.draws import Draw, Draws
-from distill_jobs.halving import HalvingTables, target_loss, two_step_target
+from distill_jobs.halving import HalvingTables, drawn_points, target_loss, two_step_target
 from distill_jobs.objectives import balanced, guided_v, network_v
 from distill_jobs.phases import Phases
 from distill_jobs.rollout import Rollout
@@ -77,13 +77,15 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
     """Train a copy of the network in ``source`` to do in one step what that network does in two."""
     section, n = chain.section, halving.steps
     halves = chain.tables(phases.schedule, n, phases.device)
-    guided = _guided(phases, section, halves, chain.tables(phases.schedule, section.steps[0], phases.device))
+    guided = halves.guided(phases.tables.off, chain.tables(phases.schedule, section.steps[0], phases.device))
+    less = _counted_less(section, guided)
     own = Rollout.of(phases.recipe, section, n)
     followed = _followed(phases, section, source, first=source == chain.source)
     adapters = Adapters.of(section, base=chain.source, before=None if source == chain.source else source)
 
     def loss(network: nn.Module, draws: Draws, update: int, batch: int) -> RowLoss:
-        point = (draws.stratified(update, batch, Draw.TIME) * n).long().to(phases.device)
+        at = draws.stratified(update, batch, Draw.TIME)
+        point = drawn_points(at, guided, section.guided_share).to(phases.device)
         rows = phases.noisy(draws, update, batch, halves.t[point])
         if chain.unconditional:
             rows = replace(rows, condition=rows.null)
@@ -93,7 +95,7 @@ def _halve(phases: Phases, chain: Chain, halving: Halving, source: Path) -> None
             z_t = own.replace(z_t, network, draws, update, rows, point, w)
         target = two_step_target(partial(followed, w=w), halves, z_t, rows, point)
         losses = target_loss(network, phases.tables, z_t, rows, w, target)
-        return RowLoss(losses if w is None else balanced(losses, w * guided[point], section.w_power), w)
+        return RowLoss(losses if w is None else balanced(losses, w * less[point], section.w_power), w)
 
     training, name, folder = section.training(halving), f"{chain.prefix}{n}", chain.folder(n)
     trained = Trained(section.sampler, (n,)) if isinstance(section, StageTwoSection) else None
@@ -117,12 +119,11 @@ def _weights(phases: Phases, section: ChainSection, draws: Draws, update: int, b
     return phases.weights(draws, update, batch, section.unguided_share)
 
 
-def _guided(phases: Phases, section: ChainSection, halves: HalvingTables, first: HalvingTables) -> Tensor:
-    """(N,) bool: the points whose rows count less at larger guidance.
+def _counted_less(section: ChainSection, guided: Tensor) -> Tensor:
+    """(N,) bool: the points whose rows count less at larger guidance: guided: (N,) bool.
 
     A chain of one guidance has nothing to balance: there all do, alike.
     """
-    guided = halves.guided(phases.tables.off, first)
     single = isinstance(section, StageTwoSection) and isinstance(section.guidance, float)
     return torch.ones_like(guided) if single else guided
 
@@ -152,8 +153,8 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         network = load_stock(source)
         return network if takes_grid(network) else told_its_grid(network)
 
-    grids = Grids.of(phases.schedule, steps, halving.newest_share, phases.device)
-    guided = _guided(phases, section, grids.tables, HalvingTables.of(phases.schedule, steps[0], phases.device))
+    grids = Grids.of(phases.schedule, steps, phases.tables, halving.newest_share, section.guided_share)
+    less = _counted_less(section, grids.guided)
     anchor = _followed(phases, section, phases.folder.stage_one, first=True)
     snapshot = phases.processes.frozen(begin())
 
@@ -164,6 +165,6 @@ def _learn_grid(phases: Phases, source: Path, steps: tuple[int, ...], halving: H
         z_t, _ = phases.tables.noisy(rows)
         target = grids.target(anchor, snapshot, z_t, rows, drawn, w)
         losses = target_loss(network, phases.tables, z_t, rows, w, target, drawn.grid)
-        return RowLoss(balanced(losses, w * guided[drawn.point], section.w_power), w)
+        return RowLoss(balanced(losses, w * less[drawn.point], section.w_power), w)
 
     phases.train(f"d{halving.steps}", section.training(halving), begin, loss, folder)

@@ -52,6 +52,13 @@ def test_a_plan_spares_the_evaluations_of_timesteps_without_guidance() -> None:
     assert passes == pytest.approx(1 + 0.8 * 0.636, abs=1e-3)
 
 
+def test_a_plan_counts_the_rows_that_a_halving_takes_where_there_is_guidance() -> None:
+    told = ["guidance.log_snr_min=-2", "guidance.log_snr_max=3", "stage_two.first_target=teacher"]
+    told += ["stage_two.guided_share=0.9", "stage_two.unguided_share=0.25"]
+    first = next(p for p in plan_of(read_recipe("digits", told)).phases if p.name.startswith("d"))
+    assert first.frozen_passes == pytest.approx(2 * (1 + 0.75 * 0.9))
+
+
 @pytest.mark.parametrize(("name", "told"), [("sd15", "0.18 MB"), ("sdxl", "0.58 MB"), ("digits", None)])
 def test_a_plan_says_what_cached_latents_take(
     name: str, told: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

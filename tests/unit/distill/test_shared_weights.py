@@ -12,10 +12,11 @@ from rich.progress import Progress
 
 from distill_jobs.data.digits import class_condition
 from distill_jobs.draws import Draws
-from distill_jobs.halving import HalvingTables, two_step_target
+from distill_jobs.halving import HalvingTables, drawn_points, two_step_target
 from distill_jobs.job import run_job
-from distill_jobs.objectives import Noisy, network_v
+from distill_jobs.objectives import Noisy, Tables, network_v
 from distill_jobs.recipe_file import read_recipe
+from distill_jobs.sections import GuidanceSection
 from distill_jobs.shared_weights import GridRows, Grids
 from distill_jobs.student import COND_PROJ, fold_grid, load_stock, predict, takes_grid, told_its_grid
 from engines.schedule import NoiseSchedule, ScheduleSpec
@@ -24,7 +25,7 @@ from tests.support.tiny_run import tiny_student
 
 B = 8
 SCHEDULE = NoiseSchedule(ScheduleSpec())
-CPU = torch.device("cpu")
+TABLES = Tables.of(SCHEDULE)
 
 
 def tiny_shared(seed: int) -> UNet2DConditionModel:
@@ -70,7 +71,7 @@ def test_a_folded_network_is_the_shared_one_on_its_grid(n: int, rows: Noisy) -> 
 
 
 def test_rows_are_drawn_on_the_new_grid_by_its_share_and_on_the_others_equally() -> None:
-    grids = Grids.of(SCHEDULE, (8, 4, 2), 0.5, CPU)
+    grids = Grids.of(SCHEDULE, (8, 4, 2), TABLES, 0.5)
     drawn = grids.draw(Draws(0, "d2"), 3, 400)
     assert [int((drawn.grid == n).sum()) for n in (8, 4, 2)] == [100, 100, 200]
     for n in (8, 4, 2):
@@ -78,15 +79,37 @@ def test_rows_are_drawn_on_the_new_grid_by_its_share_and_on_the_others_equally()
         assert set(t.tolist()) == set(SCHEDULE.grid(n)[1:])
 
 
+def test_of_each_grid_a_share_of_the_rows_is_where_there_is_guidance() -> None:
+    bounds = GuidanceSection(min=1, max=9, default=4, log_snr_min=-2, log_snr_max=0.5)
+    tables = Tables.of(SCHEDULE, off=bounds.off(SCHEDULE))
+    grids = Grids.of(SCHEDULE, (8, 4, 2), tables, 0.5, guided_share=0.75)
+    every = [grids.draw(Draws(0, "d2"), update, 400) for update in range(100)]
+    grid, point = (torch.cat([getattr(drawn, name) for drawn in every]) for name in ("grid", "point"))
+    assert torch.equal(grid, torch.tensor([8] * 8 + [4] * 4 + [2] * 2)[point])
+    for n, guided in ((8, {749, 624, 499}), (4, {749, 499}), (2, {999, 499})):  # of 2 steps both have some
+        t = grids.tables.t[point[grid == n]].tolist()
+        share = 0.75 if n > 2 else 1.0
+        for each in SCHEDULE.grid(n)[1:]:
+            likely = share / len(guided) if each in guided else (1 - share) / (n - len(guided))
+            assert t.count(each) / len(t) == pytest.approx(likely, abs=0.01)
+
+
+@pytest.mark.parametrize("guided", [[True] * 8, [False] * 8, [True] + [False] * 7])
+def test_points_are_equally_often_without_a_share_or_where_all_are_alike(guided: list[bool]) -> None:
+    u = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    share = None if len(set(guided)) > 1 else 0.75
+    assert drawn_points(u, torch.tensor(guided), share).bincount().tolist() == [100] * 8
+
+
 def test_the_first_phase_has_one_grid() -> None:
-    drawn = Grids.of(SCHEDULE, (8,), 0.5, CPU).draw(Draws(0, "d8"), 0, 40)
+    drawn = Grids.of(SCHEDULE, (8,), TABLES, 0.5).draw(Draws(0, "d8"), 0, 40)
     assert set(drawn.grid.tolist()) == {8}
     assert set(drawn.point.tolist()) == set(range(8))
 
 
 def test_stage_one_teaches_the_first_grid_and_the_snapshot_the_others_on_grids_twice_as_fine(rows: Noisy) -> None:
     anchor, snapshot, w = tiny_student(0), tiny_shared(1), torch.linspace(0, 4, B)
-    grids = Grids.of(SCHEDULE, (4, 2, 1), 0.5, CPU)
+    grids = Grids.of(SCHEDULE, (4, 2, 1), TABLES, 0.5)
     drawn = GridRows(torch.tensor([4, 4, 4, 2, 2, 1, 1, 4]), torch.tensor([0, 3, 1, 4, 5, 6, 6, 2]))
     at = Noisy(rows.x, rows.condition, rows.null, rows.noise, grids.tables.t[drawn.point])
     got = grids.target(partial(network_v, anchor), snapshot, rows.noise, at, drawn, w)
