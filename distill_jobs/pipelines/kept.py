@@ -81,8 +81,8 @@ class Networks:
 
 
 def fingerprint_of(parts: Sequence[object], tensors: Sequence[Tensor | None]) -> str:
-    """Of all that latents depend on. parts: what JSON can write."""
-    digest = hashlib.sha256(json.dumps(parts).encode())
+    """Of all that latents depend on. parts: what JSON can write; the order of keys is no part of it."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for tensor in tensors:
         if tensor is None:
             digest.update(b"none")
