@@ -253,7 +253,10 @@ def _one_sentence_errors() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
             raise
         told = str(error).splitlines()[0]
-        hint = "a smaller evaluation.batch_size, or a device with more memory, helps; what was finished is kept"
+        hint = (
+            "others may use the device, or it is too small. What was finished is kept: `run … --resume` goes on, "
+            "and `evaluate` after `run … --resume --set evaluation.batch_size=N`, with a smaller N"
+        )
         errors.print(f"Error: too little memory ({told}); {hint}", style="red", soft_wrap=True, markup=False)
         raise typer.Exit(JobError.exit_code) from None
     except OSError as error:  # a full disk, a folder that is a file, a missing permission

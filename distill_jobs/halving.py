@@ -96,8 +96,8 @@ def drawn_points(u: Tensor, guided: Tensor, share: float | None = None) -> Tenso
 
     Without a share, or where all points are alike, each is as likely.
     """
-    points, on = len(guided), int(guided.sum())
-    if share is None or on in (0, points):
+    points = len(guided)
+    if share is None or (on := int(guided.sum())) in (0, points):
         return (u * points).long()
     likely = torch.where(guided.cpu(), share / on, (1 - share) / (points - on)).to(torch.float64)
     return torch.bucketize(u, likely.cumsum(0)[:-1], right=True)

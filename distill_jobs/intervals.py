@@ -120,8 +120,11 @@ def interval_teachers(
 
 
 def _teacher(folder: RunFolder, bounds: tuple[float | None, float | None], steps: int) -> Contender:
-    told = (f"{name}={'null' if bound is None else bound}" for name, bound in zip(BOUNDS, bounds, strict=True))
-    recipe = read_recipe(folder.recipe, list(told))
+    told = [f"{name}={'null' if bound is None else bound}" for name, bound in zip(BOUNDS, bounds, strict=True)]
+    stored = stored_recipe(folder)
+    chains = {"stage_two": stored.stage_two, "encoder": stored.encoder}
+    told += [f"{at}.guided_share=null" for at, chain in chains.items() if chain and chain.guided_share is not None]
+    recipe = read_recipe(folder.recipe, told)
     scales = tuple(scale for scale in recipe.evaluation.guidance_scales if scale > 1)
     if not scales:
         raise RecipeError("evaluation.guidance_scales: none is above 1, so there is no guidance to bound")

@@ -55,6 +55,11 @@ def print_plan(plan: Plan, measured: Measured | None, out: Path, console: Consol
     for device, teraflops in DEVICES.items():
         hours = plan.flops / (teraflops * TERA * UTILISATION) / 3600
         console.print(f"  {device}: {hours:,.1f} GPU hours", highlight=False)
+    if plan.recipe.compute.precision == "fp32":
+        console.print(
+            "compute.precision is fp32, which takes a GPU several times as long; bf16 is meant here", style="yellow"
+        )
+    console.print("evaluate runs after it, in fp32 on one device, and is not counted", highlight=False)
 
 
 def _absent(recipe: Recipe) -> list[str]:

@@ -5,6 +5,7 @@ So that runs which differ in a later phase are compared on the very same teacher
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,12 +180,22 @@ def _keep_read(source: RunFolder, destination: RunFolder) -> None:
 
 
 def copy_phase(source: Path, destination: Path) -> None:
-    """A file or folder that a phase left, in one move; nothing where there is none. Raises: StorageError."""
+    """A file or folder that a phase left, in one move; nothing where there is none. Raises: StorageError.
+
+    Of a folder the files are hard links, where the disk has them: no finished one is written in place.
+    """
     if source.is_dir():
 
         def fill(staging: Path) -> None:
-            shutil.copytree(source, staging, dirs_exist_ok=True)
+            shutil.copytree(source, staging, dirs_exist_ok=True, copy_function=_link)
 
         write_folder(destination, fill)
     elif source.is_file():
         write_text(destination, source.read_text(encoding="utf-8"))
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(os.path.realpath(source), destination)  # else a symbolic link is linked, and may lead nowhere there
+    except OSError:
+        shutil.copy2(source, destination)

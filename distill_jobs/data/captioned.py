@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
         raise DataError(f"{place}: a row needs file_name and text, both strings")
     _check_caption(text, place)
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):  # links may lead anywhere
         raise DataError(f"{place}: {name} is outside the folder")
     if not file.is_file():
         raise DataError(f"{place}: {name} is not in the folder")
@@ -111,7 +112,7 @@ def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
 def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
     """The pairs of a shard; of one that was cut off those that are whole, and then an entry that cannot be read."""
     images: dict[str, tarfile.TarInfo] = {}
-    captions: dict[str, str] = {}
+    captions: dict[tuple[str, str], str | DataError] = {}
     cut = ""
     try:
         with tarfile.open(file, "r:") as shard:
@@ -122,7 +123,8 @@ def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
                     if member.isfile() and extension.lower() in IMAGES:
                         images[key] = member
                     elif member.isfile() and extension.lower() in CAPTIONS:
-                        captions[key] = _caption(shard, member, f"{file}: {member.name}")
+                        told = _caption_or_fault(shard, member, f"{file}: {member.name}")
+                        captions[key, extension.lower()] = told
                 cut = _cut_after(shard, file)
             except tarfile.ReadError:
                 if not cut:
@@ -135,9 +137,12 @@ def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
             "data.unreadable: skip"
         )
     for key, member in images.items():
+        caption = captions.get((key, "txt"), captions.get((key, "json")))
+        if isinstance(caption, DataError):
+            raise caption
         whole = member.offset_data + member.size <= file.stat().st_size
-        if key in captions and whole:
-            yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, captions[key])
+        if caption is not None and whole:
+            yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, caption)
         elif not cut:
             raise DataError(f"{file}: {member.name} has no caption beside it ({' or '.join(CAPTIONS)})")
     if cut:
@@ -157,6 +162,14 @@ def _cut_after(shard: tarfile.TarFile, file: Path) -> str:
     with file.open("rb") as opened:
         opened.seek(last.offset_data + blocks * tarfile.BLOCKSIZE)
         return "" if opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) else last.name
+
+
+def _caption_or_fault(shard: tarfile.TarFile, member: tarfile.TarInfo, place: str) -> str | DataError:
+    """The caption; or what is wrong with it, which matters where no .txt stands beside a .json."""
+    try:
+        return _caption(shard, member, place)
+    except DataError as error:
+        return error
 
 
 def _caption(shard: tarfile.TarFile, member: tarfile.TarInfo, place: str) -> str:

@@ -74,6 +74,9 @@ class Sitting:
         folder, processes = RunFolder(run_dir), Processes(ComputeSection(), run_dir)
         teacher = open_folder(folder.teacher)
         source = open_source(recipe, teacher, processes, progress)
+        latents = latents_of(source)
+        if latents is not None and folder.data.is_file():  # tables are of the data that the run was started with
+            folder.keep_data(folder.data, latents.cache.identity, len(latents.cache))
         captioned = LatentSampler(
             recipe,
             Networks(processes.device),

@@ -186,6 +186,12 @@ def weights_variant(part: Path) -> str | None:
     ):
         return None
     variants = [name.split(".")[1] for name in names if name.startswith(stems) and name.count(".") == 2]
+    if split := [variant for variant in variants if "-of-" in variant]:
+        variant = split[0].partition("-")[0]
+        raise TeacherError(
+            f"{part} holds weights of a variant ({variant}) in several files, which are not read; save them in one "
+            f"(save_pretrained(…, variant={variant!r}, max_shard_size='100GB')), or without a variant"
+        )
     if variants:
         return variants[0]
     pickles = _first(file.name for file in part.iterdir() if file.suffix in {".bin", ".ckpt", ".pt", ".pth"})

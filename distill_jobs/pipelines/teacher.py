@@ -56,7 +56,8 @@ def open_teacher(recipe: Recipe) -> PipelineFolder | None:
         folder.schedule.rescale_zero_terminal_snr and not recipe.schedule.rescale_zero_terminal_snr
     ):
         raise folder.wrong(
-            f"its schedule is {folder.schedule.model_dump()}; a recipe may change {RESCALE} to true and no more"
+            f"its schedule is {folder.schedule.model_dump()}; a recipe may change {RESCALE} to true and no more; "
+            f"--set unet=null --set 'schedule={{{RESCALE}: true}}' takes all else from the folder"
         )
     if recipe.teacher.v_finetune is None and (
         folder.prediction != "v_prediction" or recipe.schedule != folder.schedule

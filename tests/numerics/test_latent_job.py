@@ -134,6 +134,20 @@ def test_inversion_is_measured_beside_the_teachers(run: tuple[str, Path]) -> Non
     assert "## Inversion" in (work / "run" / "report.md").read_text()
 
 
+def test_data_that_are_not_the_runs_are_not_evaluated_on(
+    run: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, work = run
+    if name != "sd15":
+        pytest.skip("one layout shows it")
+    monkeypatch.chdir(work)
+    shutil.copytree(work / "run", other := tmp_path / "run")
+    kept = json.loads((other / "data.json").read_text())
+    (other / "data.json").write_text(json.dumps({**kept, "images": kept["images"] + 1}))
+    with pytest.raises(RecipeError, match="images, captions or encoders are not those"):
+        evaluate_latent_run(other, read_recipe(other / "recipe.yaml"), progress=Progress(disable=True))
+
+
 def test_pictures_are_measured_in_the_features_of_a_local_clip(run: tuple[str, Path], tmp_path: Path) -> None:
     name, work = run
     if name != "sd15":

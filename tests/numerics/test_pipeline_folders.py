@@ -254,6 +254,16 @@ def test_pickles_are_never_opened(folders: dict[str, Path], tmp_path: Path) -> N
         open_folder(copied)
 
 
+def test_weights_of_a_variant_in_several_files_are_refused_by_name(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"))
+    with pytest.raises(TeacherError, match=r"unet holds weights of a variant \(fp16\) in several files"):
+        open_folder(copied)
+
+
 def test_incomplete_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
     for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -201,3 +202,26 @@ def test_pixels_without_a_largest_value_are_refused() -> None:
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="not an image that can be read"):
         frame(data, 8)
+
+
+def test_images_may_be_links_to_elsewhere(tmp_path: Path) -> None:
+    """As in snapshots of a hub's cache, and in content stores."""
+    folder = images.image_folder(tmp_path / "a", 1)
+    blob = tmp_path / "blobs" / "0f3a"
+    blob.parent.mkdir()
+    (folder / "0.png").rename(blob)
+    (folder / "0.png").symlink_to(blob)
+    assert [entry.read() for entry in index_folder(folder)] == [blob.read_bytes()]
+
+
+@pytest.mark.parametrize("order", [("txt", "json"), ("json", "txt")])
+@pytest.mark.parametrize("beside", [{"caption": "of the json"}, {"width": 64}])
+def test_of_two_captions_of_one_image_the_txt_counts(
+    order: tuple[str, str], beside: dict[str, Any], tmp_path: Path
+) -> None:
+    told = {"txt": b"of the txt", "json": json.dumps(beside).encode()}
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        images._add(shard, "a.png", images.encoded(0))
+        for extension in order:
+            images._add(shard, f"a.{extension}", told[extension])
+    assert [entry.caption for entry in index_shards(str(tmp_path))] == ["of the txt"]

@@ -94,3 +94,14 @@ def test_a_run_without_a_teacher_or_guidance_is_refused(run: Path, tmp_path: Pat
     refused = CliRunner().invoke(app, ["intervals", str(tmp_path / "off"), "--log-snr-max", "1"])
     assert refused.exit_code == 2
     assert "evaluation.guidance_scales: none is above 1" in refused.stderr
+
+
+def test_a_chain_that_draws_more_where_its_teacher_is_guided_has_a_teacher_guided_everywhere_too(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, other := tmp_path / "run")
+    told = ["guidance.log_snr_min=-2.0", "stage_two.guided_share=0.7"]
+    (other / "recipe.yaml").write_text(read_recipe(run / "recipe.yaml", told).to_yaml())
+    called(other, "--log-snr-max", "1", "--steps", "4")
+    names = [row.model for row in IntervalReport.model_validate_json((other / JSON_NAME).read_bytes()).rows]
+    assert names == ["guided everywhere", "guided up to log-SNR 1"]

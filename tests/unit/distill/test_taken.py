@@ -85,6 +85,8 @@ def test_taken_phases_are_not_trained_and_the_others_come_out_as_in_a_run_of_the
     quiet = Progress(disable=True)
     folder = run_job(recipe, tmp_path / "run", resume=False, progress=quiet, taken_from=finished.path)
     assert trained == ["d4", "d2", "d1"]
+    taken = Path("stage_one") / "unet" / "diffusion_pytorch_model.safetensors"
+    assert (folder.path / taken).samefile(finished.path / taken)  # no second copy on the same disk
     assert folder.gate.read_bytes() == finished.gate.read_bytes()
     mine, theirs = weights_of(folder.path), weights_of(finished.path)
     assert [name for name in mine if mine[name] == theirs[name]] == ["teacher", "stage_one"]
