@@ -35,7 +35,7 @@ $(SERVE_VENV)/.ready: pyproject.toml
 serve: $(SERVE_VENV)/.ready
 	$(SERVE_VENV)/bin/python -m server serve --host $(HOST) --port $(PORT)
 
-## make test       what CI runs: linters, types, import rules, every test
+## make test       what CI runs: linters, types, import rules, every test but the longest
 # Types are checked beside the tests, on what these leave of the cores. deploy-check's findings are tests, too
 # (tests/deploy/test_deploy.py). What takes longest is marked long and left to make prove.
 test: lint-style

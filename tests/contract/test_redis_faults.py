@@ -102,7 +102,7 @@ async def test_a_full_disk_ends_a_durable_server_and_costs_nothing_accepted(bina
 async def test_cut_connections_cost_no_job_and_make_none_twice(binary: str) -> None:
     with RedisServer(binary) as server:
         async with store_of(server) as store:
-            cutting = True
+            cutting, refused = True, 0
 
             async def cut() -> None:
                 while cutting:
@@ -111,17 +111,20 @@ async def test_cut_connections_cost_no_job_and_make_none_twice(binary: str) -> N
                     await asyncio.sleep(0.02)
 
             async def insist(k: int) -> str:
+                nonlocal refused
                 key = IdempotencyKey(tenant="t", key=str(k), fingerprint="f")
                 while True:
                     try:
                         return (await store.submit(job(f"j{k}-{asyncio.get_running_loop().time()}"), key)).job_id
                     except StoreUnavailableError:
+                        refused += 1
                         await asyncio.sleep(0.01)
 
             waiting = asyncio.create_task(cut())
-            ids = [await insist(k) for k in range(150)]
+            ids = [await insist(k) for k in range(300)]
             cutting = False
             await waiting
-            assert len(set(ids)) == 150
-            assert (await store.backlog()).jobs == 150
+            assert refused, "no cut was felt"
+            assert len(set(ids)) == 300
+            assert (await store.backlog()).jobs == 300
             assert {lease.job.id for lease in await store.claim("w", MODELS, 1000)} == set(ids)

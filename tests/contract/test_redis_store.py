@@ -113,11 +113,21 @@ async def test_those_who_wait_bear_a_restart_of_the_server(
     assert await following == ["queued", "running", "succeeded"]
 
 
+async def until_closed(store: RedisStore) -> None:
+    """Until the loop has read the end of every connection that is at rest, of which there are some."""
+    resting = store._redis.connection_pool._available_connections
+    assert resting
+    async with asyncio.timeout(60):
+        for connection in resting:
+            assert connection._reader is not None
+            await connection._reader.read()
+
+
 async def test_connections_cut_by_the_server_are_made_again(server: RedisServer, store: RedisStore) -> None:
     for k in range(5):
         await store.submit(job(f"j{k}"))
         server.client.client_kill_filter(_type="normal", skipme=True)
-        await asyncio.sleep(0.05)  # lets the loop read the end of the connection
+        await until_closed(store)
     assert (await store.backlog()).jobs == 5
 
 

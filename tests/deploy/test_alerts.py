@@ -30,6 +30,12 @@ def test_alerts_ring_when_they_should() -> None:
     assert "SUCCESS" in told.stdout
 
 
+def test_every_alert_rings_in_some_case() -> None:
+    cases = yaml.safe_load(CASES.read_text())["tests"]
+    asked = [each for case in cases for each in case["alert_rule_test"]]
+    assert {each["alertname"] for each in asked if each["exp_alerts"]} == {rule["alert"] for rule in ALERTS}
+
+
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: str(rule["alert"]))
 def test_no_alert_waits_longer_than_what_it_saw_stays_in_sight(rule: dict[str, str]) -> None:
     """One event keeps ``increase(…[5m]) > 0`` true for less than 5 minutes: ``for: 5m`` never ends then."""

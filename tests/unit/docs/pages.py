@@ -13,7 +13,14 @@ from engines.cli import app as engines_app
 from server.cli import app as server_app
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *[ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    *sorted((ROOT / "distill_jobs/weights").glob("*/README.md")),
+]
+CARDS = sorted((ROOT / "distill_jobs/recipes").glob("*.card.md"))
+"""Beginnings of pages that ``card`` writes to ``docs``, from where their links lead."""
+PAST = [ROOT / "CHANGELOG.md", ROOT / "distill_jobs/LOG.md"]
+"""What was: its links lead somewhere, its commands need not exist any more."""
 APPS = {"server": server_app, "engines": engines_app, "distill_jobs": distill_app}
 
 

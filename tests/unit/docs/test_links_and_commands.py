@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from distill_jobs.recipe_file import shipped_recipes
-from tests.unit.docs.pages import APPS, PAGES, ROOT, click_commands, options
+from tests.unit.docs.pages import APPS, CARDS, PAGES, PAST, ROOT, click_commands, options
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*PAGES, *CARDS, *PAST], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_resolve(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+    text, folder = path.read_text(encoding="utf-8"), ROOT / "docs" if path in CARDS else path.parent
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = target.partition("#")
-        linked = (path.parent / file).resolve() if file else path
+        linked = (folder / file).resolve() if file else path
         assert linked.exists(), f"{target} does not exist"
         if anchor:
             assert anchor in anchors(linked), f"{target} has no such heading"
@@ -32,7 +32,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*PAGES, *CARDS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_exist(path: Path) -> None:
     for code in code_spans(path.read_text(encoding="utf-8")):
         for module, rest in re.findall(r"python -m (\S+)([^|;#]*)", code):

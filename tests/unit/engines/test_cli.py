@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
@@ -26,6 +28,7 @@ from engines.errors import BackendError
 from engines.tables import throughput_table
 
 FAST = ["--rungs", "1,2", "--repeats", "1"]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def run(*arguments: object) -> Result:
@@ -60,11 +63,15 @@ def test_what_the_disk_refuses_is_one_sentence_too(toy: Bundle, monkeypatch: pyt
     assert result.stderr == "error: Permission denied: /b/manifest.json\n"
 
 
-@pytest.mark.parametrize("command", ["verify", "build", "bench", "compare"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_every_default(command: str) -> None:
-    result = run(command, "--help")
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"})
     assert result.exit_code == 0
-    assert command == "verify" or "default" in result.stdout
+    lines = {words[1]: line for line in result.stdout.splitlines() if len(words := line.split()) > 1}
+    for option in COMMANDS[command].params:
+        said = option.show_default if isinstance(option.show_default, str) else option.default
+        if said is not None:
+            assert re.search(rf"\[default: \(?{re.escape(str(said))}\)?\]", lines[option.opts[0]]), option.opts
 
 
 @pytest.mark.parametrize(
