@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
 
-from engines.backends.base import RUNGS, EngineBackend, Precision, Rows
+from engines.backends.base import RUNGS, EngineBackend, Precision
 from engines.backends.cuda import find_device
 from engines.backends.plan_store import PlanStore
 from engines.bundle import Bundle
 from engines.cache import EngineKey
-from engines.condition import load_tokenizer
 from engines.errors import BackendError
-from engines.examples import example_inputs
 from engines.machine import machine_name
 from engines.manifest import GraphSpec, Size
 
@@ -38,7 +36,6 @@ BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
 
 BUILDERS: dict[str, tuple[str, ...]] = {
-    "openvino": ("openvino.py", "openvino_head.py"),
     "tensorrt": ("lowering.py", "tensorrt_build.py"),
     "torch-cuda": (
         "cuda_rows.py",
@@ -123,19 +120,13 @@ def load_backend(
 
     name: openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto. precision: of the network body, float32 for
     auto, and see ``graph_precision``. threads: CPU threads of one run, 0 for one per core. cache_dir: the engine
-    cache, which holds compiled models by ``engine_key``, or None to keep nothing. rungs: batch sizes to be ready
-    for.
+    cache, which holds compiled models by ``engine_key``, or None to keep nothing. rungs: batch sizes a GPU is made
+    ready for.
     Raises: BackendError when the library or device is missing, the graph cannot be loaded, or the precision is not
     offered.
     """
     kept = None if cache_dir is None else (cache_dir, engine_key(bundle, graph, name, precision, threads))
-    file, spec, manifest = bundle.graph_file(graph), bundle.manifest.graphs[graph], bundle.manifest
-
-    def examples() -> list[Rows]:
-        tokenizer, most = load_tokenizer(bundle), max(rungs)
-        at = manifest.sizes if spec.free else manifest.sizes[:1]
-        return [example_inputs(manifest, tokenizer, graph, most, size=size) for size in at]
-
+    file, spec = bundle.graph_file(graph), bundle.manifest.graphs[graph]
     return load_graph(
         name,
         file,
@@ -144,8 +135,7 @@ def load_backend(
         threads=threads,
         kept=kept,
         rungs=rungs,
-        sizes=manifest.sizes if spec.free else (),
-        examples=examples,
+        sizes=bundle.manifest.sizes if spec.free else (),
     )
 
 
@@ -159,12 +149,11 @@ def load_graph(
     kept: tuple[Path, EngineKey] | None = None,
     rungs: Sequence[int] = RUNGS,
     sizes: Sequence[Size] = (),
-    examples: Callable[[], Sequence[Rows]] = tuple,
 ) -> EngineBackend:
     """One graph from its file, as ``load_backend``.
 
     kept: the engine cache and the graph's key in it. sizes: of images to be ready for, where the graph takes
-    several. examples: what it could meet, as many rows as the largest rung, at each size.
+    several.
     """
     backend = choose_backend(name)
     chosen = graph_precision(spec, choose_precision(backend, precision))
@@ -174,14 +163,7 @@ def load_graph(
     if backend == "openvino":
         models = None if kept is None else kept[1].folder(kept[0]) / "models"
         engine = module.OpenVinoBackend(
-            file,
-            spec,
-            precision=chosen,
-            threads=threads,
-            cache_dir=models,
-            sizes=max(1, len(sizes)),
-            rungs=rungs,
-            examples=examples,
+            file, spec, precision=chosen, threads=threads, cache_dir=models, sizes=max(1, len(sizes))
         )
     elif backend in ON_GPU and threads:
         raise BackendError(f"The {backend} backend has no CPU threads to set; leave threads at 0.")

@@ -5,16 +5,14 @@ batch size or the companions, and a step takes about half the time of one model 
 normalisation fuses only when shapes are known). A graph too large to hold once per rung keeps its batch free, and
 where it takes several image sizes, those too.
 
-bfloat16: two models, the sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``).
-The plugin may choose kernels by batch size that round differently, so the rest is compiled per size only where that
-is seen to give equal rows at every rung; else its batch stays free. On a CPU without bfloat16, an engine asked for
-it is a float32 engine in all: compiled, named and kept in the cache as one.
+bfloat16: likewise, because models compiled per size are not bit-equal in bfloat16, and two models: the
+sinusoids of w and the timestep in float32, the rest in bfloat16 (see ``openvino_head``). On a CPU without it, an
+engine asked for bfloat16 is a float32 engine in all: compiled, named and kept in the cache as one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -24,7 +22,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from engines.backends.base import RUNGS, OfGraph, Precision, Rows
+from engines.backends.base import OfGraph, Precision, Rows
 from engines.backends.openvino_head import head_input, split_head
 from engines.backends.sealed_folder import SealedFolder
 from engines.errors import BackendError
@@ -50,9 +48,8 @@ class OpenVinoBackend(OfGraph):
 
     precision: of the network body, as far as this CPU has it (``computed_in``). threads: worker threads of one run;
     0 takes one per core, or one alone for a tiny graph. cache_dir: folder where compiled models are kept, or None.
-    static: compile once per batch and image size; None decides by the weights, and in bfloat16 by ``examples`` too.
-    sizes: how many image sizes it will be given. rungs: batch sizes to be ready for. examples: as many rows as the
-    largest rung has, of each image size, to see in bfloat16 whether they come out the same at every rung.
+    static: compile once per batch and image size; None decides by the weights. sizes: how many image sizes it will
+    be given.
     Raises: BackendError when the graph cannot be compiled.
     """
 
@@ -66,32 +63,25 @@ class OpenVinoBackend(OfGraph):
         cache_dir: Path | None = None,
         static: bool | None = None,
         sizes: int = 1,
-        rungs: Sequence[int] = RUNGS,
-        examples: Callable[[], Sequence[Rows]] = tuple,
     ) -> None:
         self._spec = spec
         self._precision = computed_in(precision)
         self._kept = None if cache_dir is None else SealedFolder(cache_dir)
         self._head: Any = None
         self._body: Any = None
-        self._rungs: tuple[int, ...] = ()
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
         try:
             self._model: Any = _core().read_model(file)
             weights = _weight_bytes(self._model)
-            fits = weights * sizes <= MAX_STATIC_BYTES
-            self._config = _config(threads or int(weights < LONE_THREAD_BYTES) or limited_threads(), self._kept)
-            if self._precision == "bfloat16" and (parts := split_head(self._model)):
-                self._head, self._model = self._request(parts[0], "float32"), parts[1]
+            fits = self._precision == "float32" and weights * sizes <= MAX_STATIC_BYTES
             self._static = fits if static is None else static
-            if static is None and fits and self._precision == "bfloat16":
-                self._static = self._keeps_rows(examples(), sorted(rungs))
+            self._config = _config(threads or int(weights < LONE_THREAD_BYTES) or limited_threads(), self._kept)
             if not self._static:
-                self._body = self._request(self._model, self._precision)
+                self._compile_dynamic()
         except BackendError:
             raise
         except Exception as error:  # its exception types share no base but Exception
             raise BackendError(f"OpenVINO cannot load {file}: {error}") from error
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     @property
     def name(self) -> str:
@@ -102,7 +92,11 @@ class OpenVinoBackend(OfGraph):
             raise BackendError("this OpenVINO engine was closed; load it again")
         inputs = {tensor.name: np.ascontiguousarray(rows[tensor.name]) for tensor in self._spec.inputs}
         try:
-            return self._at_rungs(inputs) if self._rungs else self._run(inputs)
+            if self._static:
+                return self._infer(self._request_for(inputs), inputs)
+            if self._head is not None:
+                inputs = self._apply_head(inputs)
+            return self._infer(self._body, inputs)
         except BackendError:  # the cache's own words
             raise
         except Exception as error:
@@ -112,52 +106,19 @@ class OpenVinoBackend(OfGraph):
         self._model = self._head = self._body = None
         self._requests.clear()
 
-    def _keeps_rows(self, examples: Sequence[Rows], rungs: Sequence[int]) -> bool:
-        """Whether rows come out of models compiled per batch size as they do alone: at every rung and place in it.
-
-        If so, those rungs are all that is ever run.
-        """
-        if not examples:
-            return False
-        for rows in examples:
-            alone = [self._run(_taken(rows, [i])) for i in range(max(rungs))]
-            for rung in rungs:
-                for order in (range(rung), range(rung)[::-1]):
-                    together = self._run(_taken(rows, order))
-                    if any(not _same(together, k, alone[i]) for k, i in enumerate(order)):
-                        _log.info("%s: in bfloat16 its rows differ at batch size %d", self._spec.file, rung)
-                        self._requests.clear()
-                        return False
-        self._rungs = tuple(rungs)
-        return True
-
-    def _at_rungs(self, inputs: Arrays) -> Arrays:
-        """In batches of the rungs alone, padded by the last row; more rows than the largest in several."""
-        rows, parts, largest = len(next(iter(inputs.values()))), [], self._rungs[-1]
-        if rows in self._rungs:
-            return self._run(inputs)
-        for first in range(0, rows, largest):
-            here = min(largest, rows - first)
-            rung = next(rung for rung in self._rungs if rung >= here)
-            at = np.minimum(np.arange(first, first + rung), rows - 1)
-            parts.append({name: array[:here] for name, array in self._run(_taken(inputs, at)).items()})
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _run(self, inputs: Arrays) -> Arrays:
-        """No head in float32 and in graphs without sinusoids."""
-        if self._head is not None:
-            inputs = self._apply_head(inputs)
-        return self._infer(self._request_for(inputs) if self._body is None else self._body, inputs)
+    def _compile_dynamic(self) -> None:
+        """Make the requests of free shapes; no head in float32 and in graphs without sinusoids."""
+        body = self._model
+        if self._precision == "bfloat16" and (parts := split_head(self._model)):
+            self._head, body = self._request(parts[0], "float32"), parts[1]
+        self._body = self._request(body, self._precision)
 
     def _request_for(self, inputs: Arrays) -> Any:
         """The request compiled for exactly these shapes; the first of a size takes a compilation."""
         shapes = tuple(array.shape for array in inputs.values())
         if shapes not in self._requests:
-            model = self._model.clone()
-            model.reshape({name: list(array.shape) for name, array in inputs.items()})
-            self._requests[shapes] = self._request(model, self._precision)
+            self._model.reshape({name: list(array.shape) for name, array in inputs.items()})
+            self._requests[shapes] = self._request(self._model, self._precision)
         return self._requests[shapes]
 
     def _request(self, model: Any, precision: Precision) -> Any:
@@ -176,7 +137,7 @@ class OpenVinoBackend(OfGraph):
         wanted = {name for port in self._head.model_inputs for name in port.get_names()}
         results = self._head.infer({k: v for k, v in inputs.items() if k in wanted}, share_inputs=True)
         extra = {head_input(i): results[i] for i in range(len(results))}
-        needed = {name for port in self._model.inputs for name in port.get_names()}
+        needed = {name for port in self._body.model_inputs for name in port.get_names()}
         return {name: array for name, array in {**inputs, **extra}.items() if name in needed}
 
     def _infer(self, request: Any, inputs: Arrays) -> Arrays:
@@ -188,16 +149,6 @@ def engine_name(precision: Precision | Literal["int8"]) -> str:
     """Backend, version and the precision that this CPU computes in where ``precision`` is asked for."""
     found = precision if precision == "int8" else computed_in(precision)
     return f"openvino {str(ov.get_version()).partition('-')[0]} {found}"
-
-
-def _taken(rows: Rows, order: Any) -> Arrays:
-    """The rows at ``order``, one after the other."""
-    return {name: np.ascontiguousarray(array[np.asarray(order)]) for name, array in rows.items()}
-
-
-def _same(outputs: Arrays, row: int, alone: Arrays) -> bool:
-    """Whether a row of ``outputs`` is, to the bit, what ``alone`` has of one row."""
-    return all(array[row].tobytes() == alone[name][0].tobytes() for name, array in outputs.items())
 
 
 def _weight_bytes(model: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -52,15 +51,14 @@ def test_the_error_does_not_grow_with_w_or_the_timestep(
 
 @lowers
 def test_w_as_a_bfloat16_number_would_be_seen(
-    unet_file: Path, exact: OnnxRuntimeBackend, lowered: OpenVinoBackend, monkeypatch: pytest.MonkeyPatch
+    unet_file: Path, exact: OnnxRuntimeBackend, lowered: OpenVinoBackend
 ) -> None:
     """The teeth of the test above: the same graph unsplit is several times worse."""
     rows = random_rows(8, seed=1)
     rows[GUIDANCE].fill(14.0)
     rows[TIMESTEP].fill(999)
     rows[COEFFICIENTS][:] = ONLY_NETWORK
-    monkeypatch.setattr(openvino, "split_head", lambda model: None)
-    unsplit = OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")
+    unsplit = OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", static=True)
     wrong = np.abs(unsplit.run(rows)[CLEAN_ESTIMATE] - exact.run(rows)[CLEAN_ESTIMATE]).mean()
     assert wrong > 4 * error(lowered, exact, 14.0, 999)
 
@@ -145,67 +143,3 @@ def test_a_damaged_compiled_model_is_compiled_again(unet_file: Path, tmp_path: P
         blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2])
     again = OpenVinoBackend(unet_file, spec, cache_dir=tmp_path).run(rows)
     assert all(array.tobytes() == again[name].tobytes() for name, array in fresh.items())
-
-
-def outputs_of(engine: OpenVinoBackend, rows: dict[str, Any]) -> list[bytes]:
-    """Of each row, everything that comes out."""
-    found = engine.run(rows)
-    return [b"".join(array[i].tobytes() for array in found.values()) for i in range(len(rows[GUIDANCE]))]
-
-
-def of_rungs(unet_file: Path, *rungs: int) -> OpenVinoBackend:
-    def examples() -> list[dict[str, Any]]:
-        return [random_rows(max(rungs), seed=11)]
-
-    return OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16", rungs=rungs, examples=examples)
-
-
-@lowers
-def test_lowered_rows_are_bit_equal_however_the_graph_was_compiled(unet_file: Path) -> None:
-    engine, rows = of_rungs(unet_file, 1, 2, 4, 8), random_rows(11, seed=9)
-    together = outputs_of(engine, rows)
-    for i in range(11):
-        assert outputs_of(engine, {name: array[i : i + 1] for name, array in rows.items()}) == [together[i]]
-
-
-@pytest.fixture
-def rounds_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU whose bfloat16 is the same at every batch size."""
-    monkeypatch.setattr(openvino, "has_bfloat16", lambda: True)
-    monkeypatch.setitem(openvino._HINTS, "bfloat16", "f32")
-
-
-@pytest.mark.usefixtures("rounds_alike")
-def test_where_rows_keep_it_is_compiled_for_the_rungs_and_run_at_no_other_size(unet_file: Path) -> None:
-    engine, rows = of_rungs(unet_file, 1, 4), random_rows(11, seed=9)
-    together = outputs_of(engine, rows)  # 4, 4 and 3 rows
-    assert engine._body is None
-    assert {shapes[0][0] for shapes in engine._requests} == {1, 4}
-    assert together == [outputs_of(engine, {n: a[i : i + 1] for n, a in rows.items()})[0] for i in range(11)]
-
-
-@pytest.mark.usefixtures("rounds_alike")
-@pytest.mark.parametrize("differing", [1, 4])
-def test_where_one_row_differs_at_one_rung_the_batch_stays_free(
-    unet_file: Path, differing: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = OpenVinoBackend._run
-
-    def otherwise(engine: OpenVinoBackend, inputs: dict[str, Any]) -> dict[str, Any]:
-        found = run(engine, inputs)
-        if len(inputs[GUIDANCE]) == 4:
-            found[CLEAN_ESTIMATE][differing - 1].view(np.int32)[...] ^= 1
-        return found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(OpenVinoBackend, "_run", otherwise)
-        engine = of_rungs(unet_file, 1, 4)
-    assert engine._body is not None
-    assert not engine._requests
-    rows = random_rows(3, seed=9)
-    assert outputs_of(engine, rows)[2] == outputs_of(engine, {n: a[2:] for n, a in rows.items()})[0]
-
-
-@pytest.mark.usefixtures("rounds_alike")
-def test_without_examples_to_see_it_by_the_batch_stays_free(unet_file: Path) -> None:
-    assert OpenVinoBackend(unet_file, step_spec(unet_file), precision="bfloat16")._body is not None
