@@ -46,7 +46,13 @@ CANCELS = (
     cancels.Storm(cancels=1000, step_s=0.015, redis=True),
 )
 PLANT = Plan(240, 15, workers=3, worker_kills=4, api_kills=3, redis_kills=1, freezes=2, poison=1)
-"""The load under which every planted bug must show."""
+"""The load under which a planted bug must show, but for those of ``LOADS``."""
+
+LOADS = {
+    "too many attempts": Plan(120, 6, workers=2),
+    "innocent failed": Plan(240, 8, workers=2, poison=12),
+}
+"""By what a bug is seen as: no faults, which would excuse further attempts; poison enough to have company."""
 
 
 def main() -> int:
@@ -66,14 +72,16 @@ def main() -> int:
 def judge(what: str, bundle: Path, log: Path) -> int:
     """Run a plan, or a small one with each bug planted; exit status."""
     if what == "plants":
-        verdicts = [run(replace(PLANT, plant=plant), bundle, log) for plant in ("", *PLANTS)]
+        plans = [PLANT, *LOADS.values()]
+        plans += [replace(LOADS.get(each.seen_as, PLANT), plant=name) for name, each in PLANTS.items()]
+        verdicts = [run(plan, bundle, log) for plan in plans]
     else:
         verdicts = [run(PLANS[what], bundle, log)]
     show(verdicts)
-    sound = [bool(verdict.faults) == bool(verdict.plan.plant) for verdict in verdicts]
-    if not all(sound):
+    sound = all(verdict.sound for verdict in verdicts)
+    if not sound:
         Console(stderr=True).print(log.read_text()[-20_000:], markup=False, highlight=False)
-    return 0 if all(sound) else 1
+    return 0 if sound else 1
 
 
 def show(verdicts: list[Verdict]) -> None:

@@ -16,6 +16,7 @@ from server.stores.redis.store import RedisStore
 from tests.chaos.fleet import Fleet, Node
 from tests.chaos.ledger import TERMINAL, Ledger
 from tests.chaos.node import LEASE_S
+from tests.chaos.plants import PLANTS
 
 GIVE_UP_S = 20.0
 """Jobs that are open although nothing has ended for so long, and no fault is left to come, are lost."""
@@ -66,6 +67,12 @@ class Verdict:
     ended: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """No fault was seen, or with a bug planted the one that it must be seen as."""
+        plant = self.plan.plant
+        return PLANTS[plant].seen_as in self.faults if plant else not self.faults
 
     def note(self, fault: str, example: str) -> None:
         self.faults[fault] += 1

@@ -43,7 +43,7 @@ def main(role: str, url: str, bundle: str, port: str, plant: str) -> None:
     store = RedisStore(url, settings.lease_s, settings.result_ttl_s, answer_s=answer_s)
     metrics = Metrics()
     if plant:
-        PLANTS[plant](store)
+        PLANTS[plant].put(store)
     sock = bind("127.0.0.1", int(port))
     if role == "api":
         service = build_service(settings, store, metrics, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from server.jobs import IdempotencyKey, Job, JobResult, Lease, Submission
@@ -116,18 +117,26 @@ def not_durable(store: RedisStore) -> None:
     """Redis keeps nothing on disk (see ``harness``, which starts it so)."""
 
 
-PLANTS: dict[str, Callable[[RedisStore], None]] = {
-    plant.__name__: plant
-    for plant in (
-        no_fence,
-        early_ack,
-        no_isolation,
-        maxlen,
-        no_xdel,
-        no_idempotency,
-        no_recovery,
-        result_after_ack,
-        key_before_job,
-        not_durable,
+@dataclass(frozen=True)
+class Plant:
+    """put: breaks a store; seen_as: the fault by which the harness must notice it."""
+
+    put: Callable[[RedisStore], None]
+    seen_as: str
+
+
+PLANTS = {
+    put.__name__: Plant(put, seen_as)
+    for put, seen_as in (
+        (no_fence, "second end"),
+        (early_ack, "too many attempts"),
+        (no_isolation, "innocent failed"),
+        (maxlen, "too many attempts"),
+        (no_xdel, "left over"),
+        (no_idempotency, "two jobs for one key"),
+        (no_recovery, "lost"),
+        (result_after_ack, "lost"),
+        (key_before_job, "lost"),
+        (not_durable, "lost"),
     )
 }
