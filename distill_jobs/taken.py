@@ -5,14 +5,13 @@ So that runs which differ in a later phase are compared on the very same teacher
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_jobs.checkpoint import write_folder, write_text
+from distill_jobs.checkpoint import link_or_copy, write_folder, write_text
 from distill_jobs.latent_sections import FolderTeacher, MadeTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import SAID_OR_KEPT, WITHOUT_EFFECT, differences, without_rounding
@@ -187,15 +186,8 @@ def copy_phase(source: Path, destination: Path) -> None:
     if source.is_dir():
 
         def fill(staging: Path) -> None:
-            shutil.copytree(source, staging, dirs_exist_ok=True, copy_function=_link)
+            shutil.copytree(source, staging, dirs_exist_ok=True, copy_function=link_or_copy)
 
         write_folder(destination, fill)
     elif source.is_file():
         write_text(destination, source.read_text(encoding="utf-8"))
-
-
-def _link(source: str, destination: str) -> None:
-    try:
-        os.link(os.path.realpath(source), destination)  # else a symbolic link is linked, and may lead nowhere there
-    except OSError:
-        shutil.copy2(source, destination)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
+from distill_jobs.checkpoint import link_or_copy
 from distill_jobs.pipelines.folder import PipelineFolder, files_read, read_json
 from distill_jobs.student import SCHEDULER_CODE
 
@@ -46,7 +45,4 @@ def _link(source: Path, destination: Path) -> None:
     """A part's files, its weights under their plain name."""
     destination.mkdir(parents=True)
     for name, file in files_read(source).items():
-        try:
-            os.link(file.resolve(), destination / name)  # else a symbolic link is linked, and leads nowhere there
-        except OSError:
-            shutil.copyfile(file, destination / name)
+        link_or_copy(file, destination / name)
