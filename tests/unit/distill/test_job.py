@@ -97,6 +97,7 @@ def test_batches_are_checked_before_any_phase_starts(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Processes, "count", property(lambda _: 3))
+    monkeypatch.setattr(Processes, "first", lambda _, work: work())
     last = read_recipe("digits", [*OVERRIDES, "teacher.batch_size=9", "stage_one.batch_size=9"])
     with pytest.raises(RecipeError, match=r"stage_two\.batch_size 8 cannot be shared equally by 3 processes"):
         run_job(last, tmp_path / "run", resume=False, progress=Progress(disable=True))
