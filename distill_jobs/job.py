@@ -47,7 +47,7 @@ def run_job(
     if taken_from is not None:
         _check_source(taken_from, folder)
     processes = Processes(recipe.compute, out)
-    processes.first(lambda: _check_shares(recipe, processes.count))  # alone: whoever ends leaves the others waiting
+    processes.first(lambda: _check_shares(recipe, processes.count))  # else one ends while the others still connect
     with StopSignal().listening() as stop, ExitStack() as held:
         if processes.count > 1:
             stop_with_launcher()
