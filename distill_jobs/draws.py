@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,19 +46,45 @@ class Share:
         return slice(self.index * rows, (self.index + 1) * rows)
 
 
+ValueT = TypeVar("ValueT")
+
+_Address = tuple[object, ...]
+
+
+class _Ahead:
+    """Makes what the next update needs while the device computes this one.
+
+    Of an address that was asked for at two updates in a row: what is asked for once has no next.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._last = dict[_Address, int]()
+        self._coming = dict[_Address, tuple[int, Future[Any]]]()
+
+    def get(self, update: int, address: _Address, make: Callable[[int], ValueT]) -> ValueT:
+        at, coming = self._coming.pop(address, (None, None))
+        made: ValueT = make(update) if coming is None or at != update else coming.result()
+        if self._last.get(address) == update - 1:
+            self._coming[address] = update + 1, self._thread.submit(make, update + 1)
+        self._last[address] = update
+        return made
+
+
 class _Batches:
     """What all shares of a batch take their rows of: what was drawn for the last update, and orders of the data."""
 
     def __init__(self) -> None:
-        self._update, self._drawn = -1, dict[tuple[object, ...], np.ndarray]()
+        self._update, self._drawn = -1, dict[_Address, np.ndarray]()
         self._orders = dict[tuple[int, int], np.ndarray]()
+        self.ahead = _Ahead()
 
-    def get(self, update: int, address: tuple[object, ...], draw: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, update: int, address: _Address, draw: Callable[[int], np.ndarray]) -> np.ndarray:
         """What ``draw`` gives, drawn once an update and address; the update before is forgotten."""
         if update != self._update:
             self._update, self._drawn = update, {}
         if address not in self._drawn:
-            self._drawn[address] = draw()
+            self._drawn[address] = self.ahead.get(update, address, draw)
         return self._drawn[address]
 
     def order(self, epoch: int, rows: int, draw: Callable[[], np.ndarray]) -> np.ndarray:
@@ -83,6 +112,13 @@ class Draws:
         own = Share(whole.index * of + index, whole.of * of)
         return Draws(self._seed, self._phase, own, self._batches)
 
+    def ahead(self, update: int, what: str, make: Callable[[int], ValueT]) -> ValueT:
+        """What ``make`` gives for an update, which depends on this share's draws and the update alone.
+
+        That of the next is made in a thread meanwhile, if that of the one before was asked for, too.
+        """
+        return self._batches.ahead.get(update, (what, self._share), make)
+
     def indices(self, update: int, batch: int, rows: int) -> Tensor:
         """(batch,) int64 data rows of this update: every epoch is a fresh permutation of all ``rows``."""
         first = (update * self._share.of + self._share.index) * batch
@@ -94,7 +130,7 @@ class Draws:
         """Standard normal float32; shape[0] counts rows. step: a number for each of several of one purpose."""
         rows, *rest = shape
 
-        def draw(whole: int) -> np.ndarray:
+        def draw(whole: int, update: int) -> np.ndarray:
             return self._generator(update, purpose, step).standard_normal((whole, *rest), dtype=np.float32)
 
         return self._rows(update, rows, ("normal", purpose, step, *rest), draw)
@@ -102,7 +138,7 @@ class Draws:
     def uniform(self, update: int, rows: int, purpose: Draw) -> Tensor:
         """(rows,) float64 in [0, 1), independent."""
 
-        def draw(whole: int) -> np.ndarray:
+        def draw(whole: int, update: int) -> np.ndarray:
             return self._generator(update, purpose).random(whole)
 
         return self._rows(update, rows, ("uniform", purpose), draw)
@@ -111,7 +147,7 @@ class Draws:
         """``shape`` float64 in [0, 1), independent; shape[0] counts rows."""
         rows, columns = shape
 
-        def draw(whole: int) -> np.ndarray:
+        def draw(whole: int, update: int) -> np.ndarray:
             return self._generator(update, purpose).random((whole, columns))
 
         return self._rows(update, rows, ("uniforms", purpose, columns), draw)
@@ -122,21 +158,17 @@ class Draws:
         Uniform, with less variance.
         """
 
-        def draw(whole: int) -> np.ndarray:
+        def draw(whole: int, update: int) -> np.ndarray:
             generator = self._generator(update, purpose)
             return (generator.permutation(whole) + generator.random(whole)) / whole
 
         return self._rows(update, rows, ("stratified", purpose), draw)
 
-    def _rows(
-        self, update: int, rows: int, address: tuple[object, ...], draw: Callable[[int], np.ndarray]
-    ) -> Tensor:
-        """(rows, …) this share's part of what ``draw`` gives for the rows of the whole batch."""
-        of = self._share.of
-        if of == 1:
-            return torch.from_numpy(draw(rows))
-        whole = self._batches.get(update, (rows * of, *address), lambda: draw(rows * of))
-        return torch.from_numpy(whole[self._share.slice(rows)].copy())
+    def _rows(self, update: int, rows: int, address: _Address, draw: Callable[[int, int], np.ndarray]) -> Tensor:
+        """(rows,) this share's part of what ``draw`` gives for the rows of the whole batch, and an update."""
+        whole = rows * self._share.of
+        drawn = self._batches.get(update, (whole, *address), partial(draw, whole))
+        return torch.from_numpy(drawn[self._share.slice(rows)].copy())
 
     def _order(self, epoch: int, rows: int) -> np.ndarray:
         return self._batches.order(epoch, rows, lambda: self._generator(epoch, Draw.ORDER).permutation(rows))

@@ -12,6 +12,7 @@ from distill_jobs.data.framing import pixels_of
 from distill_jobs.data.latent_cache import LatentCache
 from distill_jobs.data.source import Batch, Condition
 from distill_jobs.draws import Draw, Draws
+from distill_jobs.pipelines.vae import Encoded
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class LatentSource:
     side_px: int
 
     def batch(self, draws: Draws, update: int, size: int) -> Batch:
-        encoded, condition = self.cache.rows(draws.indices(update, size, len(self.cache)))
+        def read(update: int) -> tuple[Encoded, Condition]:
+            return self.cache.rows(draws.indices(update, size, len(self.cache)))
+
+        encoded, condition = draws.ahead(update, f"{size} rows", read)
         noise = draws.normal(update, tuple(encoded.mean.shape), Draw.LATENT)
         return Batch(encoded.sample(noise), condition)
 

@@ -1,5 +1,6 @@
 """Training randomness: addressed, so a resumed job draws the same."""
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -75,13 +76,41 @@ def test_the_shares_of_a_batch_draw_it_once_and_keep_it_no_longer_than_its_updat
     monkeypatch.setattr(Draws, "_generator", watched)
     draws = Draws(5, "teacher")
     shares = [draws.share(1, 2).share(k, 3) for k in range(3)]
-    for update in (3, 4, 3):
+    for update in (3, 5, 3):
         for share in shares:
             share.normal(update, (4, 2))
             share.normal(update, (4, 2), step=1)
             share.stratified(update, 4, Draw.TIME)
     once = [(Draw.NOISE, 0), (Draw.NOISE, 1), (Draw.TIME, 0)]
-    assert asked == [(update, *each) for update in (3, 4, 3) for each in once]
+    assert asked == [(update, *each) for update in (3, 5, 3) for each in once]
+
+
+def test_what_is_drawn_update_after_update_is_drawn_ahead_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_thread: dict[tuple[int, Draw], str] = {}
+    generator = Draws._generator
+
+    def watched(self: Draws, update: int, purpose: Draw, step: int = 0) -> np.random.Generator:
+        assert (update, purpose) not in by_thread, "drawn twice"
+        by_thread[update, purpose] = threading.current_thread().name
+        return generator(self, update, purpose, step)
+
+    expected = [Draws(5, "teacher").normal(update, (8, 3)) for update in range(4)]
+    monkeypatch.setattr(Draws, "_generator", watched)
+    mine = Draws(5, "teacher").share(1, 2)
+    for update in range(4):
+        assert torch.equal(mine.normal(update, (4, 3)), expected[update][4:])
+    mine.normal(0, (4, 3), Draw.LATENT)
+    main, ahead = threading.current_thread().name, "ahead_0"
+    assert [by_thread[update, Draw.NOISE] for update in range(4)] == [main, main, ahead, ahead]
+    assert by_thread[0, Draw.LATENT] == main
+    assert (1, Draw.LATENT) not in by_thread
+
+
+def test_a_rewind_finds_the_draws_of_its_update() -> None:
+    draws = Draws(5, "teacher")
+    expected = [Draws(5, "teacher").normal(update, (8, 3)) for update in range(4)]
+    for update in (0, 1, 2, 1, 2, 3):
+        assert torch.equal(draws.normal(update, (8, 3)), expected[update])
 
 
 def test_the_shares_of_a_batch_have_one_order_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
