@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -32,10 +33,24 @@ from distill_jobs.sections import (
     StageTwoSection,
 )
 from engines.manifest import GuidanceRange
+from engines.sampler import encoder_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FEW_STEPS = 2
 """Up to which students need a schedule that ends in pure noise."""
+
+
+def _stretches(chain: ChainSection, schedule: NoiseSchedule) -> list[tuple[int, int]]:
+    """The two table indices at which each of a chain's first steps asks its teacher: those of ``HalvingTables``."""
+    n = chain.steps[0]
+    if isinstance(chain, StageTwoSection) and chain.sampler == "stochastic":
+        grid = schedule.grid(n)[1:]
+        return list(pairwise((grid[0], *grid)))
+    if isinstance(chain, EncoderSection):
+        asked = tuple(step.timestep for step in encoder_plan(schedule, 2 * n).steps)
+    else:
+        asked = schedule.grid(2 * n)[1:]
+    return list(zip(asked[::2], asked[1::2], strict=True))
 
 
 class Recipe(Section):
@@ -178,6 +193,12 @@ class Recipe(Section):
                 raise ValueError(
                     f"of a grid of {n} steps no timestep is between guidance.log_snr_min and guidance.log_snr_max, "
                     "so nothing would be guided there"
+                )
+        for chain in self.chains:
+            if chain.guided_share is not None and not any(map(off.issuperset, _stretches(chain, schedule))):
+                raise ValueError(
+                    f"guided_share says nothing of a chain whose {chain.steps[0]} steps have guidance in each of "
+                    "them; leave it out, or narrow guidance.log_snr_min to guidance.log_snr_max"
                 )
 
     @model_validator(mode="after")
