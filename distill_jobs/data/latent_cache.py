@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.framing import Framed, framed_batches
+from distill_jobs.data.seen import remembered
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import DataError, JobError, StorageError
 from distill_jobs.pipelines.vae import Encoded
@@ -125,7 +126,7 @@ class LatentCache:
 class CacheWriter:
     """Fills a cache folder. skip_unreadable: leave out images that cannot be decoded, instead of an error.
 
-    names: of the shards known so far, by their place; to find one, its images are read.
+    names: of the shards known so far, by their place; to find one, its images are read, if they were not before.
     """
 
     def __init__(self, folder: Path, key: CacheKey, entries: Sequence[Captioned], skip_unreadable: bool) -> None:
@@ -167,18 +168,24 @@ class CacheWriter:
                 ends.append(total)
                 firsts.append(chunk * SHARD_ROWS)
         if not files:
-            raise DataError("none of the images can be read")
+            raise DataError(f"none of the images can be read, from {skipped[0]} on")
         null = load_file(self._file(self._key.null()))
         empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
         return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, tuple(skipped))
 
     def _shard(self, chunk: int) -> Path:
         if chunk not in self.names:
-            self.names[chunk] = self._key.shard(self._chunks[chunk])
+            key, entries = self._key, self._chunks[chunk]
+            told = f"{key.encoders} {key.side_px}"
+            self.names[chunk] = remembered(self._rows_folder / "seen", told, entries, lambda: key.shard(entries))
         return self._file(self.names[chunk])
 
     def _file(self, name: str) -> Path:
-        return self._folder / f"rows-{ROWS_VERSION}" / f"{name}.safetensors"
+        return self._rows_folder / f"{name}.safetensors"
+
+    @property
+    def _rows_folder(self) -> Path:
+        return self._folder / f"rows-{ROWS_VERSION}"
 
     def _encoded(self, encoders: Encoding, chunk: Sequence[Captioned]) -> dict[str, Tensor]:
         """The columns of a shard; none where no image could be read."""

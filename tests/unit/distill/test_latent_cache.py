@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -11,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distill_jobs.data import framing, latent_cache
+from distill_jobs.data import framing, latent_cache, seen
 from distill_jobs.data.captioned import Captioned, index_folder
 from distill_jobs.data.framing import Framed, frame
 from distill_jobs.data.latent_cache import CacheKey, CacheWriter
@@ -124,6 +126,66 @@ def test_jobs_of_one_pid_that_share_a_cache_write_each_its_own_file(
     filled(writer(tmp_path, entries))
     assert len(staged) == 3  # the empty condition by either, the shard by one
     assert len(writer(tmp_path, entries).finished()) == 1
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that were read."""
+    names, read = list[str](), Captioned.read
+
+    def counted(entry: Captioned) -> bytes:
+        names.append(entry.file.name)
+        return read(entry)
+
+    monkeypatch.setattr(Captioned, "read", counted)
+    return names
+
+
+def test_who_comes_back_reads_the_images_of_changed_files_alone(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen, "SETTLED_S", -1.0)
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(first := writer(tmp_path, entries))
+    reads.clear()
+    assert filled(again := writer(tmp_path, entries)) == 0
+    assert (reads, again.finished().identity) == ([], first.finished().identity)
+    changed = entries[4].file
+    changed.write_bytes(entries[5].file.read_bytes())
+    entries = index_folder(tmp_path / "a")
+    assert filled(third := writer(tmp_path, entries)) == 3
+    assert set(reads) == {entry.file.name for entry in entries[3:6]}
+    assert third.finished().identity != first.finished().identity
+    renamed = [replace(entry, caption="another") if place == 6 else entry for place, entry in enumerate(entries)]
+    assert filled(writer(tmp_path, renamed)) == 1
+    assert filled(writer(tmp_path, entries, "others")) == COUNT
+
+
+def test_a_file_changed_a_moment_ago_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    filled(writer(tmp_path, entries))
+    reads.clear()
+    stat = entries[0].file.stat()
+    entries[0].file.write_bytes(bytes(reversed(entries[0].file.read_bytes())))
+    os.utime(entries[0].file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"0\.png"):
+        filled(writer(tmp_path, entries))
+
+
+def test_a_cache_that_cannot_be_written_still_serves(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen, "SETTLED_S", -1.0)
+    entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
+    monkeypatch.setattr(seen, "write_text", _full)
+    filled(writer(tmp_path, entries))
+    reads.clear()
+    assert filled(writer(tmp_path, entries)) == 0
+    assert len(reads) == COUNT
+
+
+def _full(*_: object) -> None:
+    raise StorageError("no space left")
 
 
 def test_the_next_images_are_decoded_while_a_batch_is_encoded_and_no_more(
@@ -300,6 +362,10 @@ def test_batches_are_a_function_of_the_update(tmp_path: Path) -> None:
     assert sorted(epoch.tolist()) == sorted(float(len(images.caption(i))) for i in range(COUNT))
     assert len(source.null(4)) == 4
     assert not torch.equal(whole.x, source.batch(draws, 6, 6).x)
+    for update in (0, 1, 2, 3, 2, 3):  # as training asks for them, after a rewind too
+        row, alone = source.batch(draws, update, 2), source.batch(Draws(3, "stage_one"), update, 2)
+        assert torch.equal(row.x, alone.x)
+        assert torch.equal(row.condition.tokens, alone.condition.tokens)
 
 
 def test_masks_hide_the_image_that_the_row_was_made_from(tmp_path: Path) -> None:
