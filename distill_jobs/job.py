@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from distill_jobs.data.open import latents_of, open_source
+from distill_jobs.data.source import Source
 from distill_jobs.errors import RecipeError
 from distill_jobs.finish import train_consistency
 from distill_jobs.loop import Trainer
@@ -28,7 +29,7 @@ from distill_jobs.recipe import Recipe
 from distill_jobs.run_folder import Machine, RunFolder, stored_recipe
 from distill_jobs.sections import ChainSection, Section, Training
 from distill_jobs.signals import StopSignal, stop_with_launcher
-from distill_jobs.stage_one import train_stage_one, train_teacher
+from distill_jobs.stage_one import probe_teacher, train_stage_one, train_teacher
 from distill_jobs.stage_two import train_encoders, train_stage_two
 from distill_jobs.student import weights_sha256
 from distill_jobs.taken import take_phases
@@ -63,10 +64,14 @@ def run_job(
         every, log_every = recipe.checkpoint_every, recipe.log_every
         trainer = Trainer(processes, out / "checkpoints", every, log_every, stop, progress)
         teacher = made_teacher(recipe, folder, trainer) or open_teacher(recipe)
-        source = open_source(recipe, teacher, processes, progress, stop)
+
+        def begun(source: Source) -> Phases:
+            return Phases(recipe, folder, trainer, source, teacher)
+
+        source = open_source(recipe, teacher, processes, progress, stop, lambda few: probe_teacher(begun(few)))
         if (latents := latents_of(source)) is not None:
             processes.first(lambda: folder.keep_data(folder.data, latents.cache.identity, len(latents.cache)))
-        _train(Phases(recipe, folder, trainer, source, teacher))
+        _train(begun(source))
         processes.first(lambda: shutil.rmtree(trainer.checkpoints, ignore_errors=True))
     return folder
 

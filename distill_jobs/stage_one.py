@@ -53,9 +53,6 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
     assert teacher is not None
     if section.v_finetune is not None:
         phases.processes.first(lambda: phases.folder.keep_given(teacher.path, network_sha256(teacher)))
-    if not phases.processes.first((folder / "unet").is_dir):
-        _probe(phases, teacher, section.max_relative_error)
-    if section.v_finetune is not None:
         if section.v_finetune.target == "teacher":
             _imitate(phases, section.v_finetune, teacher)
         else:
@@ -64,8 +61,15 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
         phases.write(folder, load_network(teacher))
 
 
-def _probe(phases: Phases, teacher: PipelineFolder, limit: float) -> None:
-    """Hold what the folder says of its network against the network. Raises: TeacherError when it is another."""
+def probe_teacher(phases: Phases) -> None:
+    """Hold what a given folder says of its network against the network, unless the run has a teacher of its own.
+
+    Raises: TeacherError when it is another.
+    """
+    section, teacher = phases.recipe.teacher, phases.teacher
+    if not isinstance(section, FolderTeacher) or phases.processes.first((phases.folder.teacher / "unet").is_dir):
+        return
+    assert teacher is not None
     own = NoiseSchedule(teacher.schedule)
     rows = phases.noisy(Draws(phases.recipe.seed, "probe"), 0, PROBED_ROWS, torch.full((PROBED_ROWS,), middle(own)))
     network = phases.processes.frozen(load_network(teacher))
@@ -80,7 +84,7 @@ def _probe(phases: Phases, teacher: PipelineFolder, limit: float) -> None:
             f"relative errors {errors[teacher.prediction]:.2f} and {errors[instead]:.2f}; mend its config"
         )
     both = errors[teacher.prediction], unprompted[teacher.prediction]
-    if (fault := unfit(*both, limit)) is not None:
+    if (fault := unfit(*both, section.max_relative_error)) is not None:
         raise teacher.wrong(fault)
     phases.say(
         "the teacher's relative error on the data, at equal signal and noise, with prompts and without: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from distill_jobs.data.captioned import Captioned, index_folder, index_shards
 from distill_jobs.data.digits import Digits, DigitsSource
 from distill_jobs.data.drawing import drawn
-from distill_jobs.data.latent_cache import CacheKey, CacheWriter
+from distill_jobs.data.latent_cache import SHARD_ROWS, CacheKey, CacheWriter
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
@@ -38,10 +39,12 @@ def open_source(
     processes: Processes,
     progress: Progress,
     stop: StopSignal | None = None,
+    first: Callable[[Source], None] | None = None,
 ) -> Source:
     """The source that ``recipe.data`` names. teacher: the folder whose encoders make latents of captioned images.
 
-    Latents that are not cached yet are computed, by all processes, until a signal asks them to stop.
+    Latents that are not cached yet are computed, by all processes, until a signal asks them to stop. first: shown
+    the source of the first images alone before the others are encoded, which may take hours.
     Raises: DataError; TeacherError; StorageError; Interrupted.
     """
     if recipe.data == "digits" or teacher is None:
@@ -50,7 +53,16 @@ def open_source(
     entries = entries_of(recipe.data, recipe.seed, processes, progress)
     if isinstance(recipe.data, GlyphData) and recipe.data.side_px != teacher.size_px:
         raise DataError(f"data.side_px is {recipe.data.side_px}; the teacher draws pictures of {teacher.size_px}")
+    if first is not None:
+        few = _latents(recipe.data, entries[:SHARD_ROWS], teacher, processes, progress, stop, "first latents")
+        first(_masked(few, recipe, teacher, processes))
     latents = _latents(recipe.data, entries, teacher, processes, progress, stop)
+    _check_skipped(latents, progress)
+    return _masked(latents, recipe, teacher, processes)
+
+
+def _masked(latents: LatentSource, recipe: Recipe, teacher: PipelineFolder, processes: Processes) -> Source:
+    """With a mask and what it leaves to be seen, where networks take them."""
     if recipe.inpainting is None:
         return latents
     autoencoder = Autoencoder.load(teacher).to(processes.device)
@@ -64,16 +76,17 @@ def open_source(
 
 def _latents(
     data: CaptionedData,
-    entries: tuple[Captioned, ...],
+    entries: Sequence[Captioned],
     teacher: PipelineFolder,
     processes: Processes,
     progress: Progress,
     stop: StopSignal | None,
+    title: str = "latents",
 ) -> LatentSource:
     check_shared(data.cache, "data.cache", processes)
     key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px, teacher.zeros_for_empty)
     writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
-    task = progress.add_task("latents", total=-(-len(entries) // processes.count), loss="")
+    task = progress.add_task(title, total=-(-len(entries) // processes.count), loss="")
 
     def load() -> Encoders:
         return Encoders.load(teacher, processes.device)
@@ -85,14 +98,19 @@ def _latents(
 
     writer.write(load, advance, processes.index, processes.count)
     writer.names |= dict(processes.listed(list(writer.names.items())))
-    cache = writer.finished()
-    if cache.skipped:
-        told = f"{len(cache.skipped)} of {len(entries)} images cannot be read: {', '.join(cache.skipped[:NAMED])}"
-        if len(cache.skipped) > MOST_SKIPPED * len(entries):
-            raise DataError(f"{told}; more than {MOST_SKIPPED:.0%} are not left out: mend them or take them out")
-        progress.console.log(f"{told}; left out")
     side = teacher.size_px // teacher.pixels_per_latent
-    return LatentSource(cache, (teacher.channels, side, side), entries, teacher.size_px)
+    return LatentSource(writer.finished(), (teacher.channels, side, side), entries, teacher.size_px)
+
+
+def _check_skipped(latents: LatentSource, progress: Progress) -> None:
+    """Say which images are left out. Raises: DataError where they are too many."""
+    skipped, images = latents.cache.skipped, len(latents.entries)
+    if not skipped:
+        return
+    told = f"{len(skipped)} of {images} images cannot be read: {', '.join(skipped[:NAMED])}"
+    if len(skipped) > MOST_SKIPPED * images:
+        raise DataError(f"{told}; more than {MOST_SKIPPED:.0%} are not left out: mend them or take them out")
+    progress.console.log(f"{told}; left out")
 
 
 def latents_of(source: Source) -> LatentSource | None:

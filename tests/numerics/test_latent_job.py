@@ -21,6 +21,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from distill_jobs import job, stage_one
+from distill_jobs.data import latent_cache
+from distill_jobs.data import open as opening
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.open import open_source
 from distill_jobs.data.source import Condition
@@ -333,8 +335,12 @@ def test_a_teacher_that_is_not_what_its_folder_says_is_refused(
     recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"))
     found = dict(zip(("epsilon", "v_prediction", "sample"), errors, strict=True))
     monkeypatch.setattr(stage_one, "prediction_errors", lambda *_, **__: found)
+    for module in (latent_cache, opening):
+        monkeypatch.setattr(module, "SHARD_ROWS", 5)  # of 12 images
     with pytest.raises(RecipeError, match=message):
         run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
+    shards = [file for file in recipe.data.cache.rglob("*.safetensors") if not file.name.startswith("null-")]  # type: ignore[union-attr]
+    assert len(shards) == 1, "refused before the other images are encoded"
 
 
 @pytest.mark.parametrize(("kept", "message"), [(None, "whose folder is missing"), ("pytorch_model.bin", "pickles")])
