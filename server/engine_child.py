@@ -6,6 +6,7 @@ It ends when the other side of the socket does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -63,6 +64,8 @@ def main(load: Load = load_pipelines) -> NoReturn:
     for pipeline in pipelines.values():
         _watch_calls(pipeline, watch, settings.hang_s)
     loaded = {name: Offer.of(pipeline).model_dump() for name, pipeline in pipelines.items()}
+    gc.collect()
+    gc.freeze()  # as in ``server.start``: what is loaded stays
     link.sendall(frame({"loaded": loaded}))
     _serve(link, EngineThread(pipelines))
     os._exit(0)  # without unwinding, which a call under way would hold up

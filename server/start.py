@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 from rich.console import Console
 
@@ -47,6 +48,7 @@ def serve(settings: Settings) -> str | None:
         offer(await engine.renew(), service)
 
     def ready(url: str) -> None:
+        spare_the_collector()
         _announce(url, _names(engine), prompt)
 
     return Process(service, worker, sock, ready, renew=renew).run_until_told()
@@ -70,6 +72,7 @@ def api(settings: Settings) -> str | None:
     prompt = service.catalogue.default.tokenizer.known()[0]
 
     def ready(url: str) -> None:
+        spare_the_collector()
         if metrics_sock is not None:
             _out.print(f"Metrics     {url_of(metrics_sock)}/metrics", markup=False)
         _announce(url, names, prompt)
@@ -92,6 +95,10 @@ def worker(settings: Settings) -> str | None:
     metrics.is_a("worker")
     metrics.watch_engine(lambda: engine.pid, lambda: engine.up)
 
+    def ready(url: str) -> None:
+        spare_the_collector()
+        _out.print(f"Working on {_names(engine)}\nMetrics     {url}/metrics", markup=False)
+
     async def renew() -> None:
         await engine.renew()
 
@@ -101,10 +108,19 @@ def worker(settings: Settings) -> str | None:
         store,
         metrics,
         sock,
-        lambda url: _out.print(f"Working on {_names(engine)}\nMetrics     {url}/metrics", markup=False),
+        ready,
         renew,
     )
     return process.run_until_told()
+
+
+def spare_the_collector() -> None:
+    """Let the garbage collector leave alone what is loaded, and lives as long as the process.
+
+    It would walk all of that every few seconds under load, while everybody waits: up to 0.26 s on two busy cores.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _open_engine(settings: Settings, metrics: Metrics, *, isolated: bool) -> Succession:

@@ -103,6 +103,30 @@ def test_serve_is_not_ready_while_its_engine_is_down(toy_bundle: Path, monkeypat
     assert client.get("/readyz").status_code == 200
 
 
+def test_what_is_loaded_is_no_garbage_once_a_process_serves(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen: list[str] = []
+    told = SimpleNamespace(run_until_told=lambda: None)
+    engine = SimpleNamespace(versions=read_versions(Settings(bundles=(toy_bundle,))), offers={}, pid=1, up=True)
+
+    def process(*arguments: Any, **_: Any) -> Any:
+        ready = next(each for each in arguments if getattr(each, "__name__", "") == "ready")
+        ready("http://here")
+        frozen.append(capsys.readouterr().out)
+        return told
+
+    monkeypatch.setattr(starting, "_open_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(starting, "_worker", lambda *_: None)
+    monkeypatch.setattr(starting, "Process", process)
+    monkeypatch.setattr(starting, "WorkerProcess", process)
+    monkeypatch.setattr(starting.gc, "freeze", lambda: starting._out.print("frozen"))
+    settings = Settings(bundles=(toy_bundle,), port=0, redis="redis://127.0.0.1:1")
+    for start in (starting.serve, starting.api, starting.worker):
+        start(settings)
+    assert [said.split("\n")[0] for said in frozen] == ["frozen"] * 3
+
+
 def test_a_drain_that_times_out_answers_what_it_gives_up(start: Start) -> None:
     lab = start(drain_timeout_s=4, max_rows=10)
     lab.bench.hold()
