@@ -1,6 +1,6 @@
 """Stage two: the target of one student step, from the steps its teacher takes over the same stretch.
 
-Sources: Meng et al. 2023, Alg. 2 (deterministic) and section 3.2 (stochastic); Salimans & Ho 2022.
+Sources: Meng et al. 2023, Alg. 2 (deterministic) and Alg. 3 (stochastic); Salimans & Ho 2022.
 """
 
 from __future__ import annotations

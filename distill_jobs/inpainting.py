@@ -1,7 +1,7 @@
 """Images drawn into a mask: by networks that see it, and by blending the known region in at every step.
 
 Half of a real digit is hidden and drawn anew under its own class; outside the mask the image is put back, as the
-server does. Sources: Meng et al. 2023, section 4.5; Lugmayr et al. 2022 (blending, without its resampling).
+server does. Sources: Meng et al. 2023, section 4.2; Lugmayr et al. 2022 (blending, without its resampling).
 """
 
 from __future__ import annotations

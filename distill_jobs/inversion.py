@@ -1,7 +1,7 @@
 """Images inverted to their noise and drawn again: reconstructions and edits, beside the teacher's DDIM both ways.
 
 An image is encoded under its own class with guidance off. Decoded the same way it should come back; decoded under
-another class with guidance it should become that class and keep its hand. Source: Meng et al. 2023, section 4.4.
+another class with guidance it should become that class and keep its hand. Source: Meng et al. 2023, section 4.3.
 """
 
 from __future__ import annotations

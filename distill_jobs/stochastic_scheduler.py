@@ -1,7 +1,7 @@
 """The stochastic sampler as a scheduler of diffusers: this very file is copied into the folders of its students.
 
 So it needs diffusers and torch alone. Load such a pipeline with ``trust_remote_code=True``, which runs the copy.
-Source: Meng et al. 2023, section 3.2.
+Source: Meng et al. 2023, section 3.3.
 """
 
 from __future__ import annotations

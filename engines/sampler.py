@@ -9,7 +9,7 @@ evaluation, the stage-two target (``compose``) and the exported graph. Rows with
 clipped rows use b (d = 0). Coefficients are float64 here and enter graphs as float32.
 
 Source: Ho et al. 2020, Alg. 2 (ancestral); Song et al. 2021 (DDIM); Salimans & Ho 2022, eq. 9; Meng et al. 2023,
-section 3.2 and Alg. 3; Song et al. 2023, Alg. 1 (consistency).
+section 3.3; Song et al. 2023, Alg. 1 (consistency).
 """
 
 from __future__ import annotations

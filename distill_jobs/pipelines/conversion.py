@@ -32,7 +32,8 @@ def as_v(out: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Pre
 class NativeTeacher:
     """A pipeline's own network, asked for v at the points of ``tables``.
 
-    timestep: (T,) where on its own schedule each point's signal-to-noise ratio lies; known: (T,) whether it does.
+    timestep: (T,) where on its own schedule each point's signal-to-noise ratio lies; known: (T,) whether it does:
+    not that of points noisier than the schedule ever is.
     """
 
     network: nn.Module
@@ -50,9 +51,9 @@ class NativeTeacher:
         points: NoiseSchedule,
         device: torch.device | None = None,
     ) -> NativeTeacher:
-        """own: the schedule it was trained on; points: the one it is asked on."""
+        """own: the schedule it was trained on; points: the one it is asked on, as clean at its clean end."""
         at = np.interp(points.angles, own.angles, np.arange(own.timesteps))
-        known = torch.tensor((points.angles >= own.angles[0]) & (points.angles <= own.angles[-1]), device=device)
+        known = torch.tensor(points.angles <= own.angles[-1], device=device)
         return cls(network, prediction, Tables.of(points, device), float32(at).to(device), known)
 
     @torch.no_grad()

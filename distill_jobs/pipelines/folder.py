@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import AutoencoderKL, AutoencoderTiny
+import diffusers
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 
 from distill_jobs.errors import TeacherError
 from engines.sampler import Prediction
@@ -135,7 +136,7 @@ class PipelineFolder:
 
     @cached_property
     def schedule(self) -> ScheduleSpec:
-        """The noise schedule of the scheduler's config."""
+        """The noise schedule of the scheduler's config; betas left out are those of its class."""
         config, kind = self.config("scheduler"), self.class_of("scheduler")
         if "FlowMatch" in kind or "EDM" in kind or "beta_schedule" not in config:
             raise self.wrong(f"scheduler: {kind} has no beta schedule; only VP models are distilled here")
@@ -148,11 +149,13 @@ class PipelineFolder:
             raise self.wrong(
                 f"scheduler: beta_schedule {name!r} is none of linear, scaled_linear, squaredcos_cap_v2"
             )
+        own = inspect.signature(getattr(diffusers, kind, DDIMScheduler).__init__).parameters
+        start, end = (config.get(each, own[each].default) for each in ("beta_start", "beta_end"))
         return ScheduleSpec(
             kind=name,
             timesteps=int(config.get("num_train_timesteps", 1000)),
-            beta_start=float(config.get("beta_start", 0.0001)),
-            beta_end=float(config.get("beta_end", 0.02)),
+            beta_start=float(start),
+            beta_end=float(end),
             rescale_zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
         )
 

@@ -2,7 +2,7 @@
 
 Half of each image is hidden and drawn anew under its own caption, by networks that see the mask and by students
 that blend what is known in at every step. Latents are compared, before known pixels are put back over the image.
-Source: Meng et al. 2023, section 4.5.
+Source: Meng et al. 2023, section 4.2.
 """
 
 from __future__ import annotations

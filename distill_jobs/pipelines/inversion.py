@@ -1,7 +1,7 @@
 """Latents inverted to their noise and drawn again: encoders beside the teacher's DDIM both ways.
 
 Each image is encoded under its own caption with guidance off, and decoded the same way in as many steps.
-Source: Meng et al. 2023, section 4.4.
+Source: Meng et al. 2023, section 4.3.
 """
 
 from __future__ import annotations

@@ -96,6 +96,20 @@ def test_points_beyond_its_schedule_are_learned_from_the_data() -> None:
     assert torch.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("timesteps", [1000, 500, 4000])
+def test_a_rescaled_schedule_is_beyond_its_own_at_the_noisy_end_alone(kind: Any, timesteps: int) -> None:
+    """Rescaling leaves the cleanest point where it was, but for rounding."""
+    betas = {} if kind == "squaredcos_cap_v2" else {"beta_start": 0.0001, "beta_end": 0.02}
+    own = NoiseSchedule(ScheduleSpec(kind=kind, timesteps=timesteps, **betas))
+    rescaled = NoiseSchedule(own.spec.model_copy(update={"rescale_zero_terminal_snr": True}))
+    teacher = NativeTeacher.of(Gaussian("epsilon"), "epsilon", own, rescaled)
+    noisier = torch.tensor(rescaled.alpha < own.alpha[-1])
+    assert torch.equal(teacher.known, ~noisier)
+    assert 0 < int(noisier.sum()) < timesteps / 2
+    assert float(teacher.timestep[0]) == pytest.approx(0, abs=1e-6)
+
+
 class Trained(nn.Module):
     """Tells signal from noise but for a share: as networks of images do, where those of Gaussian data cannot."""
 

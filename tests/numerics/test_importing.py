@@ -27,6 +27,7 @@ from distill_jobs.sections import StoredWeights
 from distill_jobs.student import load_stock
 from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
+from engines.schedule import NoiseSchedule
 from tests.support import tiny_pipelines as tiny
 
 SCALES = (1.0, 15.0, 8.5)
@@ -87,6 +88,19 @@ def test_the_consistency_sampler_is_the_schedulers(
     found = sample(student_network(load_stock(folder), 3.0), plan, condition, [SEED], (4, 8, 8))
     assert plan.timesteps == tuple(pipeline.scheduler.timesteps.tolist())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_betas_that_a_config_leaves_out_are_the_schedulers_own(folder: Path, tmp_path: Path) -> None:
+    """LCMScheduler's defaults are others than DDIM's."""
+    copy = Path(shutil.copytree(folder, tmp_path / "lcm"))
+    file = copy / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({name: value for name, value in told.items() if name not in ("beta_start", "beta_end")})
+    )
+    stock = LCMScheduler.from_pretrained(copy / "scheduler")
+    found = NoiseSchedule(open_published(copy).folder.schedule)
+    np.testing.assert_allclose(found.alpha**2, stock.alphas_cumprod.numpy(), rtol=0, atol=6e-6)
 
 
 def test_four_steps_are_the_default_and_one_to_eight_are_served(folder: Path) -> None:

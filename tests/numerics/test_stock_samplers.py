@@ -90,6 +90,28 @@ def test_a_folders_scheduler_draws_what_our_sampler_draws(
         assert float((other - drawn).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("schedule", [COSINE, SCALED], ids=["cosine", "scaled"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])
+def test_the_scheduler_of_a_deterministic_student_draws_so_too_told_to_reckon_with_what_it_clips(
+    steps: int, schedule: NoiseSchedule, clip: float | None, tmp_path: Path
+) -> None:
+    save_stock(tmp_path, tiny_student(0), schedule, clip, Trained("deterministic", (steps,)))
+    scheduler, network = scheduler_of(tmp_path), student_network(load_stock(tmp_path), W)
+    seeds, condition, shape = [1, 2], class_condition(torch.tensor([3, 7])), (1, 8, 8)
+    drawn = request_noise(seeds, shape)
+    scheduler.set_timesteps(steps)
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            v = network(drawn, int(t), condition)
+            drawn = scheduler.step(v, t, drawn, use_clipped_model_output=clip is not None).prev_sample
+    ours = sample(network, sampler_plan(schedule, steps, clip=clip), condition, seeds, shape)
+    torch.testing.assert_close(ours, drawn, rtol=0, atol=2e-5)
+    if clip is not None and steps > 2:  # at pure noise there is nothing to reckon with
+        untold = solve(network, scheduler, steps, condition, seeds, shape)
+        assert float((untold - drawn).abs().max()) > 1e-2
+
+
 def test_a_folder_says_what_it_was_trained_for(tmp_path: Path) -> None:
     for name, trained in CHAINS.items():
         save_stock(tmp_path / name, tiny_student(0), COSINE, None, trained)

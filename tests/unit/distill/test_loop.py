@@ -305,6 +305,27 @@ def test_memory_that_ends_before_the_first_update_says_the_same(
         train(tmp_path, square)
 
 
+def test_what_is_kept_is_the_average_of_adams_weights_at_rates_that_rise_and_fall(tmp_path: Path) -> None:
+    """By hand. The average forgets fast at first: its decay is at most (1 + u)/(10 + u) after update u, from 0."""
+    updates, warmup, lr, ema, clip_norm = 30, 4, 0.1, 0.6, 0.5
+    rates = {"updates": updates, "warmup": warmup, "lr": lr, "ema": ema, "clip_norm": clip_norm}
+    kept = train(tmp_path, square, **rates)["weight"]
+    weight = layer().weight.detach().double()
+    average, first, second = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    for u in range(updates):
+        x = Draws(7, "phase").normal(u, (BATCH, WIDTH)).double()
+        gradient = 2 * (x @ weight.T - 1).T @ x / BATCH
+        gradient = gradient * min(1.0, clip_norm / float(gradient.norm()))
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        unbiased = first / (1 - 0.9 ** (u + 1)), second / (1 - 0.999 ** (u + 1))
+        rate = lr * min(1, (u + 1) / warmup) * (1 - u / updates)
+        weight = weight - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        decay = min(ema, (1 + u) / (10 + u)) if u else 0.0
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(kept.double(), average, rtol=0, atol=1e-5)
+    assert float((weight - average).abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_micro_batches_are_the_large_batch(accumulate: int, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", square)["weight"]

@@ -1,5 +1,6 @@
 """Objectives and students against what they must equal, without training."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 
 from distill_jobs.data.digits import NULL_CLASS, Digits, class_condition
 from distill_jobs.errors import JobError
-from distill_jobs.halving import HalvingTables, two_step_target
+from distill_jobs.halving import HalvingTables, target_loss, two_step_target
 from distill_jobs.objectives import Noisy, Tables, guided_v, network_v, stage_one_loss, teacher_loss
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import guidance_embedding, load_stock, new_teacher, predict, save_stock, student_of
@@ -164,6 +165,27 @@ def test_stage_one_loss_is_zero_exactly_where_student_is_the_guided_teacher(
     assert float(loss[5]) > 1e-6
 
 
+def test_guided_losses_are_errors_of_the_clean_image_times_the_truncated_snr(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    """max(SNR, 1)·|x - x̂|², by hand from the networks' outputs; at t = 999 there is no signal."""
+    student, tables = tiny_student(0), Tables.of(schedule)
+    angles = [math.pi / 2 * (t + 1) / 1000 for t in rows.t.tolist()]
+    alpha, sigma = (torch.tensor([f(each) for each in angles])[:, None, None, None] for f in (math.cos, math.sin))
+    z, w = alpha * rows.x + sigma * rows.noise, WEIGHTS[:, None, None, None]
+    with torch.no_grad():
+        c, u = (predict(teacher, z, rows.t, each).double() for each in (rows.condition, rows.null))
+        given = predict(student, z, rows.t, rows.condition, WEIGHTS).double()
+        wanted = (1 + w) * c - w * u
+        stage_one = stage_one_loss(student, teacher, tables, rows, WEIGHTS)
+        halving = target_loss(student, tables, z, rows, WEIGHTS, wanted.float())
+    clean = [alpha.double() * z - sigma.double() * v for v in (given, wanted)]
+    snr = [(math.cos(each) / math.sin(each)) ** 2 for each in angles]
+    expected = (clean[0] - clean[1]).square().flatten(1).mean(1) * torch.tensor(snr).clamp(min=1)
+    for found in (stage_one, halving):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
 def test_outside_its_interval_the_target_is_the_teacher_with_its_condition(
     teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
 ) -> None:
@@ -176,6 +198,19 @@ def test_outside_its_interval_the_target_is_the_teacher_with_its_condition(
     inside = torch.tensor([False, False, True, True, False, False])
     assert bool((everywhere > 1e-6).all())
     torch.testing.assert_close(limited, torch.where(inside, everywhere, 0.0), rtol=1e-5, atol=1e-10)
+
+
+def test_a_teacher_learns_the_v_of_noisy_rows(
+    teacher: UNet2DConditionModel, schedule: NoiseSchedule, rows: Noisy
+) -> None:
+    """z = alpha·x + sigma·noise, v = alpha·noise - sigma·x; at t = 999 the noise and the negative image."""
+    angles = [math.pi / 2 * (t + 1) / 1000 for t in rows.t.tolist()]
+    alpha, sigma = (torch.tensor([f(each) for each in angles])[:, None, None, None] for f in (math.cos, math.sin))
+    with torch.no_grad():
+        found = teacher_loss(teacher, Tables.of(schedule), rows, torch.zeros(B, dtype=torch.bool))
+        given = predict(teacher, alpha * rows.x + sigma * rows.noise, rows.t, rows.condition)
+    expected = (given - (alpha * rows.noise - sigma * rows.x)).square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_teacher_loss_sees_the_null_condition_on_dropped_rows(

@@ -1,10 +1,15 @@
 """Sources: a batch is a function of its address, and conditions are handled row by row."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from distill_jobs.data.digits import NULL_CLASS, Digits, DigitsSource, class_condition
+from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.source import Condition
 from distill_jobs.draws import Draws
+from distill_jobs.pipelines.vae import Encoded
 
 
 def condition(*values: float, added: bool = True) -> Condition:
@@ -40,6 +45,29 @@ def test_digits_batches_depend_on_their_address_alone() -> None:
 def test_the_empty_condition_is_a_class_of_its_own() -> None:
     null = DigitsSource(Digits.load()).null(3)
     assert torch.equal(null.tokens, class_condition(torch.tensor([NULL_CLASS] * 3)).tokens)
+
+
+def test_latents_are_drawn_afresh_from_what_the_autoencoder_gave_of_each() -> None:
+    """Images 0 to 9 of mean 10·i and deviation i + 1."""
+
+    class Cache:
+        def __len__(self) -> int:
+            return 10
+
+        def rows(self, indices: Tensor) -> tuple[Encoded, Condition]:
+            wide = indices.float()[:, None, None, None].expand(-1, 4, 16, 16)
+            return Encoded(10 * wide, wide + 1), Condition(indices.float()[:, None, None])
+
+    cache: Any = Cache()
+    source, draws = LatentSource(cache, (4, 16, 16), (), 128), Draws(0, "stage_one")
+    first, again, next_epoch = source.batch(draws, 0, 10), source.batch(draws, 0, 10), source.batch(draws, 1, 10)
+    assert torch.equal(first.x, again.x)
+    for batch in (first, next_epoch):
+        image = batch.condition.tokens[:, 0, 0]
+        torch.testing.assert_close(batch.x.mean((1, 2, 3)), 10 * image, rtol=0, atol=1.5)
+        torch.testing.assert_close(batch.x.std((1, 2, 3)), image + 1, rtol=0.1, atol=0)
+    order = [batch.condition.tokens[:, 0, 0].argsort() for batch in (first, next_epoch)]
+    assert float((first.x[order[0]] - next_epoch.x[order[1]]).abs().mean()) > 1
 
 
 def test_where_cat_rows_and_expand_keep_every_part_together() -> None:
