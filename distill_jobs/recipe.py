@@ -147,8 +147,6 @@ class Recipe(Section):
         evaluation, allowed = self.evaluation, self.guidance
         if outside := [s for s in evaluation.guidance_scales if not allowed.min <= s <= allowed.max]:
             raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
-        if len(set(evaluation.seeds)) < len(evaluation.seeds):
-            raise ValueError("evaluation.seeds must differ from each other")
         grids = {evaluation.teacher_steps, *(2 * chain.steps[0] for chain in self.chains if chain.steps)}
         if self.consistency is not None:
             grids.add(self.consistency.grid)
