@@ -195,18 +195,27 @@ class Recipe(Section):
             raise ValueError("clip is for images; latents have no bound")
         if latent and self.export.upscale != ExportSection.model_fields["upscale"].default:
             raise ValueError("export.upscale is for digits; latents are decoded by an autoencoder")
-        channels = self.unet.get("out_channels", 4)
-        seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
-        if latent and self.unet.get("in_channels", 4) != seen:
-            raise ValueError(
-                f"unet.in_channels must be {seen}: inpainting is for teachers that see the mask, and only they"
-            )
+        if latent:
+            self._check_unet_of_latents()
+            return self
         seen = 1 if self.inpainting is None else 3  # with the mask and the masked image
         fixed = {"sample_size": 8, "in_channels": seen, "out_channels": 1, "cross_attention_dim": 16}
-        for name, value in ({} if latent else fixed).items():
+        for name, value in fixed.items():
             if self.unet.get(name) != value:
                 raise ValueError(f"unet.{name} must be {value} for data: digits")
         return self
+
+    def _check_unet_of_latents(self) -> None:
+        """Raises: ValueError where the shape of latents and conditions is not told, or does not fit the task."""
+        for name in ("sample_size", "out_channels", "cross_attention_dim"):
+            if not isinstance(self.unet.get(name), int):
+                raise ValueError(f"unet.{name} must be given, as a whole number")
+        channels = self.unet["out_channels"]
+        seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
+        if self.unet.get("in_channels", 4) != seen:
+            raise ValueError(
+                f"unet.in_channels must be {seen}: inpainting is for teachers that see the mask, and only they"
+            )
 
     @model_validator(mode="after")
     def _makes_what_fits(self) -> Recipe:
@@ -229,9 +238,7 @@ class Recipe(Section):
             raise ValueError(
                 "teacher.text.training needs unet.addition_embed_type: text, whose pooling of a prompt it trains"
             )
-        side = self.unet.get("sample_size")
-        if not isinstance(side, int):
-            raise ValueError("unet.sample_size must be the side of the latents that the teacher is made for")
+        side = self.unet["sample_size"]
         if isinstance(self.data, GlyphData) and self.data.side_px != side * teacher.autoencoder.pixels_per_latent:
             raise ValueError(
                 f"data.side_px is {self.data.side_px}; unet.sample_size and teacher.autoencoder make pictures of "

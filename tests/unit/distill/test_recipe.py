@@ -169,6 +169,20 @@ def test_changed_fields_are_listed_by_dotted_name() -> None:
     assert changed_fields(old, old) == []
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "unet.sample_size=null",
+        "unet.sample_size=[64, 64]",
+        "unet={sample_size: 64, in_channels: 4, cross_attention_dim: 768}",
+        "unet.cross_attention_dim=wide",
+    ],
+)
+def test_the_shape_of_latents_and_conditions_is_told(override: str) -> None:
+    with pytest.raises(RecipeError, match=r"unet\.(sample_size|out_channels|cross_attention_dim) must be given"):
+        read_recipe("sd15", [override])
+
+
 def test_arguments_diffusers_refuses_are_a_recipe_error() -> None:
     recipe = read_recipe("digits", ["unet.block_out_channel=[8, 8]"])
     with pytest.raises(RecipeError, match="block_out_channel"):
