@@ -13,6 +13,7 @@ from distill_jobs.latent_sections import (
     CaptionedData,
     Data,
     DecoderSection,
+    FolderTeacher,
     GlyphData,
     LatentTeacher,
     MadeTeacher,
@@ -209,7 +210,9 @@ class Recipe(Section):
         """Raises: ValueError where the shape of latents and conditions is not told, or does not fit the task."""
         for name in ("sample_size", "out_channels", "cross_attention_dim"):
             if not isinstance(self.unet.get(name), int):
-                raise ValueError(f"unet.{name} must be given, as a whole number")
+                given = isinstance(self.teacher, FolderTeacher)
+                hint = "; leave unet out (--set unet=null) to take the folder's" if given else ""
+                raise ValueError(f"unet.{name} must be given, as a whole number{hint}")
         channels = self.unet["out_channels"]
         seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
         if self.unet.get("in_channels", 4) != seen:

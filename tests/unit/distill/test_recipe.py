@@ -38,6 +38,13 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
     assert [h.steps for h in recipe.stage_two.halvings] == [1]
 
 
+def test_an_override_begins_a_section_that_the_recipe_has_not(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: digits\nconsistency: null\n", encoding="utf-8")
+    sets = ["consistency.source=4", "consistency.grid=4", "consistency.updates=3"]
+    assert read_recipe(file, sets) == read_recipe("digits", sets)
+
+
 def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> None:
     recipe = read_recipe("digits", ["guidance.log_snr_min=-2", "guidance.log_snr_max=3"])
     schedule = NoiseSchedule(recipe.schedule)
@@ -132,12 +139,16 @@ def test_encoders_need_guidance_to_be_off_where_they_are_trained() -> None:
 
 def test_every_wrong_field_is_told_and_a_misspelt_one_by_its_right_name() -> None:
     wrong = ["stage_two.lr=fast", "teacher.updats=3", "seeed=1", "guidance.max=0.5", "xyzzy=1"]
+    wrong += ["stage_one=3", "evaluation.seeds=1", "consistency={rank: 1, source: 4, grid: 4, updates: 1}"]
     with pytest.raises(RecipeError) as caught:
         read_recipe("digits", wrong)
     told = str(caught.value).removeprefix("recipe digits: ").split("; ")
     assert sorted(told) == [
+        "consistency.rank: that is a field of other sections, not of this one",
+        "evaluation.seeds: must be a list, such as [1, 2]",
         "guidance: guidance needs min <= default <= max",
         "seeed: there is no such field, did you mean seed?",
+        "stage_one: must be a section, field by field",
         "stage_two.lr: Input should be a valid number, unable to parse string as a number",
         "teacher.updats: there is no such field, did you mean updates?",
         "xyzzy: there is no such field",
