@@ -204,6 +204,14 @@ def test_a_student_made_here_is_run_in_the_steps_of_its_training(folders: dict[s
     assert list(open_published(chain).plans(None)) == [4]
 
 
+@pytest.mark.parametrize("steps", ["[]", "[0]"])
+def test_a_student_of_no_steps_is_refused(steps: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    copied = shutil.copytree(folders["sd"], tmp_path / "copy")
+    (copied / "student.json").write_text(f'{{"sampler": "deterministic", "steps": {steps}}}')
+    with pytest.raises(TeacherError, match=r"student\.json cannot be read"):
+        open_published(copied)
+
+
 def test_weights_without_a_place_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     """Such as those of the guidance weight, under a config that says nothing of it."""
     folder = shutil.copytree(folders["sd"], tmp_path / "model")
