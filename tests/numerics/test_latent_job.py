@@ -265,7 +265,8 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         ({"data": "digits"}, "captioned images need teacher.folder"),
         ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder, webdataset or glyphs"),
         ({"clip": 1.0}, "latents have no bound"),
-        ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
+        ({"data": {"kind": "webdataset", "path": "nowhere"}}, "data.path: nowhere is not there"),
+        ({"data": {"kind": "image_folder", "path": "nowhere"}}, "data.path: nowhere is not there"),
         ({"export": {"name": "latent", "students": [4], "upscale": 2}}, "export.upscale is for digits"),
     ],
     ids=[
@@ -279,6 +280,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         "kind",
         "clip",
         "shards",
+        "images",
         "upscale",
     ],
 )
