@@ -18,6 +18,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     SchedulerMixin,
 )
 from rich.progress import Progress
@@ -169,6 +170,7 @@ def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], 
         (EulerDiscreteScheduler(**TRAILING, use_karras_sigmas=True), (1,), "use_karras_sigmas is True"),
         (EulerDiscreteScheduler(**TRAILING, rescale_betas_zero_snr=True), (1,), "rescale_betas_zero_snr is True"),
         (EULER, None, "import --steps N"),
+        (PNDMScheduler(**SD), (1,), "its scheduler is PNDMScheduler"),
         (EulerAncestralDiscreteScheduler(**SD), (1,), "timestep_spacing is 'linspace'"),
         (EulerAncestralDiscreteScheduler(**TRAILING, prediction_type="sample"), (1,), "prediction_type is sample"),
         (DDIMScheduler(**{**tiny.SCHEDULER, "set_alpha_to_one": False}), (1,), "set_alpha_to_one is False"),
@@ -176,7 +178,7 @@ def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], 
         (DDIMScheduler(**tiny.SCHEDULER, rescale_betas_zero_snr=True), (1,), "undefined at zero SNR"),
     ],
     ids=[
-        *("leading", "linspace", "karras", "zero snr of Euler", "no steps", "ancestral", "ancestral x"),
+        *("leading", "linspace", "karras", "zero snr of Euler", "no steps", "another", "ancestral", "ancestral x"),
         *("last alpha", "strides", "zero snr"),
     ],
 )
