@@ -45,26 +45,31 @@ def network_cost(config: dict[str, Any], rank: int | None = None) -> NetworkCost
     rank: count the parameters of adapters of this rank instead of its own.
     Raises: RecipeError when diffusers refuses the arguments.
     """
-    with torch.device("meta"), torch.no_grad():
-        try:
+    try:
+        with torch.device("meta"), torch.no_grad():
             network = UNet2DConditionModel(**config)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"recipe: unet: diffusers refuses these arguments: {error}") from None
-        made = network.config
-        size = made.sample_size
-        width = made.time_cond_proj_dim
-        pooled = (made.projection_class_embeddings_input_dim or 0) - 6 * (made.addition_time_embed_dim or 0)
-        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)} if pooled > 0 else None
-        with FlopCounterMode(display=False) as counter:
-            network(
-                torch.empty(1, made.in_channels, size, size),
-                torch.zeros(1),
-                encoder_hidden_states=torch.empty(1, TEXT_TOKENS, made.cross_attention_dim),
-                timestep_cond=None if width is None else torch.empty(1, width),
-                added_cond_kwargs=added,
-            )
+            flops = _flops_of_a_row(network)
+    except Exception as error:  # what diffusers makes of wrong arguments has no common base
+        raise RecipeError(f"recipe: unet: diffusers refuses these arguments: {error}") from None
     own = sum(p.numel() for p in network.parameters())
-    return NetworkCost(own if rank is None else adapter_parameters(network, rank), float(counter.get_total_flops()))
+    return NetworkCost(own if rank is None else adapter_parameters(network, rank), flops)
+
+
+def _flops_of_a_row(network: UNet2DConditionModel) -> float:
+    made = network.config
+    size = made.sample_size
+    width = made.time_cond_proj_dim
+    pooled = (made.projection_class_embeddings_input_dim or 0) - 6 * (made.addition_time_embed_dim or 0)
+    added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)} if pooled > 0 else None
+    with FlopCounterMode(display=False) as counter:
+        network(
+            torch.empty(1, made.in_channels, size, size),
+            torch.zeros(1),
+            encoder_hidden_states=torch.empty(1, TEXT_TOKENS, made.cross_attention_dim),
+            timestep_cond=None if width is None else torch.empty(1, width),
+            added_cond_kwargs=added,
+        )
+    return float(counter.get_total_flops())
 
 
 def cached_bytes(unet: Mapping[str, Any], tokens: int = TEXT_TOKENS) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from distill_jobs.classifier import DigitClassifier
@@ -78,12 +77,13 @@ def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
     def extract(images: Tensor) -> Tensor:
         levels = ((_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         try:
-            return torch.as_tensor(module(levels, return_features=True)).float()
-        except RuntimeError as error:
+            found = torch.as_tensor(module(levels, return_features=True))
+        except (RuntimeError, TypeError) as error:
             raise JobError(
                 f"evaluation.features_path {path} cannot be called on uint8 images with return_features: "
                 f"{_first_line(error)}"
             ) from None
+        return _rows(path, found)
 
     return extract
 
@@ -103,7 +103,14 @@ def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
     def extract(images: Tensor) -> Tensor:
         size = (ONNX_SIDE_PX, ONNX_SIDE_PX)
         resized = torch.nn.functional.interpolate(_three_channels(images), size, mode="bilinear", antialias=True)
-        return torch.from_numpy(session.run(None, {name: resized.numpy()})[0]).float()
+        try:
+            found = torch.from_numpy(session.run(None, {name: resized.numpy()})[0])
+        except Exception as error:  # as above
+            raise JobError(
+                f"evaluation.features_path {path} cannot be run on images of 3 × {ONNX_SIDE_PX} × {ONNX_SIDE_PX}: "
+                f"{_first_line(error)}"
+            ) from None
+        return _rows(path, found)
 
     return extract
 
@@ -122,7 +129,8 @@ def _clip(folder: Path) -> FeatureSpace:
         model = kind.from_pretrained(folder, local_files_only=True)
         side = int(config.get("vision_config", config)["image_size"])
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        told = _caption_embedding(folder, model) if kind is CLIPModel else None
+    except Exception as error:  # what the libraries make of damaged files has no common base
         raise JobError(f"evaluation.features_path {folder} is no CLIP folder: {_first_line(error)}") from None
     model.train(False)
 
@@ -132,7 +140,6 @@ def _clip(folder: Path) -> FeatureSpace:
         pooled = model.vision_model(pixel_values=(resized - mean) / std).pooler_output
         return torch.as_tensor(model.visual_projection(pooled))
 
-    told = _caption_embedding(folder, model) if kind is CLIPModel else None
     return FeatureSpace("CLIP", _digest([weights.read_bytes()]), extract, told)
 
 
@@ -153,6 +160,16 @@ def _caption_embedding(folder: Path, model: Any) -> Callable[[Sequence[str]], Te
             return torch.as_tensor(model.text_projection(model.text_model(**rows).pooler_output))
 
     return told
+
+
+def _rows(path: Path, features: Tensor) -> Tensor:
+    """(B, D) float32. Raises: JobError where they are of another shape, as maps that nobody averaged are."""
+    if features.ndim != 2:
+        raise JobError(
+            f"evaluation.features_path {path} gives {tuple(features.shape)} and not (images, features); its output "
+            "must be one row an image"
+        )
+    return features.float()
 
 
 def _three_channels(images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from distill_jobs.latent_sections import (
     CaptionedData,
     Data,
     DecoderSection,
+    FolderTeacher,
     GlyphData,
     LatentTeacher,
     MadeTeacher,
@@ -162,8 +163,6 @@ class Recipe(Section):
         evaluation, allowed = self.evaluation, self.guidance
         if outside := [s for s in evaluation.guidance_scales if not allowed.min <= s <= allowed.max]:
             raise ValueError(f"evaluation.guidance_scales {outside} are outside {allowed.min:g} to {allowed.max:g}")
-        if len(set(evaluation.seeds)) < len(evaluation.seeds):
-            raise ValueError("evaluation.seeds must differ from each other")
         grids = {evaluation.teacher_steps, *(2 * chain.steps[0] for chain in self.chains if chain.steps)}
         if self.consistency is not None:
             grids.add(self.consistency.grid)
@@ -218,18 +217,29 @@ class Recipe(Section):
             raise ValueError("clip is for images; latents have no bound")
         if latent and self.export.upscale != ExportSection.model_fields["upscale"].default:
             raise ValueError("export.upscale is for digits; latents are decoded by an autoencoder")
-        channels = self.unet.get("out_channels", 4)
-        seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
-        if latent and self.unet.get("in_channels", 4) != seen:
-            raise ValueError(
-                f"unet.in_channels must be {seen}: inpainting is for teachers that see the mask, and only they"
-            )
+        if latent:
+            self._check_unet_of_latents()
+            return self
         seen = 1 if self.inpainting is None else 3  # with the mask and the masked image
         fixed = {"sample_size": 8, "in_channels": seen, "out_channels": 1, "cross_attention_dim": 16}
-        for name, value in ({} if latent else fixed).items():
+        for name, value in fixed.items():
             if self.unet.get(name) != value:
                 raise ValueError(f"unet.{name} must be {value} for data: digits")
         return self
+
+    def _check_unet_of_latents(self) -> None:
+        """Raises: ValueError where the shape of latents and conditions is not told, or does not fit the task."""
+        for name in ("sample_size", "out_channels", "cross_attention_dim"):
+            if not isinstance(self.unet.get(name), int):
+                given = isinstance(self.teacher, FolderTeacher)
+                hint = "; leave unet out (--set unet=null) to take the folder's" if given else ""
+                raise ValueError(f"unet.{name} must be given, as a whole number{hint}")
+        channels = self.unet["out_channels"]
+        seen = channels if self.inpainting is None else 2 * channels + 1  # with the mask and the masked latent
+        if self.unet.get("in_channels", 4) != seen:
+            raise ValueError(
+                f"unet.in_channels must be {seen}: inpainting is for teachers that see the mask, and only they"
+            )
 
     @model_validator(mode="after")
     def _makes_what_fits(self) -> Recipe:
@@ -252,9 +262,7 @@ class Recipe(Section):
             raise ValueError(
                 "teacher.text.training needs unet.addition_embed_type: text, whose pooling of a prompt it trains"
             )
-        side = self.unet.get("sample_size")
-        if not isinstance(side, int):
-            raise ValueError("unet.sample_size must be the side of the latents that the teacher is made for")
+        side = self.unet["sample_size"]
         if isinstance(self.data, GlyphData) and self.data.side_px != side * teacher.autoencoder.pixels_per_latent:
             raise ValueError(
                 f"data.side_px is {self.data.side_px}; unet.sample_size and teacher.autoencoder make pictures of "

@@ -31,6 +31,14 @@ ROUNDING = {"accumulate", "gradient_checkpointing"}
 """Nor, but for rounding, on fields of these names: how a batch fits a device, as the number of processes is."""
 
 
+_FORMS = {
+    "dict_type": "must be a section, field by field",
+    "model_type": "must be a section, field by field",
+    "tuple_type": "must be a list, such as [1, 2]",
+}
+"""What is expected, in words of YAML, by the type of an error."""
+
+
 class _EachKeyOnce(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not the last one's value."""
 
@@ -93,10 +101,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _told(error: ErrorDetails) -> str:
     """One wrong field, and what is wrong with it."""
     names = [part for part in map(str, error["loc"]) if not part.startswith("(")]
-    message = error["msg"].removeprefix("Value error, ")
+    message = _FORMS.get(error["type"], error["msg"].removeprefix("Value error, "))
     if error["type"] == "extra_forbidden":
         near = get_close_matches(names[-1], _field_names(), 1)
         message = "there is no such field" + "".join(f", did you mean {name}?" for name in near)
+        if names[-1] in near:
+            message = "that is a field of other sections, not of this one"
     return f"{'.'.join(names)}: {message}" if names else message
 
 
@@ -172,7 +182,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {key}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        if data.get(parent) is None:  # a section that the file leaves out, or says is none
+            data[parent] = {}
+        data = data[parent]
         if not isinstance(data, dict):
             raise RecipeError(f"--set {key}: {parent} is a value, not a section")
     data[last] = parsed

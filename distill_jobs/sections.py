@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from engines.manifest import GuidanceRange
 from engines.schedule import NoiseSchedule
 
 StoredWeights = Literal["float32", "float16"]
 """What a bundle's files keep weights in."""
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return values
+
+
+Once = AfterValidator(_each_once)
+"""Of a list in which nothing may stand twice."""
 
 
 class Section(BaseModel):
@@ -251,7 +261,7 @@ class ConsistencySection(Training):
 
     source: Annotated[int, Field(ge=2)] | Literal["stage_one"]
     grid: int = Field(ge=2)
-    students: tuple[int, ...] = Field((4, 2, 1), min_length=1)
+    students: Annotated[tuple[int, ...], Once] = Field((4, 2, 1), min_length=1)
     ema: float | None = Field(0.95, gt=0, lt=1)
     huber: float = Field(1e-3, gt=0)
     unguided_share: float = Field(0.1, ge=0, lt=1)
@@ -263,8 +273,6 @@ class ConsistencySection(Training):
             raise ValueError(f"grid must be {self.source}, that of the student it starts from")
         if off := [n for n in self.students if n < 1 or self.grid % n]:
             raise ValueError(f"students {off} do not divide grid {self.grid}")
-        if len(set(self.students)) < len(self.students):
-            raise ValueError("students must differ from each other")
         return self
 
 
@@ -275,7 +283,7 @@ class EncoderSection(ChainSection):
     images are encoded with guidance off.
     """
 
-    students: tuple[int, ...] = Field(min_length=1)
+    students: Annotated[tuple[int, ...], Once] = Field(min_length=1)
     unguided_share: float = Field(0.5, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -327,12 +335,12 @@ class EvaluationSection(Section):
     """
 
     samples: int = Field(2000, ge=20)
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**20)], ...] = Field((1, 2, 3), min_length=1)
-    guidance_scales: tuple[float, ...] = Field((1.0, 2.0, 3.0, 4.0, 5.0), min_length=1)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**20)], ...], Once] = Field((1, 2, 3), min_length=1)
+    guidance_scales: Annotated[tuple[float, ...], Once] = Field((1.0, 2.0, 3.0, 4.0, 5.0), min_length=1)
     teacher_steps: int = Field(64, ge=1)
     batch_size: int = Field(250, ge=1)
-    solvers: tuple[Solver, ...] = ()
-    solver_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 8, 16), min_length=1)
+    solvers: Annotated[tuple[Solver, ...], Once] = ()
+    solver_steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Once] = Field((4, 8, 16), min_length=1)
     features: Literal["classifier", "inception", "clip"] = "classifier"
     features_path: str | None = None
 
@@ -354,7 +362,7 @@ class ExportSection(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     description: str = ""
-    students: tuple[int, ...] = (8, 4, 2, 1)
+    students: Annotated[tuple[int, ...], Once] = (8, 4, 2, 1)
     default_steps: int = 4
     upscale: int = Field(8, ge=1)
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()

@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, UNet2DConditionModel
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from distill_jobs import stochastic_scheduler
@@ -45,7 +45,7 @@ class Trained:
     """What a student was trained for: the sampler whose steps it takes, in how many, and at which guidance."""
 
     sampler: Sampler
-    steps: tuple[int, ...]
+    steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     guidance_scale: GuidanceRange | None = None
 
     @classmethod

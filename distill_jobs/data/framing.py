@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from distill_jobs.data.captioned import Captioned
@@ -80,6 +80,8 @@ def frame(data: bytes, side: int) -> Framed:
         if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
             raise DataError(f"an image of {opened.width} × {opened.height} pixels; scale it down")
         image = _upright(opened)
+    except UnidentifiedImageError:  # whose message is of the buffer
+        raise DataError("not an image that can be read: it has no format that is known") from None
     except (
         OSError,
         ValueError,
@@ -91,6 +93,8 @@ def frame(data: bytes, side: int) -> Framed:
     width, height = image.size
     shrink = side / min(width, height)
     wide, high = max(side, round(width * shrink)), max(side, round(height * shrink))
+    if Image.MAX_IMAGE_PIXELS is not None and wide * high > Image.MAX_IMAGE_PIXELS:
+        raise DataError(f"an image of {width} × {height} pixels, too narrow for a square of {side}; cut it")
     left, top = (wide - side) // 2, (high - side) // 2
     square = image.resize((wide, high), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))
     pixels = torch.from_numpy(np.asarray(square, np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -13,6 +13,7 @@ import os
 import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -289,7 +290,8 @@ def _save(columns: dict[str, Tensor], file: Path) -> None:
             os.fsync(written.fileno())
         staging.replace(file)
     except (OSError, SafetensorError) as error:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # as where the folder is a file
+            staging.unlink()
         raise StorageError(f"{file} cannot be written ({error}); what was cached before is intact") from error
 
 

@@ -124,9 +124,11 @@ def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: P
 
     Raises: DataError; StorageError.
     """
-    if isinstance(data, ImageFolderData):
-        return index_folder(Path(data.path))
     if isinstance(data, GlyphData):
         check_shared(Path(data.path), "data.path", processes)
         return index_shards(str(processes.first(lambda: drawn(data, seed, progress))))
+    if "{" not in data.path and not Path(data.path).exists():
+        raise DataError(f"data.path: {data.path} is not there; give a folder or file of this machine")
+    if isinstance(data, ImageFolderData):
+        return index_folder(Path(data.path))
     return index_shards(data.path, skip_cut=data.unreadable == "skip")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from distill_jobs.errors import TeacherError
 from distill_jobs.pipelines.folder import (
     AUTOENCODERS,
+    FOLD,
     TIME_IDS,
     Layout,
     PipelineFolder,
@@ -55,11 +58,15 @@ def open_folder(path: Path) -> PipelineFolder:
         raise TeacherError(f"{path}: {index.get('_class_name')} is none of: {', '.join(LAYOUTS)}")
     folder = PipelineFolder(path, layout, index)
     _check_parts(folder)
+    _check_no_lora(folder)
     try:
         _check_unet(folder)
         _check_vae(folder)
         _check_text(folder)
         _ = folder.schedule, folder.prediction, folder.size_px
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise folder.wrong(f"scheduler: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except KeyError as error:
         raise folder.wrong(f"a config has no {error.args[0]}") from None
     except (TypeError, ValueError) as error:
@@ -81,6 +88,13 @@ def _check_parts(folder: PipelineFolder) -> None:
             folder.config(part)
             weights_variant(folder.path / part)
     folder.config("scheduler")
+
+
+def _check_no_lora(folder: PipelineFolder) -> None:
+    """Who puts one there expects that it is used."""
+    beside = (file for part in ("", *folder.parts) for file in (folder.path / part).glob("*.safetensors"))
+    if lora := next((file for file in sorted(beside) if "lora" in file.name.lower()), None):
+        raise folder.wrong(f"{lora.relative_to(folder.path)} is a LoRA; {FOLD}")
 
 
 def _check_tokenizer(folder: PipelineFolder, part: str) -> None:
@@ -131,6 +145,8 @@ def _check_vae(folder: PipelineFolder) -> None:
         raise folder.wrong("vae: shift_factor is not supported; such models are not VP diffusion")
     _refuse_unless(folder, "vae", vae, latents_mean=None, latents_std=None)
     _refuse_unless(folder, "vae", vae, in_channels=3, out_channels=3)
+    if not folder.scaling_factor > 0:
+        raise folder.wrong(f"vae: scaling_factor is {folder.scaling_factor:g}; it must be above 0")
 
 
 def _check_text(folder: PipelineFolder) -> None:

@@ -31,6 +31,12 @@ AUTOENCODERS: dict[str, type[AutoencoderKL | AutoencoderTiny]] = {
     "AutoencoderTiny": AutoencoderTiny,
 }
 
+FOLD = (
+    "fold it in with diffusers (load_lora_weights, fuse_lora, unload_lora_weights, in this order), save_pretrained "
+    "into a new folder, and give that"
+)
+"""What is done with a LoRA, which is never read."""
+
 WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5"}
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample"}

@@ -228,6 +228,11 @@ def _steps(folder: PipelineFolder, told: Trained | None) -> tuple[int, ...]:
 
 def _scheduler(folder: PipelineFolder) -> Scheduler:
     kind, config = folder.class_of("scheduler"), folder.config("scheduler")
+    if (saved := config.get("_class_name", kind)) != kind:
+        raise folder.wrong(
+            f"model_index.json names {kind} as its scheduler, scheduler/scheduler_config.json {saved}; give both "
+            "the one that the model is sampled with"
+        )
     known = SCHEDULERS.get(kind)
     if known is None:
         raise folder.wrong(f"its scheduler is {kind}; of published students only those of {', '.join(SCHEDULERS)}")

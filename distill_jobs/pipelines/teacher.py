@@ -32,7 +32,7 @@ def filled_from_teacher(recipe: Mapping[str, Any]) -> dict[str, Any]:
     given = isinstance(teacher, Mapping) and teacher.get("folder")
     if not given or recipe.get("unet") is not None:
         return filled
-    folder = open_folder(Path(str(given)))
+    folder = _open(Path(str(given)))
     changed = recipe.get("schedule") or {}
     filled["unet"] = network_arguments(folder)
     filled["schedule"] = {**folder.schedule.model_dump(), **(changed if isinstance(changed, Mapping) else {})}
@@ -43,7 +43,7 @@ def open_teacher(recipe: Recipe) -> PipelineFolder | None:
     """The folder that a recipe names, None where it names none. Raises: TeacherError naming what differs."""
     if not isinstance(recipe.teacher, FolderTeacher):
         return None
-    folder = open_folder(recipe.teacher.folder)
+    folder = _open(recipe.teacher.folder)
     check_parts(folder)
     theirs, ours = _all_arguments(network_arguments(folder)), _all_arguments(recipe.unet)
     for name in sorted({*theirs, *ours}):
@@ -83,6 +83,17 @@ def network_arguments(folder: PipelineFolder) -> dict[str, Any]:
     """The UNet's own arguments, those that are left at null not listed."""
     config = folder.config("unet")
     return {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+
+
+def _open(path: Path) -> PipelineFolder:
+    """A folder to be taught from. Raises: TeacherError, also of a student, which has no guidance to take over."""
+    folder = open_folder(path)
+    if folder.config("unet").get("time_cond_proj_dim") is not None:
+        raise folder.wrong(
+            "its unet takes the guidance weight (time_cond_proj_dim): it is distilled already; make a bundle of it "
+            "with import, or give the model that it was distilled from"
+        )
+    return folder
 
 
 def _all_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from distill_jobs.data.source import Condition
 from distill_jobs.errors import TeacherError
-from distill_jobs.pipelines.folder import PipelineFolder, weights_variant
+from distill_jobs.pipelines.folder import FOLD, PipelineFolder, weights_variant
 from engines.condition import ClipTokenizer
 
 LEAST_OF_ROWS = 0.9
@@ -112,9 +112,11 @@ def load_part(folder: PipelineFolder, part: str, kind: type[nn.Module]) -> nn.Mo
             variant=weights_variant(where),
             torch_dtype=torch.float32,
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise TeacherError(f"{where} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what the libraries make of damaged files and configs has no common base
+        raise TeacherError(f"{where} cannot be loaded: {_first_line(error)}") from None
     wrong = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))]
+    if any(".lora_" in name for name in info["unexpected_keys"]):
+        raise TeacherError(f"{where}: the weights hold a LoRA beside what it changes; {FOLD}")
     if wrong:
         raise TeacherError(f"{where}: the weights lack {sorted(wrong)[0]} and {len(wrong) - 1} more")
     if part == "unet" and info["unexpected_keys"]:  # text encoders are often saved with parts not used here
@@ -125,6 +127,10 @@ def load_part(folder: PipelineFolder, part: str, kind: type[nn.Module]) -> nn.Mo
 def _stock_tokenizer(folder: PipelineFolder, part: str) -> CLIPTokenizer:
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder.path / part, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise TeacherError(f"{folder.path / part} is not a CLIP tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # as above
+        raise TeacherError(f"{folder.path / part} is not a CLIP tokenizer: {_first_line(error)}") from None
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -88,17 +88,40 @@ def test_torchscript_is_called_as_the_fid_reference_is(tmp_path: Path) -> None:
     torch.testing.assert_close(found.of(IMAGES), grey)
 
 
-def test_onnx_gets_the_images_in_its_size(tmp_path: Path) -> None:
-    file = tmp_path / "inception.onnx"
-    rows = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["rows", 3, 299, 299])]
-    found = [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["rows", 3])]
+def maxima(file: Path, side: int = 299, keepdims: int = 0) -> Path:
+    """An ONNX file that gives the largest value of each channel."""
+    rows = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["rows", 3, side, side])]
+    found = [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["rows", 3, 1, 1][: 4 if keepdims else 2])]
     axes = helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3])
-    node = helper.make_node("ReduceMax", ["images", "axes"], ["found"], keepdims=0)
+    node = helper.make_node("ReduceMax", ["images", "axes"], ["found"], keepdims=keepdims)
     graph = helper.make_graph([node], "max", rows, found, [axes])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
+    return file
+
+
+def test_onnx_gets_the_images_in_its_size(tmp_path: Path) -> None:
     flat = torch.linspace(-1, 1, 7)[:, None, None, None].expand(-1, 1, 8, 8)
-    features = space("inception", file).of(flat)
+    features = space("inception", maxima(tmp_path / "inception.onnx")).of(flat)
     torch.testing.assert_close(features, flat[:, 0, 0, :1].expand(-1, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"side": 224}, "cannot be run on images of 3 × 299 × 299"), ({"keepdims": 1}, r"gives \(7, 3, 1, 1\)")],
+)
+def test_a_graph_of_other_inputs_or_outputs_is_said(options: dict[str, int], reason: str, tmp_path: Path) -> None:
+    found = space("inception", maxima(tmp_path / "other.onnx", **options))
+    with pytest.raises(JobError, match=f"evaluation.features_path .*other.onnx {reason}"):
+        found.of(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("vocab.json", "{}"), ("preprocessor_config.json", '{"image_mean": 1, "image_std": 1}')]
+)
+def test_a_clip_folder_with_a_file_of_something_else_is_refused(file: str, text: str, tmp_path: Path) -> None:
+    (tiny.clip(tmp_path / "clip") / file).write_text(text, encoding="utf-8")
+    with pytest.raises(JobError, match="is no CLIP folder"):
+        space("clip", tmp_path / "clip")
 
 
 def test_another_file_is_another_space(tmp_path: Path) -> None:

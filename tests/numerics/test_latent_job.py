@@ -63,6 +63,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     },
 }
 ENCODER = {"batch_size": 4, "halvings": [{"steps": 4, "updates": 1}], "students": [4]}
+OTHER_UNET = {"sample_size": 16, "out_channels": 4, "cross_attention_dim": 32}
 STOCK = {
     "sd15": StableDiffusionPipeline,
     "sd21": StableDiffusionPipeline,
@@ -257,20 +258,23 @@ def test_the_empty_condition_keeps_the_framing() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unet": {"sample_size": 16}, "schedule": {"kind": "scaled_linear"}}, "its unet has .*leave unet out"),
-        ({"unet": {"sample_size": 16}}, "with kind: cosine, the default, .*rescale_zero_terminal_snr"),
+        ({"unet": OTHER_UNET, "schedule": {"kind": "scaled_linear"}}, "its unet has .*leave unet out"),
+        ({"unet": OTHER_UNET}, "with kind: cosine, the default, .*rescale_zero_terminal_snr"),
+        ({"unet": {"sample_size": 16}, "schedule": {"kind": "linear"}}, "unet.out_channels must be given"),
         ({"inpainting": {}}, "unet.in_channels must be 9: inpainting is for teachers that see the mask"),
         ({"schedule": {"beta_end": 0.5}}, "may change rescale_zero_terminal_snr"),
         ({"schedule": None}, "give teacher.v_finetune"),
         ({"data": "digits"}, "captioned images need teacher.folder"),
         ({"data": {"kind": "laion", "path": "x"}}, "kind: image_folder, webdataset or glyphs"),
         ({"clip": 1.0}, "latents have no bound"),
-        ({"data": {"kind": "webdataset", "path": "nowhere"}}, "nowhere"),
+        ({"data": {"kind": "webdataset", "path": "nowhere"}}, "data.path: nowhere is not there"),
+        ({"data": {"kind": "image_folder", "path": "nowhere"}}, "data.path: nowhere is not there"),
         ({"export": {"name": "latent", "students": [4], "upscale": 2}}, "export.upscale is for digits"),
     ],
     ids=[
         "unet",
         "unet and no kind of schedule",
+        "unet in part",
         "inpainting",
         "schedule",
         "no fine-tune",
@@ -278,6 +282,7 @@ def test_the_empty_condition_keeps_the_framing() -> None:
         "kind",
         "clip",
         "shards",
+        "images",
         "upscale",
     ],
 )
@@ -286,6 +291,14 @@ def test_what_does_not_fit_the_teacher_is_refused(changes: dict[str, Any], messa
     file = latent_recipe(tmp_path, tmp_path / "teacher", finetune=changes != {"schedule": None}, **changes)
     with pytest.raises(RecipeError, match=message):
         run_job(read_recipe(file), tmp_path / "run", resume=False, progress=Progress(disable=True))
+
+
+@pytest.mark.parametrize("given", [{}, {"unet": OTHER_UNET, "schedule": {"kind": "scaled_linear"}}])
+def test_a_student_is_no_teacher(given: dict[str, Any], tmp_path: Path) -> None:
+    student = tiny.sd(tmp_path / "parts", time_cond_proj_dim=256, **tiny.ONE_LEVEL)
+    student.save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    with pytest.raises(RecipeError, match=r"takes the guidance weight .*it is distilled already; .*import"):
+        open_teacher(read_recipe(latent_recipe(tmp_path, tmp_path / "teacher", **given)))
 
 
 def test_a_hundredth_of_the_images_may_be_unreadable_and_no_more(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def _run(work: Path) -> RunFolder:
     ("changes", "message"),
     [
         ({"unet": {**UNET, "cross_attention_dim": 32}}, "unet.cross_attention_dim must be 16"),
-        ({"unet": {**UNET, "sample_size": None}}, "unet.sample_size must be the side of the latents"),
+        ({"unet": {**UNET, "sample_size": None}}, "unet.sample_size must be given"),
         ({"schedule": {"kind": "cosine"}}, "squaredcos_cap_v2 is the same curve"),
         ({"compute": {"shard": True}, "decoder": None}, "goes without inpainting and compute.shard"),
         ({"inpainting": {}, "unet": {**UNET, "in_channels": 9}}, "goes without inpainting"),

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from distill_jobs.errors import TeacherError
 from distill_jobs.pipelines.checks import open_folder
+from distill_jobs.pipelines.teacher import load_network
 from distill_jobs.pipelines.text import PromptEncoder
 from distill_jobs.pipelines.vae import Autoencoder
 from engines.condition import load_tokenizer
@@ -166,6 +168,9 @@ BROKEN = [
     ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
     ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
+    ("scheduler/scheduler_config.json", {"beta_end": 2}, "scheduler: beta_end: Input should be less than 1"),
+    ("vae/config.json", {"scaling_factor": 0}, "vae: scaling_factor is 0"),
+    ("vae/config.json", {"scaling_factor": "big"}, "a config holds what it cannot"),
 ]
 
 
@@ -276,6 +281,52 @@ def test_incomplete_weights_are_refused(folders: dict[str, Path], tmp_path: Path
         Autoencoder.load(folder)
     with pytest.raises(TeacherError, match="text_encoder: the weights lack"):
         PromptEncoder.load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5], ids=["empty", "header", "half"])
+def test_weights_that_were_cut_off_are_refused(kept: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = copied / part / f"{file}.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else int(kept)])
+    folder = open_folder(copied)
+    with pytest.raises(TeacherError, match="vae cannot be loaded"):
+        Autoencoder.load(folder)
+    with pytest.raises(TeacherError, match="text_encoder cannot be loaded"):
+        PromptEncoder.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "swoosh"}, {"num_attention_heads": 5}], ids=["unknown", "not divisible"]
+)
+def test_text_encoders_that_cannot_be_built_are_refused(
+    changes: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    edit(copied, "text_encoder/config.json", **changes)
+    with pytest.raises(TeacherError, match="text_encoder cannot be loaded"):
+        PromptEncoder.load(open_folder(copied))
+
+
+@pytest.mark.parametrize("place", ["pytorch_lora_weights", "unet/lcm-LoRA-sdv1-5"])
+def test_a_lora_beside_the_weights_is_not_ignored(place: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    copied = shutil.copytree(folders["sd15"], tmp_path / "copy")
+    save_file({"up": torch.zeros(1)}, copied / f"{place}.safetensors")
+    with pytest.raises(TeacherError, match=rf"{place}\.safetensors is a LoRA; fold it in"):
+        open_folder(copied)
+
+
+def test_a_lora_that_is_not_folded_in_is_told_from_damage(tmp_path: Path) -> None:
+    pipeline = tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipeline.save_pretrained(tmp_path / "unfolded", safe_serialization=True)
+    with pytest.raises(TeacherError, match="unet: the weights hold a LoRA beside what it changes; fold it in"):
+        load_network(open_folder(tmp_path / "unfolded"))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "folded", safe_serialization=True)
+    load_network(open_folder(tmp_path / "folded"))
 
 
 def test_a_hub_name_is_not_looked_up(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     SchedulerMixin,
 )
 from rich.progress import Progress
@@ -169,6 +170,7 @@ def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], 
         (EulerDiscreteScheduler(**TRAILING, use_karras_sigmas=True), (1,), "use_karras_sigmas is True"),
         (EulerDiscreteScheduler(**TRAILING, rescale_betas_zero_snr=True), (1,), "rescale_betas_zero_snr is True"),
         (EULER, None, "import --steps N"),
+        (PNDMScheduler(**SD), (1,), "its scheduler is PNDMScheduler"),
         (EulerAncestralDiscreteScheduler(**SD), (1,), "timestep_spacing is 'linspace'"),
         (EulerAncestralDiscreteScheduler(**TRAILING, prediction_type="sample"), (1,), "prediction_type is sample"),
         (DDIMScheduler(**{**tiny.SCHEDULER, "set_alpha_to_one": False}), (1,), "set_alpha_to_one is False"),
@@ -176,7 +178,7 @@ def test_an_imported_sdxl_draws_the_same_at_each_size(folders: dict[str, Path], 
         (DDIMScheduler(**tiny.SCHEDULER, rescale_betas_zero_snr=True), (1,), "undefined at zero SNR"),
     ],
     ids=[
-        *("leading", "linspace", "karras", "zero snr of Euler", "no steps", "ancestral", "ancestral x"),
+        *("leading", "linspace", "karras", "zero snr of Euler", "no steps", "another", "ancestral", "ancestral x"),
         *("last alpha", "strides", "zero snr"),
     ],
 )
@@ -202,6 +204,14 @@ def test_a_student_made_here_is_run_in_the_steps_of_its_training(folders: dict[s
     chain = with_scheduler(folders["sd"], tmp_path / "chain", DDIMScheduler(**tiny.SCHEDULER))
     (chain / "student.json").write_text('{"sampler": "deterministic", "steps": [4]}')
     assert list(open_published(chain).plans(None)) == [4]
+
+
+@pytest.mark.parametrize("steps", ["[]", "[0]"])
+def test_a_student_of_no_steps_is_refused(steps: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    copied = shutil.copytree(folders["sd"], tmp_path / "copy")
+    (copied / "student.json").write_text(f'{{"sampler": "deterministic", "steps": {steps}}}')
+    with pytest.raises(TeacherError, match=r"student\.json cannot be read"):
+        open_published(copied)
 
 
 def test_weights_without_a_place_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

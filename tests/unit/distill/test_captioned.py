@@ -191,6 +191,13 @@ def test_an_image_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch)
         frame(images.encoded(0, (12, 10)), 8)
 
 
+def test_an_image_too_narrow_for_its_square_is_refused_before_it_fills_the_memory() -> None:
+    data = images.encoded(0, (1, 50_000))
+    assert frame(data, 8).pixels.shape == (3, 8, 8)
+    with pytest.raises(DataError, match="1 × 50000 pixels, too narrow for a square of 1024"):
+        frame(data, 1024)
+
+
 def test_pixels_without_a_largest_value_are_refused() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(buffer, "TIFF")
@@ -200,7 +207,7 @@ def test_pixels_without_a_largest_value_are_refused() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no image", images.encoded(0)[:200]], ids=["empty", "text", "cut off"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="not an image that can be read"):
+    with pytest.raises(DataError, match=r"not an image that can be read: (it has no format|image file is trunc)"):
         frame(data, 8)
 
 

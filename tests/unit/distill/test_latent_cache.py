@@ -346,6 +346,12 @@ def test_a_full_disk_is_a_storage_error(error: Exception, tmp_path: Path, monkey
         filled(writer(tmp_path, entries))
 
 
+def test_a_cache_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        filled(writer(tmp_path, index_folder(images.image_folder(tmp_path / "a", COUNT))))
+
+
 def test_batches_are_a_function_of_the_update(tmp_path: Path) -> None:
     entries = index_folder(images.image_folder(tmp_path / "a", COUNT))
     made = writer(tmp_path, entries)

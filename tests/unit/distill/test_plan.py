@@ -163,9 +163,14 @@ def test_only_small_recipes_are_measured() -> None:
     assert not plan_of(recipe.model_copy(update={"unet": read_recipe("sd15").unet})).measurable(torch.device("cpu"))
 
 
-def test_networks_that_diffusers_refuses_are_refused() -> None:
+@pytest.mark.parametrize(
+    "override",
+    ["unet.block_out_channels=[33]", "unet.class_embed_type=timestep", "unet.attention_head_dim=0"],
+    ids=["built", "run", "divided"],
+)
+def test_networks_that_diffusers_refuses_are_refused(override: str) -> None:
     with pytest.raises(RecipeError, match="diffusers refuses"):
-        network_cost({**read_recipe("sd15").unet, "attention_head_dim": [1, 2]})
+        plan_of(read_recipe("sd15", [override]))
 
 
 def test_a_dry_run_prints_plan_and_time_and_leaves_no_run(tmp_path: Path) -> None:

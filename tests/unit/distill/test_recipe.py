@@ -41,6 +41,13 @@ def test_overrides_reach_nested_fields_as_yaml_values() -> None:
     assert [h.steps for h in recipe.stage_two.halvings] == [1]
 
 
+def test_an_override_begins_a_section_that_the_recipe_has_not(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: digits\nconsistency: null\n", encoding="utf-8")
+    sets = ["consistency.source=4", "consistency.grid=4", "consistency.updates=3"]
+    assert read_recipe(file, sets) == read_recipe("digits", sets)
+
+
 def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> None:
     recipe = read_recipe("digits", ["guidance.log_snr_min=-2", "guidance.log_snr_max=3"])
     schedule = NoiseSchedule(recipe.schedule)
@@ -97,6 +104,8 @@ def test_a_share_of_guided_rows_is_refused_where_all_steps_have_guidance(section
         ("teacher={updates: 1, updates: 2}", "not valid YAML"),
         ("stage_two.halvings=[{steps: 8, updates: 1}, {steps: 2, updates: 1}]", "must halve"),
         ("export.students=[3]", "export.students"),
+        ("export.students=[4, 4, 1]", "export.students: 4 is given twice"),
+        ("encoder={halvings: [{steps: 4, updates: 1}], students: [4, 4]}", "encoder.students: 4 is given twice"),
         ("export.default_steps=16", "default_steps"),
         ("guidance.default=9", "guidance"),
         ("stage_two.sampler=stochastic", "ends at 2 steps"),
@@ -127,13 +136,15 @@ def test_a_share_of_guided_rows_is_refused_where_all_steps_have_guidance(section
         ("consistency={source: 64, grid: 64, updates: 1}", "consistency.source 64"),
         ("consistency={source: 4, grid: 8, updates: 1}", "grid must be 4"),
         ("consistency={source: 4, grid: 4, updates: 1, students: [3]}", "do not divide"),
-        ("consistency={source: 4, grid: 4, updates: 1, students: [2, 2]}", "differ"),
+        ("consistency={source: 4, grid: 4, updates: 1, students: [2, 2]}", "2 is given twice"),
         ("schedule.kind=polynomial", "schedule.kind"),
         ("unet.sample_size=16", "unet.sample_size"),
         ("unet.time_cond_proj_dim=256", "time_cond_proj_dim"),
         ("evaluation.guidance_scales=[0.5]", "guidance_scales"),
         ("evaluation.guidance_scales=[]", "guidance_scales"),
-        ("evaluation.seeds=[1, 1]", "evaluation.seeds"),
+        ("evaluation.guidance_scales=[1, 2, 1.0]", "evaluation.guidance_scales: 1.0 is given twice"),
+        ("evaluation={solvers: [ddim, ddim]}", "evaluation.solvers: ddim is given twice"),
+        ("evaluation.seeds=[1, 1]", "evaluation.seeds: 1 is given twice"),
         ("evaluation.seeds=[-1]", "evaluation.seeds"),
         ("evaluation.teacher_steps=2000", "schedule.timesteps"),
         ("clip=0", "clip"),
@@ -154,12 +165,16 @@ def test_encoders_need_guidance_to_be_off_where_they_are_trained() -> None:
 
 def test_every_wrong_field_is_told_and_a_misspelt_one_by_its_right_name() -> None:
     wrong = ["stage_two.lr=fast", "teacher.updats=3", "seeed=1", "guidance.max=0.5", "xyzzy=1"]
+    wrong += ["stage_one=3", "evaluation.seeds=1", "consistency={rank: 1, source: 4, grid: 4, updates: 1}"]
     with pytest.raises(RecipeError) as caught:
         read_recipe("digits", wrong)
     told = str(caught.value).removeprefix("recipe digits: ").split("; ")
     assert sorted(told) == [
+        "consistency.rank: that is a field of other sections, not of this one",
+        "evaluation.seeds: must be a list, such as [1, 2]",
         "guidance: guidance needs min <= default <= max",
         "seeed: there is no such field, did you mean seed?",
+        "stage_one: must be a section, field by field",
         "stage_two.lr: Input should be a valid number, unable to parse string as a number",
         "teacher.updats: there is no such field, did you mean updates?",
         "xyzzy: there is no such field",
@@ -189,6 +204,20 @@ def test_changed_fields_are_listed_by_dotted_name() -> None:
     new = read_recipe("digits", ["seed=5", "teacher.lr=0.5"])
     assert changed_fields(old, new) == ["seed", "teacher.lr"]
     assert changed_fields(old, old) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "unet.sample_size=null",
+        "unet.sample_size=[64, 64]",
+        "unet={sample_size: 64, in_channels: 4, cross_attention_dim: 768}",
+        "unet.cross_attention_dim=wide",
+    ],
+)
+def test_the_shape_of_latents_and_conditions_is_told(override: str) -> None:
+    with pytest.raises(RecipeError, match=r"unet\.(sample_size|out_channels|cross_attention_dim) must be given"):
+        read_recipe("sd15", [override])
 
 
 def test_arguments_diffusers_refuses_are_a_recipe_error() -> None:
