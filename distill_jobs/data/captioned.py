@@ -66,7 +66,8 @@ def index_folder(folder: Path) -> tuple[Captioned, ...]:
 def index_shards(pattern: str, skip_cut: bool = False) -> tuple[Captioned, ...]:
     """The pairs of webdataset shards, in their order. pattern: a folder of tar files, or ``path/{000..015}.tar``.
 
-    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost.
+    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost; and
+    one for each caption without an image.
     Raises: DataError naming the shard or the sample that is incomplete.
     """
     folder = Path(pattern)
@@ -92,7 +93,8 @@ def _metadata(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((f"{table}, row {number}", row) for number, row in enumerate(rows))
     else:
         raise DataError(
-            f"{folder} has neither metadata.jsonl nor metadata.parquet, with file_name and text in each row"
+            f"{folder} has neither metadata.jsonl nor metadata.parquet, with file_name and text in each row; of "
+            "captions in files beside their images make a shard with tar, for data.kind: webdataset"
         )
 
 
@@ -109,44 +111,69 @@ def _folder_entry(folder: Path, row: dict[str, Any], place: str) -> Captioned:
     return Captioned(str(file), file, 0, file.stat().st_size, text)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """What a tar file holds. captions: by key and extension; cut: the last member of one that was cut off."""
+
+    images: dict[str, tarfile.TarInfo]
+    captions: dict[tuple[str, str], str | DataError]
+    cut: str
+
+
 def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
     """The pairs of a shard; of one that was cut off those that are whole, and then an entry that cannot be read."""
-    images: dict[str, tarfile.TarInfo] = {}
-    captions: dict[tuple[str, str], str | DataError] = {}
-    cut = ""
-    try:
-        with tarfile.open(file, "r:") as shard:
-            try:
-                for member in shard:
-                    cut = member.name  # should the next not be whole
-                    key, _, extension = member.name.rpartition(".")
-                    if member.isfile() and extension.lower() in IMAGES:
-                        images[key] = member
-                    elif member.isfile() and extension.lower() in CAPTIONS:
-                        told = _caption_or_fault(shard, member, f"{file}: {member.name}")
-                        captions[key, extension.lower()] = told
-                cut = _cut_after(shard, file)
-            except tarfile.ReadError:
-                if not cut:
-                    raise
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{file} is not an uncompressed tar file that can be read: {error}") from None
-    if cut and not skip_cut:
+    shard = _read_shard(file)
+    if shard.cut and not skip_cut:
         raise DataError(
-            f"{file} is cut off after {cut}; fetch or write it again, or leave out what is lost with "
+            f"{file} is cut off after {shard.cut}; fetch or write it again, or leave out what is lost with "
             "data.unreadable: skip"
         )
-    for key, member in images.items():
-        caption = captions.get((key, "txt"), captions.get((key, "json")))
+    for key, member in shard.images.items():
+        caption = shard.captions.get((key, "txt"), shard.captions.get((key, "json")))
         if isinstance(caption, DataError):
             raise caption
         whole = member.offset_data + member.size <= file.stat().st_size
         if caption is not None and whole:
             yield Captioned(f"{file}: {member.name}", file, member.offset_data, member.size, caption)
-        elif not cut:
+        elif not shard.cut:
             raise DataError(f"{file}: {member.name} has no caption beside it ({' or '.join(CAPTIONS)})")
-    if cut:
-        yield Captioned(f"{file}, cut off after {cut}", file, 0, 0, cut)
+    if shard.cut:
+        yield Captioned(f"{file}, cut off after {shard.cut}", file, 0, 0, shard.cut)
+        return
+    for key in dict.fromkeys(key for key, _ in shard.captions if key not in shard.images):
+        if not skip_cut:
+            raise DataError(
+                f"{file}: {key} has a caption and no image ({', '.join(IMAGES)}); take it out, or leave such out "
+                "with data.unreadable: skip"
+            )
+        yield Captioned(f"{file}: {key}, a caption without an image", file, 0, 0, key)
+
+
+def _read_shard(file: Path) -> _Shard:
+    """Its headers and captions. Raises: DataError."""
+    images: dict[str, tarfile.TarInfo] = {}
+    captions: dict[tuple[str, str], str | DataError] = {}
+    last = ""
+    try:
+        with tarfile.open(file, "r:") as shard:
+            try:
+                for member in shard:
+                    last = member.name  # should the next not be whole
+                    key, _, extension = member.name.rpartition(".")
+                    if member.isfile() and extension.lower() in IMAGES:
+                        if key in images:
+                            raise DataError(f"{file} has two images of one caption: {images[key].name}, {last}")
+                        images[key] = member
+                    elif member.isfile() and extension.lower() in CAPTIONS:
+                        told = _caption_or_fault(shard, member, f"{file}: {member.name}")
+                        captions[key, extension.lower()] = told
+                return _Shard(images, captions, _cut_after(shard, file))
+            except tarfile.ReadError:
+                if not last:
+                    raise
+                return _Shard(images, captions, last)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{file} is not an uncompressed tar file that can be read: {error}") from None
 
 
 def _cut_after(shard: tarfile.TarFile, file: Path) -> str:

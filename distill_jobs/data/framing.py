@@ -18,6 +18,8 @@ from distill_jobs.data.captioned import Captioned
 from distill_jobs.errors import DataError
 
 DEEP_TO_BYTE = 65535 / 255
+MOST_PIXELS = 89_478_485
+"""Of an image as it comes and as it is resized: what Pillow warns of, which a process may have changed."""
 THREADS = min(8, os.cpu_count() or 1)
 """At once: decoding and resizing let other threads run."""
 
@@ -77,7 +79,7 @@ def frame(data: bytes, side: int) -> Framed:
     """Decode and frame an image; transparency becomes white. Raises: DataError when it cannot be read."""
     try:
         opened = Image.open(io.BytesIO(data))
-        if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+        if opened.width * opened.height > MOST_PIXELS:
             raise DataError(f"an image of {opened.width} × {opened.height} pixels; scale it down")
         image = _upright(opened)
     except UnidentifiedImageError:  # whose message is of the buffer
@@ -93,7 +95,7 @@ def frame(data: bytes, side: int) -> Framed:
     width, height = image.size
     shrink = side / min(width, height)
     wide, high = max(side, round(width * shrink)), max(side, round(height * shrink))
-    if Image.MAX_IMAGE_PIXELS is not None and wide * high > Image.MAX_IMAGE_PIXELS:
+    if wide * high > MOST_PIXELS:
         raise DataError(f"an image of {width} × {height} pixels, too narrow for a square of {side}; cut it")
     left, top = (wide - side) // 2, (high - side) // 2
     square = image.resize((wide, high), Image.Resampling.LANCZOS).crop((left, top, left + side, top + side))

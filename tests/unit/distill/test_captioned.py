@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distill_jobs.data import framing
 from distill_jobs.data.captioned import index_folder, index_shards
 from distill_jobs.data.framing import frame, framed, pixels_of
 from distill_jobs.errors import DataError
@@ -184,10 +185,9 @@ def test_images_read_together_come_in_their_order_or_are_named(tmp_path: Path) -
         pixels_of(entries, 8)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"12 × 10 pixels|exceeds limit"):
+    monkeypatch.setattr(framing, "MOST_PIXELS", 100)
+    with pytest.raises(DataError, match="12 × 10 pixels"):
         frame(images.encoded(0, (12, 10)), 8)
 
 
@@ -232,3 +232,28 @@ def test_of_two_captions_of_one_image_the_txt_counts(
         for extension in order:
             images._add(shard, f"a.{extension}", told[extension])
     assert [entry.caption for entry in index_shards(str(tmp_path))] == ["of the txt"]
+
+
+def test_a_caption_of_a_shard_without_an_image_is_named_or_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        images._add(shard, "a.gif", b"GIF89a")
+        images._add(shard, "a.txt", b"a dog")
+        images._add(shard, "a.json", b"{}")
+        images._add(shard, "b.png", images.encoded(0))
+        images._add(shard, "b.txt", b"a cat")
+    with pytest.raises(DataError, match=r"0\.tar: a has a caption and no image \(jpg, jpeg, png, webp\)"):
+        index_shards(str(tmp_path))
+    cat, dog = index_shards(str(tmp_path), skip_cut=True)
+    assert cat.caption == "a cat"
+    assert dog.name.endswith("0.tar: a, a caption without an image")
+    with pytest.raises(DataError, match="a caption without an image"):
+        framed(dog, 8)
+
+
+def test_two_images_of_one_caption_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for name in ("a.png", "a.webp"):
+            images._add(shard, name, images.encoded(0))
+        images._add(shard, "a.txt", b"a dog")
+    with pytest.raises(DataError, match=r"0\.tar has two images of one caption: a\.png, a\.webp"):
+        index_shards(str(tmp_path))
