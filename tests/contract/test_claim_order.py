@@ -125,3 +125,23 @@ async def test_poison_fails_after_taking_the_engine_down_while_alone(lab: Lab) -
     assert state.failure is not None
     assert state.failure.code == "poison"
     assert await lab.store.claim("w", MODELS, 10) == []
+
+
+async def test_jobs_of_silent_leases_keep_their_order_whoever_they_are_of(lab: Lab) -> None:
+    names = [f"j{k}" for k in range(4)]
+    for k, name in enumerate(names):
+        await lab.store.submit(job(name, tenant="ab"[k % 2]))
+        await lab.pass_time(1)
+    assert len(await lab.store.claim("dead", MODELS, 10)) == 4
+    await lab.pass_time(LEASE_S + 1)
+    assert await lab.store.reap() == 4
+    assert [name for _ in names for name in await claimed(lab)] == names
+
+
+async def test_the_oldest_that_was_given_back_goes_first_whatever_its_model(lab: Lab) -> None:
+    await lab.store.submit(job("old", model="y"))
+    await lab.pass_time(1)
+    await lab.store.submit(job("young", model="x"))
+    for lease in await lab.store.claim("leaving", ("x", "y"), 10):
+        await lab.store.give_back(lease)
+    assert await claimed(lab, models=("x", "y")) == ["old"]
