@@ -20,11 +20,11 @@ from server.auth import Keyring
 from server.errors import OverloadedError
 from server.jobs import JobEvent, JobStatus, Report
 from server.request import DenoiseRequest
-from server.service import Service
+from server.service import JobOptions, Service
 from server.settings import Settings
 from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
-from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
+from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab, status
 from tests.support.keys import bearer, write_key_file
 from tests.support.offline import ROW_STEP_S, offline_service
 
@@ -431,6 +431,32 @@ async def test_a_process_about_to_end_waits_for_a_request_that_it_is_letting_in(
     with pytest.raises(OverloadedError):
         await ask()
     assert await service.idle(), "what is turned away is not waited for"
+
+
+async def test_a_job_that_ends_with_its_process_is_waited_for_and_another_left_to_others(
+    serve: Serve, lab: Lab
+) -> None:
+    service, left = serve(), lab.store.outlives_process
+    async with asking(service) as client:
+        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
+    assert await service.idle() is left
+    assert await service.abandon(FAILURE) == int(not left)
+    assert await service.idle()
+    assert await status(lab, job_id) is (JobStatus.QUEUED if left else JobStatus.FAILED)
+
+
+async def test_nothing_is_decoded_for_a_deadline_that_cannot_be_met(serve: Serve) -> None:
+    service, decoded = serve(), list[bool]()
+
+    def decode() -> DenoiseRequest:
+        decoded.append(True)
+        return REQUEST
+
+    async with service.accepted(REQUEST):
+        with pytest.raises(OverloadedError) as refused:
+            await service.decoded(REQUEST, decode, JobOptions(deadline_ms=1))
+        assert (refused.value.code, decoded) == ("deadline_unmeetable", [])
+        assert await service.decoded(REQUEST, decode, JobOptions(deadline_ms=60_000)) == REQUEST
 
 
 async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(
