@@ -35,6 +35,15 @@ async def test_a_tenant_that_was_away_has_no_credit(lab: Lab) -> None:
     assert sorted(await claimed(lab, rows=2)) == ["a5", "b2"]
 
 
+async def test_a_tenant_that_emptied_its_queue_has_still_been_served(lab: Lab) -> None:
+    await lab.store.submit(job("a0", tenant="a", cost_s=10.0))
+    for name in ("b0", "b1"):
+        await lab.store.submit(job(name, tenant="b"))
+    assert await claimed(lab) == ["a0"]
+    await lab.store.submit(job("a1", tenant="a"))
+    assert await claimed(lab, rows=3) == ["b0", "b1", "a1"]
+
+
 async def test_jobs_predicted_to_cost_nothing_take_turns_too(lab: Lab) -> None:
     for tenant in "ab":
         for k in range(2):
