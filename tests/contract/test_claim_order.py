@@ -86,6 +86,13 @@ async def test_a_worker_gets_only_the_models_it_has(lab: Lab) -> None:
     assert sorted(await claimed(lab, rows=9, models=("x", "y"))) == ["x", "y"]
 
 
+async def test_a_worker_finds_its_model_behind_many_tenants_of_another(lab: Lab) -> None:
+    for k in range(70):
+        await lab.store.submit(job(f"x{k}", model="x", tenant=f"t{k}"))
+    await lab.store.submit(job("m", tenant="u"))
+    assert await claimed(lab) == ["m"]
+
+
 async def test_a_job_that_lost_its_lease_runs_alone(lab: Lab) -> None:
     for name in "ab":
         await lab.store.submit(job(name))

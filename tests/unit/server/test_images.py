@@ -331,6 +331,8 @@ def test_the_nearest_aspect_is_chosen() -> None:
     sizes = (AT, AT.model_copy(update={"width": 96, "latent_width": 12}))
     assert nearest_size(sizes, 640, 480).width == 96
     assert nearest_size(sizes, 500, 480).width == 64
+    twice = Size(width=128, height=128, latent_width=16, latent_height=16)
+    assert [nearest_size((AT, twice), side, side).width for side in (80, 120)] == [64, 128], "then the nearest area"
 
 
 def test_a_canonical_png_is_what_was_drawn() -> None:

@@ -258,6 +258,29 @@ async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
         assert not task.done()
 
 
+async def test_a_store_that_hears_nothing_but_the_end_costs_no_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailableError("away")
+
+    store = MemoryStore()
+    for call in ("until_ended", "progress", "give_back"):
+        monkeypatch.setattr(store, call, away)
+    worker = Worker("w", EngineThread({"toy-digits": bench.pipeline}), store, Metrics())
+    task = asyncio.create_task(worker.run())
+    (state,) = await run(store, job("a", steps=8, partial_images=2))
+    assert state.status is JobStatus.SUCCEEDED
+    bench.hold()
+    await store.submit(job("b"))
+    await until(lambda: len(bench.batches) == 9)
+    assert await worker.give_back_all() == 1
+    bench.allow()
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 class _CountingStore(MemoryStore):
     """Full: it takes in nothing new. Away at the heartbeats of these numbers. calls: those that succeeded."""
 
