@@ -35,6 +35,15 @@ async def test_a_tenant_that_was_away_has_no_credit(lab: Lab) -> None:
     assert sorted(await claimed(lab, rows=2)) == ["a5", "b2"]
 
 
+async def test_a_tenant_that_emptied_its_queue_has_still_been_served(lab: Lab) -> None:
+    await lab.store.submit(job("a0", tenant="a", cost_s=10.0))
+    for name in ("b0", "b1"):
+        await lab.store.submit(job(name, tenant="b"))
+    assert await claimed(lab) == ["a0"]
+    await lab.store.submit(job("a1", tenant="a"))
+    assert await claimed(lab, rows=3) == ["b0", "b1", "a1"]
+
+
 async def test_jobs_predicted_to_cost_nothing_take_turns_too(lab: Lab) -> None:
     for tenant in "ab":
         for k in range(2):
@@ -75,6 +84,13 @@ async def test_a_worker_gets_only_the_models_it_has(lab: Lab) -> None:
     assert await claimed(lab, rows=9) == ["m"]
     assert await claimed(lab, rows=9, models=("z",)) == []
     assert sorted(await claimed(lab, rows=9, models=("x", "y"))) == ["x", "y"]
+
+
+async def test_a_worker_finds_its_model_behind_many_tenants_of_another(lab: Lab) -> None:
+    for k in range(70):
+        await lab.store.submit(job(f"x{k}", model="x", tenant=f"t{k}"))
+    await lab.store.submit(job("m", tenant="u"))
+    assert await claimed(lab) == ["m"]
 
 
 async def test_a_job_that_lost_its_lease_runs_alone(lab: Lab) -> None:
@@ -125,3 +141,23 @@ async def test_poison_fails_after_taking_the_engine_down_while_alone(lab: Lab) -
     assert state.failure is not None
     assert state.failure.code == "poison"
     assert await lab.store.claim("w", MODELS, 10) == []
+
+
+async def test_jobs_of_silent_leases_keep_their_order_whoever_they_are_of(lab: Lab) -> None:
+    names = [f"j{k}" for k in range(4)]
+    for k, name in enumerate(names):
+        await lab.store.submit(job(name, tenant="ab"[k % 2]))
+        await lab.pass_time(1)
+    assert len(await lab.store.claim("dead", MODELS, 10)) == 4
+    await lab.pass_time(LEASE_S + 1)
+    assert await lab.store.reap() == 4
+    assert [name for _ in names for name in await claimed(lab)] == names
+
+
+async def test_the_oldest_that_was_given_back_goes_first_whatever_its_model(lab: Lab) -> None:
+    await lab.store.submit(job("old", model="y"))
+    await lab.pass_time(1)
+    await lab.store.submit(job("young", model="x"))
+    for lease in await lab.store.claim("leaving", ("x", "y"), 10):
+        await lab.store.give_back(lease)
+    assert await claimed(lab, models=("x", "y")) == ["old"]

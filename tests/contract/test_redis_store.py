@@ -232,3 +232,21 @@ async def test_a_worker_that_tells_its_offers_otherwise_is_there(server: RedisSe
     await store.announce("w", {})
     server.client.set(f"{PREFIX}offer:w", '{"m": {"engine": "e", "ms": {}, "added_later": 1}}')
     assert await store.offers() == {"w": {}}
+
+
+async def test_workers_that_are_gone_leave_nothing(server: RedisServer, store: RedisStore) -> None:
+    """Each pod has a name of its own."""
+    for name in ("old", "new"):
+        await store.announce(name, {})
+    make_older(server.client, round((LEASE_S + 1) * 1000))
+    await store.announce("new", {})
+    assert await store.offers() == {"new": {}}
+    assert server.client.smembers(f"{PREFIX}workers") == {b"new"}
+
+
+async def test_the_ends_of_many_jobs_are_asked_for_in_parts(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.stores.redis.store.ENDS_AT_ONCE", 2)
+    names = [f"j{k}" for k in range(5)]
+    assert (await store.ends(names)).keys() == set(names)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from server.api.disconnection import cancelled_when_gone
 from server.app import create_app
 from server.auth import Keyring
 from server.errors import OverloadedError
-from server.jobs import JobEvent, JobStatus, Report
+from server.jobs import Job, JobEvent, JobStatus, Report
 from server.request import DenoiseRequest
-from server.service import Service
+from server.service import JobOptions, Service
 from server.settings import Settings
 from server.storage import ResultStoreError
 from server.stores.base import StoreUnavailableError, UnreadableJobError
-from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
+from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab, status
 from tests.support.keys import bearer, write_key_file
 from tests.support.offline import ROW_STEP_S, offline_service
 
@@ -378,6 +378,47 @@ async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, l
     assert (await lab.store.backlog()).rows == 8
 
 
+async def test_of_a_burst_each_tenant_has_its_own_share(serve: Serve, lab: Lab, tmp_path: Path) -> None:
+    keys = write_key_file(tmp_path / "keys.json")
+    service = serve(Keyring(tmp_path / "keys.json"), max_queued_rows=40, tenant_share=0.25)
+    backlog, both, looks = lab.store.backlog, asyncio.Event(), list[bool]()
+
+    async def together(*args: Any, **kwargs: Any) -> Any:
+        looks.append(True)
+        if len(looks) == 2:
+            both.set()
+        await both.wait()
+        return await backlog(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.store, "backlog", together)
+        async with asking(service) as client:
+            body = {"prompt": "one", "n": 10}
+            posts = (client.post(JOBS, json=body, headers=bearer(keys[tenant])) for tenant in "ab")
+            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
+    assert [status for status, _ in answers] == [202] * 2
+
+
+async def test_what_did_not_get_in_takes_no_room(serve: Serve, lab: Lab) -> None:
+    async with asking(serve(max_queued_rows=10)) as client:
+        body = {"prompt": "one", "n": 10}
+        with pytest.MonkeyPatch.context() as outage:
+            outage.setattr(lab.store, "submit", away)
+            assert outcome(await client.post(JOBS, json=body)) == (503, "store_unavailable")
+        assert (await client.post(JOBS, json=body)).status_code == 202
+
+
+@pytest.mark.parametrize(("model", "room"), [("another", True), ("toy-digits", False)])
+async def test_room_is_taken_by_what_enters_for_the_same_workers(serve: Serve, model: str, room: bool) -> None:
+    service, wanted = serve(max_queued_rows=10), REQUEST.model_copy(update={"n": 10})
+    first, second = (
+        Job(id=name, request=wanted.model_copy(update={"model": of}), cost_s=0.1)
+        for name, of in (("first", model), ("second", wanted.model))
+    )
+    with service._entrance._arrivals.entering(first), nullcontext() if room else pytest.raises(OverloadedError):
+        await service._entrance.check(second)
+
+
 async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
     serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +472,32 @@ async def test_a_process_about_to_end_waits_for_a_request_that_it_is_letting_in(
     with pytest.raises(OverloadedError):
         await ask()
     assert await service.idle(), "what is turned away is not waited for"
+
+
+async def test_a_job_that_ends_with_its_process_is_waited_for_and_another_left_to_others(
+    serve: Serve, lab: Lab
+) -> None:
+    service, left = serve(), lab.store.outlives_process
+    async with asking(service) as client:
+        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
+    assert await service.idle() is left
+    assert await service.abandon(FAILURE) == int(not left)
+    assert await service.idle()
+    assert await status(lab, job_id) is (JobStatus.QUEUED if left else JobStatus.FAILED)
+
+
+async def test_nothing_is_decoded_for_a_deadline_that_cannot_be_met(serve: Serve) -> None:
+    service, decoded = serve(), list[bool]()
+
+    def decode() -> DenoiseRequest:
+        decoded.append(True)
+        return REQUEST
+
+    async with service.accepted(REQUEST):
+        with pytest.raises(OverloadedError) as refused:
+            await service.decoded(REQUEST, decode, JobOptions(deadline_ms=1))
+        assert (refused.value.code, decoded) == ("deadline_unmeetable", [])
+        assert await service.decoded(REQUEST, decode, JobOptions(deadline_ms=60_000)) == REQUEST
 
 
 async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(

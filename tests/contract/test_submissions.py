@@ -105,6 +105,20 @@ async def test_the_history_is_told_as_it_happens(lab: Lab) -> None:
     assert [event.preview for event in told if event.preview] == previews
 
 
+async def test_every_event_is_told_once_to_whoever_follows(lab: Lab) -> None:
+    await lab.store.submit(job("a"))
+    events = aiter(lab.store.events("a"))
+    async with asyncio.timeout(30):
+        told = [await anext(events)]
+        (lease,) = await lab.store.claim("w", MODELS, 10)
+        told.append(await anext(events))
+        await lab.store.progress([Report(lease=lease, step=1)])
+        told.append(await anext(events))
+        await lab.store.finish(lease, RESULT)
+        told += [event async for event in events]
+    assert [event.type for event in told] == ["queued", "running", "step", "succeeded"]
+
+
 async def test_the_history_is_replayed_after_any_event(lab: Lab) -> None:
     await lab.store.submit(job("a"))
     (lease,) = await lab.store.claim("w", MODELS, 10)

@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
+import httpx
 import openai
 import pytest
 from pydantic import ValidationError
 
 from server import webhooks
-from server.jobs import Job, JobStatus
+from server.jobs import Delivery, Job, JobStatus
 from server.request import DenoiseRequest
 from server.settings import Settings
 from server.signing import Signer
@@ -276,3 +277,85 @@ def test_what_is_no_origin_and_no_network_is_a_wrong_setting(allow: str) -> None
 def test_webhooks_need_a_secret() -> None:
     with pytest.raises(ValidationError, match="HALFSTEP_SECRET"):
         Settings(webhook_allow=("https://x.example",))
+
+
+def delivery(name: str = "a", attempt: int = 1, **fields: Any) -> Delivery:
+    told = {"tenant": "t", "status": JobStatus.SUCCEEDED, "ended_s": 1.0, "age_s": 1.0, "claim": 1}
+    return Delivery.model_validate({"job_id": name, "attempt": attempt, **told, **fields})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("attempt", "delay_s"), [(1, 2.0), (2, 4.0), (3, 8.0), (11, 2048.0), (12, None)])
+async def test_a_message_is_tried_after_twice_as_long_each_time_and_given_up_in_the_end(
+    attempt: int, delay_s: float | None
+) -> None:
+    """Here, because its origin is allowed no more: it hears nothing."""
+    with receiver() as (origin, heard):
+        due = [[delivery(attempt=attempt, url=origin)], []]
+        store: Any = SimpleNamespace(
+            claim_deliveries=AsyncMock(side_effect=due), delivered=AsyncMock(), retry_delivery=AsyncMock()
+        )
+        await Webhooks(("http://allowed.example", LOOPBACK), Signer(SECRET), store).flush()
+    assert heard == []
+    assert store.delivered.call_count == int(delay_s is None)
+    assert [call.args[1] for call in store.retry_delivery.call_args_list] == [delay_s] * int(delay_s is not None)
+
+
+@pytest.mark.parametrize(("age_s", "delay_s"), [(0.1, 2.0), (70.0, 70.0), (80_000.0, 3600.0)])
+def test_a_message_that_was_put_off_waits_as_long_again(age_s: float, delay_s: float) -> None:
+    late = delivery(attempt=3, url="https://silent.example", age_s=age_s)
+    assert webhooks._delay_s(late, put_off=True) == delay_s
+
+
+@pytest.mark.anyio
+async def test_no_proxy_of_the_environment_hears_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with receiver() as (origin, heard), receiver() as (proxy, passed):
+        monkeypatch.setenv("http_proxy", proxy)
+        store: Any = SimpleNamespace(
+            claim_deliveries=AsyncMock(side_effect=[[delivery(url=origin)], []]), delivered=AsyncMock()
+        )
+        await Webhooks((origin, LOOPBACK), Signer(SECRET), store).flush()
+    assert (len(heard), len(passed)) == (1, 0)
+
+
+@pytest.mark.anyio
+async def test_the_certificate_is_asked_of_the_name_whose_address_is_connected_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(204)
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(webhooks, "_client", lambda: client)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(0, 0, 0, "", ("1.1.1.1", 0))])
+    due = [[delivery(url="https://hooks.example:444/done")], []]
+    store: Any = SimpleNamespace(claim_deliveries=AsyncMock(side_effect=due), delivered=AsyncMock())
+    await Webhooks(("https://hooks.example:444",), Signer(SECRET), store).flush()
+    (request,) = asked
+    assert str(request.url) == "https://1.1.1.1:444/done"
+    assert (request.headers["host"], request.extensions["sni_hostname"]) == ("hooks.example:444", "hooks.example")
+
+
+@pytest.mark.anyio
+async def test_an_origin_that_answers_again_hears_several_messages_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = asyncio.Barrier(2)
+
+    async def post(self: Webhooks, client: Any, told: Delivery) -> int:
+        if told.job_id == "late":
+            raise TimeoutError
+        if told.job_id != "back":
+            await together.wait()
+        return 204
+
+    monkeypatch.setattr(Webhooks, "_post", post)
+    store: Any = SimpleNamespace(delivered=AsyncMock(), retry_delivery=AsyncMock())
+    hooks, client = Webhooks(("https://hooks.example",), Signer(SECRET), store), cast(Any, None)
+    async with asyncio.timeout(60):
+        for names in (["late"], ["back"], ["one", "other"]):
+            await asyncio.gather(*(hooks._deliver(client, delivery(k, url="https://hooks.example")) for k in names))
+    assert {call.args[0].job_id for call in store.delivered.call_args_list} == {"back", "one", "other"}

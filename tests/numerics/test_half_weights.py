@@ -16,6 +16,7 @@ from distill_jobs.half_weights import LEAST_NUMBERS, round_weights
 from distill_jobs.onnx_export import ExportError, write_graph
 from distill_jobs.parity import PARITY_ROWS, write_checked
 from engines import int8_graph
+from engines.backends import openvino
 from engines.backends.load import load_graph
 from engines.backends.lowering import lower_products
 from engines.errors import BackendError
@@ -55,6 +56,11 @@ def test_large_weights_take_half_the_bytes_and_small_ones_stay(files: dict[str, 
     assert kinds == {(onnx.TensorProto.FLOAT16, True), (onnx.TensorProto.FLOAT, False)}
     onnx.checker.check_model(half, full_check=True)
     assert files["float16"][0].stat().st_size < 0.6 * files["float32"][0].stat().st_size
+
+
+def test_openvino_counts_them_by_what_they_take_in_memory(files: dict[str, tuple[Path, GraphSpec]]) -> None:
+    whole, half = (openvino._core().read_model(files[name][0]) for name in ("float32", "float16"))
+    assert openvino._weight_bytes(half) == pytest.approx(openvino._weight_bytes(whole), rel=0.01)
 
 
 def test_the_manifest_records_what_rounding_costs_apart_from_the_export(

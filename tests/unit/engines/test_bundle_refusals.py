@@ -173,6 +173,24 @@ def student_with_other_timesteps(timesteps: list[int]) -> Change:
     return change
 
 
+def changed(name: str, **fields: Any) -> Change:
+    def change(path: Path) -> None:
+        edit_manifest(path, lambda data: data.update(fields))
+
+    change.__name__ = name
+    return change
+
+
+def repeated_student(path: Path) -> None:
+    edit_manifest(path, lambda data: data["students"].append(data["students"][0]))
+
+
+def no_encoder_of_images(path: Path) -> None:
+    edit_manifest(path, lambda data: data["graphs"].pop("encode"))
+
+
+OFF_THE_GRID = [{"steps": 2, "graph": "step_2", "timesteps": [0, 400]}]
+
 CASES: tuple[tuple[Change, str], ...] = (
     (extra_file, r"notes\.txt is not listed in the manifest"),
     (missing_file, r"decode\.onnx is listed in the manifest but missing"),
@@ -197,6 +215,11 @@ CASES: tuple[tuple[Change, str], ...] = (
     (symlinked_seal, r"has no manifest\.sha256"),
     (no_manifest, r"has no manifest\.json; write one with: python -m distill_jobs export"),
     (unknown_field, r"entry_point: Extra inputs are not permitted"),
+    (repeated_student, r"students must be distinct in \(steps, sampler\)"),
+    (changed("untrained_default", default_steps=3), r"students must .* include default_steps"),
+    (changed("guidance", guidance={"min": 1, "max": 5, "default": 6}), r"guidance needs min <= default <= max"),
+    (changed("encoder_off_the_grid", encoders=OFF_THE_GRID), r"2-step encoder are not its schedule's grid"),
+    (no_encoder_of_images, r"graph 'encode' is needed but not described"),
     (student_with_other_timesteps([500]), r"the 2-step student has 1 timesteps"),
     (student_with_other_timesteps([499, 499]), r"the 2-step student: timesteps must fall from at most 999"),
     (student_with_other_timesteps([1000, 499]), r"the 2-step student: timesteps must fall from at most 999"),

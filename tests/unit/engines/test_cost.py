@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,6 +320,15 @@ def test_kept_costs_give_way_where_there_is_less_memory_now(
     pipeline.close()
 
 
+def test_a_rung_that_was_given_up_is_not_run_whether_costs_are_known_or_not(toy: Bundle) -> None:
+    pipeline = open_pipeline(toy.path, "onnxruntime", rungs=(1, 2, 4, 8), warm=False)
+    pipeline.give_up(8)
+    assert pipeline.rungs == (1, 2, 4)
+    pipeline.costs = CostTable({str(call): dict.fromkeys(RUNGS, 1.0) for call in calls(pipeline.manifest)})
+    pipeline.give_up(4)
+    assert (pipeline.rungs, pipeline.costs.too_large) == ((1, 2), 4)
+
+
 def test_a_model_of_long_calls_runs_the_smallest_rung_alone(
     toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +360,24 @@ def test_a_long_call_is_timed_less_often(
     costs = measure_costs(pipeline, repeats=3)
     assert runs == calls * len(toy.manifest.graphs)
     assert all(row == {1: pytest.approx(1000 * seconds)} for row in costs.ms.values())
+
+
+def test_a_cost_is_the_median_of_what_calls_took_after_the_first(
+    toy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, took = 0.0, cycle((0.9, 0.1, 0.4, 0.2))
+
+    class Timed(EngineAround):
+        def run(self, rows: Rows) -> dict[str, NDArray[Any]]:
+            nonlocal now
+            now += next(took)
+            return {}
+
+    pipeline = open_pipeline(toy.path, "onnxruntime", rungs=(1,), warm=False)
+    pipeline.wrap_engines(lambda _, engine: Timed(engine))
+    monkeypatch.setattr("engines.measure.time", SimpleNamespace(perf_counter=lambda: now))
+    costs = measure_costs(pipeline, repeats=3)
+    assert all(row == {1: pytest.approx(200)} for row in costs.ms.values())
 
 
 def test_opening_measures_once_then_takes_the_kept_table(toy: Bundle, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.backends.plan_store import Kind, PlanStore
+from engines.backends.plan_store import Kind, PlanStore, is_ours
 from engines.cache import EngineKey
 from engines.errors import BackendError
 
@@ -131,6 +131,17 @@ def test_a_plan_that_others_may_write_is_built_again(store: PlanStore, mode: int
     store.obtain(library.load, library.build)
     assert library.builds == 1
     assert store.load("plan") == PLAN
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "ours"),
+    [(1000, 0o644, True), (0, 0o644, True), (1001, 0o644, False), (1000, 0o664, False), (0, 0o646, False)],
+)
+def test_ours_is_what_no_other_user_can_have_written(
+    monkeypatch: pytest.MonkeyPatch, owner: int, mode: int, ours: bool
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert is_ours(os.stat_result((mode, 0, 0, 1, owner, 0, 0, 0, 0, 0))) is ours
 
 
 def test_a_plan_the_library_does_not_take_is_built_again_once(store: PlanStore) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from engines.errors import RequestError
 from engines.masks import HIDDEN_LEVEL, hide, latent_mask, paste_known
+from engines.noise import Purpose, row_noise
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline, find_student
 from engines.rows import Drawing, Row, find_encoder
@@ -94,6 +95,17 @@ def test_rows_at_timesteps_of_their_own_share_batches_with_those_on_the_grid(
     assert together[0] != together[2]
 
 
+def test_fresh_noise_is_of_the_step_it_is_drawn_for(pipeline: Pipeline) -> None:
+    deterministic = drawing(pipeline)
+    student = deterministic.student.model_copy(update={"sampler": "stochastic"})
+    row = replace(deterministic, student=student).from_noise(7)
+    shape = row.latent.shape
+    wanted = [row_noise(7, shape, Purpose.STEP, step) for step in range(3)] + [row_noise(7, shape, Purpose.INITIAL)]
+    for noise in wanted:  # the last step adds none
+        np.testing.assert_array_equal(row.step_noise(), noise)
+        row.position += 1
+
+
 def test_inpainting_ends_on_the_known_latent_outside_the_mask(pipeline: Pipeline, known: np.ndarray) -> None:
     mask = np.zeros((1, 8, 8), np.float32)
     mask[:, 2:6, 1:7] = 1
@@ -132,6 +144,14 @@ def test_known_pixels_come_back_exactly_and_the_seam_is_inside() -> None:
     assert not (pasted[10, 20:60] == drawn[10, 20:60]).all()
 
 
+def test_the_seam_is_wider_in_a_larger_image_and_its_levels_are_the_nearest() -> None:
+    known, drawn = np.zeros((256, 300, 3), np.uint8), np.full((256, 300, 3), 100, np.uint8)
+    generated = np.zeros((256, 300), np.bool_)
+    generated[:, 50:] = True
+    pasted = paste_known(drawn, known, generated)
+    assert (pasted[..., 0] == [0] * 50 + [33, 67] + [100] * 248).all()
+
+
 def test_a_mask_of_everything_has_no_seam() -> None:
     known, drawn = np.asarray(photo(seed=1)), np.asarray(photo(seed=2))
     assert (paste_known(drawn, known, np.ones((64, 64), np.bool_)) == drawn).all()
@@ -149,6 +169,14 @@ def test_an_encoder_is_the_wanted_one_or_of_as_many_steps_or_of_the_most(tmp_pat
     assert find_encoder(manifest, eight, wanted=4).steps == 4
     with pytest.raises(RequestError, match="4, 8"):
         find_encoder(manifest, eight, wanted=16)
+
+
+def test_an_image_is_inverted_without_guidance_and_drawn_with_it(tmp_path: Path) -> None:
+    manifest = make_toy_bundle(tmp_path / "toy", ToyOptions(encoders=(4,))).manifest
+    student = find_student(manifest, 4)
+    source, target, known = (np.full(shape, k, np.float32) for k, shape in enumerate([(1, 1), (1, 1), (1, 8, 8)]))
+    row = Drawing(manifest, student, target, 3.0).from_inversion(7, known, find_encoder(manifest, student), source)
+    assert [(leg.w, leg.condition is source) for leg in row.legs] == [(0.0, True), (2.0, False)]
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "consistency"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engines.bundle import verify_bundle
+from engines.bundle import verify_bundle, write_bundle
+from engines.errors import BundleError
 from engines.open import open_pipeline
 from engines.pipeline import Pipeline
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -31,6 +34,35 @@ def test_images_differ_by_prompt_guidance_seed_steps_and_sampler(pipeline: Pipel
     assert base.shape == (1, 64, 64, 3)
     assert all((base != other).any() for other in others)
     assert (base == pipeline.generate(["zero"], 2.0, [1], 4)).all()
+
+
+def test_every_file_is_on_disk_before_the_bundle_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, placed, fsync, rename = set[int](), list[Path](), os.fsync, Path.rename
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def place(folder: Path, target: Path) -> Path:
+        assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= synced
+        placed.append(target)
+        return rename(folder, target)
+
+    monkeypatch.setattr("os.fsync", noted)
+    monkeypatch.setattr(Path, "rename", place)
+    bundle = make_toy_bundle(tmp_path / "bundle")
+    assert placed == [bundle.path]
+
+
+def test_a_bundle_that_is_not_whole_takes_no_place(tmp_path: Path) -> None:
+    old = make_toy_bundle(tmp_path / "bundle")
+    staging = Path(shutil.copytree(old.path, tmp_path / "staging"))
+    (staging / "decode.onnx").write_bytes(b"half a gra")
+    with pytest.raises(BundleError, match=r"decode\.onnx has 10 bytes"):
+        write_bundle(staging, old.path, old.manifest)
+    assert verify_bundle(old.path) == old
 
 
 def test_one_class_can_be_poisoned_without_touching_its_companions(tmp_path: Path) -> None:

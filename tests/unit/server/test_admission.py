@@ -49,6 +49,9 @@ def test_every_worker_adds_to_what_is_let_in(toy_bundle: Path) -> None:
     assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(1000 + 4 * ROW_STEP_S / 3 * 1000, abs=1)
     with pytest.raises(OverloadedError):
         admission.check(held, request(), workers=0)
+    with pytest.raises(OverloadedError) as refused:
+        admission.check(Backlog(jobs=10, rows=100, seconds=1.5), request(n=10), workers=3)
+    assert refused.value.headers["retry-after-ms"] == "50", "ten of a hundred images, by three"
 
 
 def test_too_many_images_say_when_they_will_be_gone(toy_bundle: Path) -> None:
@@ -64,3 +67,14 @@ def test_a_tenant_has_its_share_and_anything_beside_nothing(toy_bundle: Path) ->
     with pytest.raises(RateError) as refused:
         admission.check_share(Backlog(jobs=5, rows=50, seconds=0.5), request())
     assert (refused.value.code, refused.value.headers["retry-after-ms"]) == ("tenant_queue_full", "10")
+
+
+def test_a_deadline_is_met_by_all_workers_together(toy_bundle: Path) -> None:
+    admission = offline_service(toy_bundle, Settings(max_queue_s=20.0, max_queued_rows=100)).admission
+    held = Backlog(jobs=3, rows=30, seconds=6.0)
+    admission.check(held, request(), deadline_ms=2100, workers=3)
+    with pytest.raises(OverloadedError) as refused:
+        admission.check(held, request(), deadline_ms=1500, workers=3)
+    assert refused.value.code == "deadline_unmeetable"
+    assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(500 + 4 * ROW_STEP_S * 1000, abs=1)
+    admission.check(Backlog(), request(), deadline_ms=1)  # beside nothing it is tried

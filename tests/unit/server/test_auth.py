@@ -104,13 +104,14 @@ def test_two_keys_of_one_id_cannot_be(path: Path, keys: dict[str, str]) -> None:
         KeyFile(keys=(*read_keys(path).keys, read_keys(path).keys[0]))
 
 
-def test_a_tenant_has_the_quota_of_its_newest_key_that_has_one(path: Path) -> None:
+def test_a_tenant_has_the_quota_of_its_newest_valid_key_that_has_one(path: Path) -> None:
     rows = [(9, "a", "5/day"), (5, "a", "9/day"), (1, "a", None), (2, "b", "1/day"), (3, "c", None)]
     made = []
     for age, tenant, quota in rows:
         key, kept = new_key(tenant, [Scope.GENERATE], quota=quota)
         made.append((key, kept.model_copy(update={"created": datetime.now(UTC) - timedelta(days=age)})))
-    write_keys(path, KeyFile(keys=tuple(kept for _, kept in made)))
+    over = new_key("a", [Scope.GENERATE], datetime.now(UTC) - timedelta(days=1), quota="7/day")[1]
+    write_keys(path, KeyFile(keys=(over, *(kept for _, kept in made))))
     keyring = Keyring(path)
     assert [keyring.caller(key).quota for key, _ in made] == ["9/day", "9/day", "9/day", "1/day", None]
 
@@ -268,6 +269,15 @@ def test_the_rate_of_all_keys_is_a_setting(toy_bundle: Path, path: Path, keys: d
     client = offline_client(offline_service(toy_bundle, Settings(rate_limit="1/hour"), Keyring(path)))
     answers = [client.post(URL, headers=bearer(keys[name])).status_code for name in ("a", "a", "b")]
     assert answers == [415, 429, 415]
+
+
+def test_a_quota_is_shared_by_the_keys_of_a_tenant_and_by_no_other(
+    toy_bundle: Path, path: Path, keys: dict[str, str]
+) -> None:
+    client = offline_client(offline_service(toy_bundle, Settings(quota="3/day"), Keyring(path)))
+    wish = {"prompt": "one", "n": 3}
+    answers = [client.post("/v1/jobs", json=wish, headers=bearer(keys[name])) for name in ("a", "maker", "b")]
+    assert [answer.status_code for answer in answers] == [202, 429, 202]
 
 
 def test_cancelling_never_waits_for_a_rate(client: TestClient, keys: dict[str, str]) -> None:

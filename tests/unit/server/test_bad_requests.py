@@ -11,6 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from engines.noise import MAX_SEED
+from server.resolve import resolve
+from server.schemas import GenerationBody
 from tests.support.offline import offline_client, offline_service
 from tests.support.pictures import file_of, photo
 from tests.support.serving import ROOT
@@ -163,6 +165,16 @@ COMBINATIONS = [
 def test_combination(client: TestClient, fields: dict[str, Any], code: str, param: str) -> None:
     status, error = post(client, seven(**fields))
     assert (status, error["code"], error["param"]) == (400, code, param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"seed": MAX_SEED}, {"seed": MAX_SEED - 9, "n": 10}, {"guidance_scale": 1.0}, {"guidance_scale": 5.0}],
+    ids=str,
+)
+def test_both_ends_of_a_range_belong_to_it(toy_bundle: Path, fields: dict[str, Any]) -> None:
+    made = resolve(GenerationBody(prompt="seven", **fields), offline_service(toy_bundle).catalogue)
+    assert fields.items() <= made.model_dump().items()
 
 
 def test_allowed_values_are_named(client: TestClient) -> None:

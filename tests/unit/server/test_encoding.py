@@ -89,10 +89,23 @@ def test_other_tools_read_the_parameters(output_format: OutputFormat, prompt: st
     )
 
 
+def test_an_edit_says_how_much_of_the_steps_was_run() -> None:
+    """Not what was asked for, which the trained steps round."""
+    edit = request("png").model_copy(update={"task": "edit", "strength": 0.6})
+    encoding = encoding_of(edit, seed=4, engine="fake")
+    assert json.loads(encoding.parameters)["strength"] == 0.5
+    assert "Denoising strength: 0.5," in encoding.infotext
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_less_compression_is_a_larger_file(output_format: OutputFormat) -> None:
     sizes = [len(encoded(output_format, quality)) for quality in (0, 50, 100)]
     assert all(low < high for low, high in pairwise(sizes))
+
+
+@pytest.mark.parametrize(("output_format", "quality"), [("jpeg", 95), ("webp", 90)])
+def test_the_quality_by_default(output_format: OutputFormat, quality: int) -> None:
+    assert encoded(output_format) == encoded(output_format, quality) != encoded(output_format, quality - 1)
 
 
 def test_the_same_pixels_give_the_same_bytes() -> None:

@@ -28,7 +28,7 @@ from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 from server.stores.memory import MemoryStore
-from server.work import Died, Dropped, Event, Failed, Made, Progress, Started, Stepped
+from server.work import Died, Dropped, Event, Failed, Late, Made, Progress, Started, Stepped
 from server.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -345,3 +345,31 @@ def test_jobs_that_come_as_the_process_ends_are_handed_on(settings: Settings) ->
     (event,) = uvloop.run(handed_on())
     assert isinstance(event, Died)
     assert len(event.tokens) == 1
+
+
+def test_a_job_that_is_cancelled_while_no_process_is_up_joins_none(settings: Settings) -> None:
+    engine = EngineProcess(settings)
+    leases = [Lease(job=job(name, 1), worker="w", attempt=1, queued_ms=0.0) for name in "ab"]
+    for lease in leases:
+        engine.join_job(lease)
+    engine.stop_job(leases[0].token)
+    assert engine._waiting == leases[1:]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        Made("a/1", (), 0.0, 0.0, 0.0, 0.0),
+        Failed("a/1", JobFailure(code="c", message="m"), "steps"),
+        Late("a/1"),
+    ],
+    ids=["made", "failed", "late"],
+)
+def test_a_job_that_ended_is_not_lost_with_the_process_and_the_next_starts_at_once(
+    settings: Settings, end: Made | Failed | Late
+) -> None:
+    engine, told = EngineProcess(settings), list[Event]()
+    engine._report, engine._failures = told.extend, 5
+    engine._joined = {end.token: Lease(job=job("a", 1), worker="w", attempt=1, queued_ms=0.0)}
+    engine._pass_on([end])
+    assert (told, engine._joined, engine._failures) == ([end], {}, 0)

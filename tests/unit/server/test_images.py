@@ -7,12 +7,15 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from engines.manifest import Size
+from server import images
 from server.errors import ApiError, InvalidRequestError
 from server.fitting import alpha_is_edit, fit_image, nearest_size, white_is_edit, white_or_opaque_is_edit
 from server.images import (
@@ -20,6 +23,7 @@ from server.images import (
     MAX_SCANS,
     MAX_SEGMENTS,
     alpha_of,
+    decode_file,
     open_image,
     read_image,
     read_mask,
@@ -113,6 +117,12 @@ def test_every_mode_is_converted(kind: str, mode: str) -> None:
     assert np.abs(got.astype(int) - np.asarray(expected)).max() <= (12 if kind == "JPEG" else 1)
 
 
+@pytest.mark.parametrize(("level", "expected"), [(0, 0), (128, 0), (129, 1), (385, 1), (386, 2), (65_535, 255)])
+def test_levels_of_16_bits_go_to_the_nearest_of_8(level: int, expected: int) -> None:
+    file = file_of(Image.fromarray(np.full(SIZE, level, np.uint16)))
+    assert to_rgb(open_image(file, "image")).getextrema() == ((expected, expected),) * 3
+
+
 def test_transparency_is_flattened_on_white() -> None:
     clear = Image.new("RGBA", SIZE, (10, 20, 30, 0))
     assert np.asarray(to_rgb(open_image(file_of(clear), "image"))).min() == 255
@@ -184,6 +194,23 @@ def test_sixteen_bits_take_less_than_256_mb() -> None:
     assert int(ended.stdout) < 128, "beside the file and the image themselves"
 
 
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ("YWJj", b"abc"),
+        ("YW\r\nJj\n", b"abc"),
+        ("data:image/png;base64,YWJj", b"abc"),
+        ("YWJj!", None),
+        ("YW-Jj", None),
+        ("YWJ", None),
+        ("YWJ\xe4", None),
+    ],
+)
+def test_base64_is_read_to_the_letter(text: str, data: bytes | None) -> None:
+    with nullcontext() if data else pytest.raises(InvalidRequestError, match="image must be base64"):
+        assert decode_file(text, "image") == data
+
+
 def test_exif_turns_the_image() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter clockwise
@@ -198,6 +225,44 @@ def test_a_profile_is_applied_and_a_broken_one_ignored() -> None:
     plain = np.asarray(photo()).astype(int)
     assert np.abs(np.asarray(same) - plain).max() <= 1
     assert (np.asarray(broken) == plain).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda: GOOD + bytes(MAX_IMAGE_BYTES - len(GOOD)), None),
+        (lambda: file_of(photo((8, 128))), None),
+        (lambda: file_of(photo((8, 129))), "out_of_range"),
+        (lambda: file_of(photo((7, 64))), "out_of_range"),
+        (lambda: png_claiming(4096, 4096), "invalid_image"),  # not too large, but cut short
+        (lambda: png_claiming(4097, 4096), "image_too_large"),
+    ],
+    ids=["bytes", "sides", "too long", "too narrow", "pixels", "too many pixels"],
+)
+def test_a_limit_is_the_last_that_is_accepted(make: Callable[[], bytes], code: str | None) -> None:
+    with nullcontext() if code is None else pytest.raises(ApiError) as refused:
+        open_image(make(), "image")
+    assert refused is None or refused.value.code == code
+
+
+WEBPS: dict[str, dict[str, Any]] = {
+    "lossy": {},
+    "lossless": {"lossless": True},
+    "extended": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"},
+}
+
+
+@pytest.mark.parametrize("kind", WEBPS)
+def test_a_webp_is_as_large_as_its_header_says_before_it_is_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = file_of(photo((64, 40)), "WEBP", **WEBPS[kind])
+    assert open_image(file, "image").size == images._webp_size(file) == (64, 40)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 40 - 1)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ApiError) as refused:
+        open_image(file, "image")
+    assert refused.value.code == "image_too_large"
 
 
 def test_what_trails_the_pixels_does_not_survive() -> None:
@@ -266,6 +331,8 @@ def test_the_nearest_aspect_is_chosen() -> None:
     sizes = (AT, AT.model_copy(update={"width": 96, "latent_width": 12}))
     assert nearest_size(sizes, 640, 480).width == 96
     assert nearest_size(sizes, 500, 480).width == 64
+    twice = Size(width=128, height=128, latent_width=16, latent_height=16)
+    assert [nearest_size((AT, twice), side, side).width for side in (80, 120)] == [64, 128], "then the nearest area"
 
 
 def test_a_canonical_png_is_what_was_drawn() -> None:

@@ -11,17 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from engines.bundle import verify_bundle
 from engines.errors import BackendError, BundleError
-from server.jobs import Job, JobState
+from server.costs import Offer
+from server.engine import Report
+from server.engine_switch import EngineSwitch
+from server.jobs import Job, JobFailure, JobState, Lease
 from server.metrics import Metrics
 from server.request import DenoiseRequest
 from server.settings import Settings
 from server.stores.memory import MemoryStore
 from server.succession import Succession
 from server.versions import Version
+from server.work import Died, Event, Failed, Made
 from server.worker import Worker
 from tests.support.spawned import SpawnedThread
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -141,6 +147,7 @@ async def test_new_rows_go_to_the_built_engine_and_started_ones_finish_where_the
         on.first.bench.allow()
         assert [engine_of(state) for state in (await on.ended("b"), after)] == [FIRST, BUILT]
         await until(lambda: on.first.closed)
+        assert [sample.request.steps for sample in on.succession.recent] == [4], "of c: the others are the former's"
         assert on.value("halfstep_engine_info", model="toy-digits", engine=BUILT) == 1
         assert not on.value("halfstep_engine_info", model="toy-digits", engine=FIRST)
         assert on.value("halfstep_engine_preferred", model="toy-digits") == 1
@@ -164,6 +171,16 @@ async def test_a_wrong_engine_is_never_taken_up(toy_bundle: Path, fault: str) ->
         await on.until_change("engine", "refused")
         assert engine_of(await on.make("a", "one")) == FIRST
         await until(lambda: built.closed)
+        assert not on.changes("engine", "taken_up")
+
+
+async def test_an_engine_that_fails_on_what_was_made_last_is_not_taken_up(toy_bundle: Path) -> None:
+    built = SpawnedThread(toy_bundle, BUILT)
+    built.bench.poison = 9  # no probe is of the last class
+    async with stage(toy_bundle, built) as on:
+        await on.make("a", "nine")
+        on.built.set()
+        await on.until_change("engine", "refused")
         assert not on.changes("engine", "taken_up")
 
 
@@ -218,7 +235,11 @@ async def test_a_job_that_fails_by_itself_does_not_cost_the_engine(toy_bundle: P
         on.built.set()
         await on.until_change("engine", "taken_up")
         built.bench.poison = 9  # no sample is of the last class
-        assert code_of(await on.make("bad", "nine")) == "engine_error"
+        with capture_logs() as logs:
+            for name in ("bad", "as bad"):
+                assert code_of(await on.make(name, "nine")) == "engine_error"
+        doubts = [line for line in logs if line["event"] == "engine_doubted"]
+        assert len(doubts) == 1, "it is trusted for a while"
         assert engine_of(await on.make("good")) == BUILT
         assert not on.changes("engine", "given_up")
 
@@ -245,6 +266,7 @@ async def test_a_new_version_is_taken_up_beside_the_old(tmp_path: Path) -> None:
         assert version.bundle.sha256 == on.loaded[0]["toy-digits"] != old
         assert on.value("halfstep_bundle_info", model="toy-digits", sha256=version.bundle.sha256) == 1
         assert not on.value("halfstep_bundle_info", model="toy-digits", sha256=old)
+        assert on.value("halfstep_denoise_steps_total", model="toy-digits") == 8 + 4, "no probes of the new one"
 
 
 async def test_a_new_version_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +335,26 @@ async def test_a_bad_new_version_is_refused_and_the_old_goes_on(tmp_path: Path, 
         assert engine_of(await on.make("a", steps=8)) == FIRST
 
 
+async def test_a_doubt_is_cleared_though_a_new_version_came_in_between_and_was_refused(tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "toy").path
+    built = SpawnedThread(bundle, BUILT)
+    async with stage(bundle, built) as on:
+        on.built.set()
+        await on.until_change("engine", "taken_up")
+        built.bench.poison = 9  # no sample is of the last class
+        built.bench.hold()
+        await on.submit("bad", "nine")
+        built.bench.allow(1)
+        await until(lambda: not on.succession.up)
+        replace(bundle, weights_seed=1)
+        on.makes.append(SpawnedThread(bundle, LATER, refusal=BackendError("no such device")))
+        with pytest.raises(BackendError, match="no such device"):
+            await on.succession.renew()
+        built.bench.allow()
+        assert code_of(await on.ended("bad")) == "engine_error"
+        assert engine_of(await on.make("good")) == BUILT
+
+
 async def test_what_is_unchanged_is_left_alone_and_what_was_refused_is_tried_again(toy_bundle: Path) -> None:
     async with stage(toy_bundle) as on:
         on.build_error = "no room"
@@ -323,3 +365,64 @@ async def test_what_is_unchanged_is_left_alone_and_what_was_refused_is_tried_aga
         await on.succession.renew()
         await on.until_change("engine", "taken_up")
         assert engine_of(await on.make("a")) == BUILT
+
+
+class Silent:
+    """An engine that does nothing by itself, and remembers what it was asked for."""
+
+    offers: Mapping[str, Offer] = {}
+    up, pid = True, 0
+
+    def __init__(self) -> None:
+        self.joined: list[str] = []
+        self.stopped: list[str] = []
+        self.closed = False
+
+    def start(self, report: Report) -> None:
+        self.say = report
+
+    async def ready(self) -> None:
+        pass
+
+    def join_job(self, lease: Lease) -> None:
+        self.joined.append(lease.token)
+
+    def stop_job(self, token: str) -> None:
+        self.stopped.append(token)
+
+    async def close(self) -> bool:
+        self.closed = True
+        return True
+
+
+REQUEST = DenoiseRequest(model="m", prompt="p", seed=1, guidance_scale=2.0, steps=4, width=64, height=64)
+
+
+@pytest.mark.parametrize("lost", [[], ["a/1"]], ids=["none", "one"])
+async def test_what_a_former_engine_lost_is_reported_and_what_it_had_not_begun_goes_to_its_successor(
+    lost: list[str],
+) -> None:
+    former, successor, told = Silent(), Silent(), list[Event]()
+    switch = EngineSwitch(former)
+    switch.start(told.extend)
+    for name in "ab":
+        switch.join_job(Lease(job=Job(id=name, request=REQUEST, cost_s=0.0), worker="w", attempt=1, queued_ms=0.0))
+    switch.listen_to(successor)
+    switch.take_up(successor, None)
+    former.say([Died(frozenset(lost), "it ended", frozenset({"a/1", "b/1"} - set(lost)))])
+    await until(lambda: former.closed)
+    assert told == [Died(frozenset(lost), "it ended")]
+    assert lost + successor.joined == ["a/1", "b/1"]
+
+
+async def test_an_engine_that_fails_on_a_question_is_to_make_none_of_it() -> None:
+    engine = Silent()
+    switch = EngineSwitch(engine)
+    switch.start(lambda _: None)
+    asking = asyncio.create_task(switch.ask(engine, [REQUEST] * 3))
+    await until(lambda: len(engine.joined) == 3)
+    engine.say([Made(engine.joined[0], (np.zeros((1, 1, 3), np.uint8),), 0.0, 0.0, 0.0, 0.0)])
+    engine.say([Failed(engine.joined[1], JobFailure(code="non_finite", message="m"), "steps")])
+    with pytest.raises(BackendError, match="non_finite"):
+        await asking
+    assert set(engine.stopped) == set(engine.joined[1:])

@@ -42,3 +42,15 @@ def test_a_field_that_this_release_has_not_is_refused_by_name() -> None:
     with pytest.raises(UnreadableJobError, match="canary") as caught:
         wire.job_from(data.encode(), b"0")
     assert "what it holds" not in str(caught.value)
+
+
+def test_a_key_is_its_tenants_however_either_is_written() -> None:
+    assert wire.key_name("a:b", "c") != wire.key_name("a", "b:c")
+
+
+@pytest.mark.parametrize(
+    ("text", "could_be"),
+    [("0-0", True), (f"{2**64 - 1}-{2**64 - 1}", True), (f"{2**64}-0", False), (f"0-{2**64}", False), ("1", False)],
+)
+def test_an_event_has_an_id_that_redis_takes(text: str, could_be: bool) -> None:
+    assert wire.is_event_id(text) is could_be

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from engines.pipeline import Pipeline
+from server.encoding import encode
 from server.engine_thread import EngineThread
 from server.jobs import Job, JobState, JobStatus
 from server.metrics import Metrics
-from server.request import DenoiseRequest
+from server.request import MAX_IMAGES, DenoiseRequest
 from server.stores.base import StoreUnavailableError
 from server.stores.memory import MemoryStore
 from server.worker import Worker
@@ -183,7 +185,9 @@ async def test_what_cannot_be_encoded_fails_its_own_request(
         assert not task.done()
 
 
-async def test_a_job_past_its_deadline_runs_no_step(bench: Bench) -> None:
+async def test_a_job_past_its_deadline_runs_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends as the engine finds it late, not when the reaper comes by."""
+    monkeypatch.setattr("server.worker.HEARTBEAT_S", 3600.0)
     store = MemoryStore()
     bench.hold()
     async with working(bench.pipeline, store):
@@ -194,7 +198,8 @@ async def test_a_job_past_its_deadline_runs_no_step(bench: Bench) -> None:
         ends = time.monotonic() + 0.25
         await until(lambda: time.monotonic() > ends)
         bench.allow()
-        states = [await store.wait(name) for name in ("companion", "late")]
+        async with asyncio.timeout(30):
+            states = [await store.wait(name) for name in ("companion", "late")]
     assert [state.status for state in states] == [JobStatus.SUCCEEDED, JobStatus.EXPIRED]
     assert {digit for _, classes in bench.batches for digit in classes} == {1}
 
@@ -253,6 +258,29 @@ async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
         assert not task.done()
 
 
+async def test_a_store_that_hears_nothing_but_the_end_costs_no_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailableError("away")
+
+    store = MemoryStore()
+    for call in ("until_ended", "progress", "give_back"):
+        monkeypatch.setattr(store, call, away)
+    worker = Worker("w", EngineThread({"toy-digits": bench.pipeline}), store, Metrics())
+    task = asyncio.create_task(worker.run())
+    (state,) = await run(store, job("a", steps=8, partial_images=2))
+    assert state.status is JobStatus.SUCCEEDED
+    bench.hold()
+    await store.submit(job("b"))
+    await until(lambda: len(bench.batches) == 9)
+    assert await worker.give_back_all() == 1
+    bench.allow()
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 class _CountingStore(MemoryStore):
     """Full: it takes in nothing new. Away at the heartbeats of these numbers. calls: those that succeeded."""
 
@@ -287,3 +315,112 @@ async def test_leases_are_renewed_for_a_quarter_of_one_before_silent_ones_are_ta
     async with working(bench.pipeline, store, lease_s=lease_s):
         await until(lambda: store._beats > max(away, default=0) and "reap" in store.calls)
     assert store.calls[: beats + 2] == ["heartbeat"] * (beats + 1) + ["reap"]
+
+
+async def test_a_job_that_is_to_run_alone_has_the_engine_for_itself(bench: Bench) -> None:
+    """It waits for those before it, and those behind it wait for it."""
+    store = MemoryStore()
+    bench.hold()
+    async with working(bench.pipeline, store):
+        await store.submit(job("before", digit=1))
+        await until(lambda: len(bench.batches) == 1)
+        await store.submit(job("suspect", digit=2))
+        (lost,) = store.jobs.take("dead", ["toy-digits"], 10)
+        await store.give_back(lost, crashed=True)
+        await store.submit(job("behind", digit=3))
+        await until(lambda: store.jobs.records["suspect"].attempt == 2)
+        bench.allow(4)
+        await until(lambda: len(bench.batches) == 5)
+        bench.allow()
+        states = [await store.wait(name) for name in ("before", "suspect", "behind")]
+    assert {state.status for state in states} == {JobStatus.SUCCEEDED}
+    assert [classes for _, classes in bench.batches] == [[1]] * 4 + [[2]] * 4 + [[3]] * 4
+
+
+async def test_progress_is_that_of_the_slowest_image(bench: Bench) -> None:
+    store = MemoryStore()
+    async with working(bench.pipeline, store):
+        await run(store, job("a", n=10))  # two more than step together
+        steps = [event.step async for event in store.events("a") if event.type == "step"]
+    assert 4 not in steps
+
+
+async def test_previews_are_told_in_order_though_the_first_takes_longest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, first, free = MemoryStore(), threading.Semaphore(), threading.Event()
+
+    def slow(pixels: Any, encoding: Any) -> bytes:
+        if first.acquire(blocking=False):
+            free.wait(60)
+        return encode(pixels, encoding)
+
+    monkeypatch.setattr("server.finishing.encode", slow)
+    async with working(bench.pipeline, store):
+        await store.submit(job("a", steps=8, partial_images=3))
+        await until(lambda: len(bench.batches) == 8)
+        await asyncio.sleep(0.05)
+        free.set()
+        previews = [event.preview async for event in store.events("a") if event.preview is not None]
+    assert [preview.index for preview in previews] == [0, 1, 2]
+
+
+async def test_a_job_whose_preview_fails_leaves_after_the_step_under_way(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pixels: Any, encoding: Any) -> bytes:
+        raise OSError("encoder error -2")
+
+    store, metrics = MemoryStore(), Metrics()
+    bench.hold()
+    async with working(bench.pipeline, store, metrics=metrics):
+        with monkeypatch.context() as patch:
+            patch.setattr("server.finishing.encode", broken)
+            await store.submit(job("bad", digit=2, steps=8, partial_images=1))
+            await until(lambda: len(bench.batches) == 1)
+            bench.allow(4)
+            await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 0)
+        await until(lambda: len(bench.batches) == 5)
+        bench.allow()
+        await run(store, job("good", digit=1))
+    assert [classes for _, classes in bench.batches] == [[2]] * 5 + [[1]] * 4
+
+
+async def test_an_engine_that_is_down_is_no_capacity(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, beats = MemoryStore(), list[int]()
+
+    async def heartbeat(leases: Any) -> frozenset[str]:
+        beats.append(len(leases))
+        return frozenset()
+
+    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.001)
+    monkeypatch.setattr(store, "heartbeat", heartbeat)
+    monkeypatch.setattr(EngineThread, "up", False)
+    async with working(bench.pipeline, store):
+        await until(lambda: len(beats) > 2)
+        assert await store.offers() == {}
+        monkeypatch.setattr(EngineThread, "up", True)
+        beats.clear()
+        await until(lambda: len(beats) > 1)
+        assert set(await store.offers()) == {"w"}
+
+
+async def test_a_job_that_others_end_leaves_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a heartbeat or a step to report, which would tell."""
+    monkeypatch.setattr("server.worker.HEARTBEAT_S", 3600.0)
+    store, metrics = MemoryStore(), Metrics()
+    bench.hold()
+    async with working(bench.pipeline, store, metrics=metrics):
+        await store.submit(job("a"))
+        await until(lambda: len(bench.batches) == 1)
+        await store.cancel("a")
+        await until(lambda: metrics.registry.get_sample_value("halfstep_rows_in_flight") == 0)
+        assert len(bench.batches) == 1
+        bench.allow()
+
+
+async def test_as_many_rows_as_the_largest_request_has_are_room_for_it(bench: Bench) -> None:
+    store = MemoryStore()
+    async with working(bench.pipeline, store, max_rows=MAX_IMAGES):
+        (state,) = await run(store, job("a", n=MAX_IMAGES))
+    assert state.status is JobStatus.SUCCEEDED
