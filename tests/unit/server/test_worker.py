@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import struct
 import threading
 import time
@@ -11,7 +12,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from engines.pipeline import Pipeline
 from server.encoding import encode
@@ -150,6 +153,22 @@ async def test_previews_arrive_in_order(bench: Bench) -> None:
         previews = [event.preview async for event in store.events("a") if event.preview is not None]
     assert [(p.index, p.image) for p in previews] == [(k, image) for k in range(3) for image in range(2)]
     assert len({p.data for p in previews}) == 6
+
+
+async def test_a_preview_is_the_clean_estimate_of_its_step_and_says_its_images_seed(bench: Bench) -> None:
+    store, pipeline = MemoryStore(), bench.pipeline
+    async with working(pipeline, store):
+        await store.submit(job("a", n=2, seed=5, partial_images=1))
+        previews = [event.preview async for event in store.events("a") if event.preview is not None]
+    (condition,) = pipeline.condition([DIGITS[1]])
+    for preview in previews:
+        row = pipeline.start(condition, 2.0, 5 + preview.image, pipeline.student(4))
+        for _ in range(2):
+            pipeline.step([row])
+        shown = Image.open(io.BytesIO(preview.data))
+        np.testing.assert_array_equal(np.asarray(shown), pipeline.decode([row.clean])[0])
+        assert not np.array_equal(row.clean, row.latent)
+        assert f"Seed: {5 + preview.image}," in shown.info["parameters"]
 
 
 async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(
