@@ -89,10 +89,11 @@ class _Batches:
 
     def order(self, epoch: int, rows: int, draw: Callable[[], np.ndarray]) -> np.ndarray:
         """(rows,) what ``draw`` gives: the order of an epoch. The last two are kept, as a batch may span epochs."""
-        if (epoch, rows) not in self._orders:
-            newest = dict(list(self._orders.items())[-1:])
-            self._orders = {**newest, (epoch, rows): draw()}
-        return self._orders[epoch, rows]
+        orders = self._orders  # the thread that reads ahead asks, too, and may put others in their place
+        if (epoch, rows) not in orders:
+            newest = dict(list(orders.items())[-1:])
+            self._orders = orders = {**newest, (epoch, rows): draw()}
+        return orders[epoch, rows]
 
 
 class Draws:

@@ -31,6 +31,10 @@ class DataError(RecipeError):
     """Images or captions that cannot be read."""
 
 
+class NoneReadableError(DataError):
+    """None of the images can be read."""
+
+
 class LockedError(JobError):
     exit_code = 3
 

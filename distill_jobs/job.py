@@ -19,6 +19,7 @@ from distill_jobs.data.open import latents_of, open_source
 from distill_jobs.data.source import Source
 from distill_jobs.errors import RecipeError
 from distill_jobs.finish import train_consistency
+from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.loop import Trainer
 from distill_jobs.making.pipeline import made_teacher
 from distill_jobs.phases import Phases
@@ -68,7 +69,11 @@ def run_job(
         def begun(source: Source) -> Phases:
             return Phases(recipe, folder, trainer, source, teacher)
 
-        source = open_source(recipe, teacher, processes, progress, stop, lambda few: probe_teacher(begun(few)))
+        def probe(few: Source) -> None:
+            probe_teacher(begun(few))
+
+        probed = isinstance(recipe.teacher, FolderTeacher) and not processes.first((folder.teacher / "unet").is_dir)
+        source = open_source(recipe, teacher, processes, progress, stop, probe if probed else None)
         if (latents := latents_of(source)) is not None:
             processes.first(lambda: folder.keep_data(folder.data, latents.cache.identity, len(latents.cache)))
         _train(begun(source))

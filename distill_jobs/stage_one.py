@@ -62,13 +62,9 @@ def _teacher_from_folder(phases: Phases, section: FolderTeacher) -> None:
 
 
 def probe_teacher(phases: Phases) -> None:
-    """Hold what a given folder says of its network against the network, unless the run has a teacher of its own.
-
-    Raises: TeacherError when it is another.
-    """
+    """Hold what a given folder says of its network against the network. Raises: TeacherError when it is another."""
     section, teacher = phases.recipe.teacher, phases.teacher
-    if not isinstance(section, FolderTeacher) or phases.processes.first((phases.folder.teacher / "unet").is_dir):
-        return
+    assert isinstance(section, FolderTeacher)
     assert teacher is not None
     own = NoiseSchedule(teacher.schedule)
     rows = phases.noisy(Draws(phases.recipe.seed, "probe"), 0, PROBED_ROWS, torch.full((PROBED_ROWS,), middle(own)))

@@ -81,6 +81,18 @@ class EngineThread:
                 self._turn()
         except Exception as error:  # a dead thread must not leave its callers waiting
             self._report([Crashed(error)])
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the models, when another engine takes this one's place.
+
+        The batcher makes a cycle of it, and of what was loaded at the start the collector frees nothing.
+        """
+        self._pipelines, self._conditions = {}, {}
+        self._works.clear()
+        self._newcomers.clear()
+        self._batcher = Batcher(self._choose_rung)
 
     def _turn(self) -> None:
         """One step, whoever it is for, and what it brought about."""

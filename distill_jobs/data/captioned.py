@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import pyarrow.parquet as pq
 from webdataset.shardlists import expand_urls
 
 from distill_jobs.errors import DataError
+
+log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")
@@ -66,8 +69,8 @@ def index_folder(folder: Path) -> tuple[Captioned, ...]:
 def index_shards(pattern: str, skip_cut: bool = False) -> tuple[Captioned, ...]:
     """The pairs of webdataset shards, in their order. pattern: a folder of tar files, or ``path/{000..015}.tar``.
 
-    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost; and
-    one for each caption without an image.
+    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost;
+    captions without an image are left out.
     Raises: DataError naming the shard or the sample that is incomplete.
     """
     folder = Path(pattern)
@@ -140,13 +143,13 @@ def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
     if shard.cut:
         yield Captioned(f"{file}, cut off after {shard.cut}", file, 0, 0, shard.cut)
         return
-    for key in dict.fromkeys(key for key, _ in shard.captions if key not in shard.images):
+    if lone := list(dict.fromkeys(key for key, _ in shard.captions if key not in shard.images)):
         if not skip_cut:
             raise DataError(
-                f"{file}: {key} has a caption and no image ({', '.join(IMAGES)}); take it out, or leave such out "
-                "with data.unreadable: skip"
+                f"{file}: {lone[0]} has a caption and no image ({', '.join(IMAGES)}); take it out, or leave such "
+                "out with data.unreadable: skip"
             )
-        yield Captioned(f"{file}: {key}, a caption without an image", file, 0, 0, key)
+        log.warning("%s: %d captions without an image are left out, %s first", file, len(lone), lone[0])
 
 
 def _read_shard(file: Path) -> _Shard:
@@ -161,8 +164,10 @@ def _read_shard(file: Path) -> _Shard:
                     last = member.name  # should the next not be whole
                     key, _, extension = member.name.rpartition(".")
                     if member.isfile() and extension.lower() in IMAGES:
-                        if key in images:
-                            raise DataError(f"{file} has two images of one caption: {images[key].name}, {last}")
+                        if key in images and images[key].name != last:  # of one added again the later counts
+                            raise DataError(
+                                f"{file} has two images of one caption, {images[key].name} and {last}; take one out"
+                            )
                         images[key] = member
                     elif member.isfile() and extension.lower() in CAPTIONS:
                         told = _caption_or_fault(shard, member, f"{file}: {member.name}")

@@ -28,7 +28,7 @@ from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.framing import Framed, framed_batches
 from distill_jobs.data.seen import remembered
 from distill_jobs.data.source import Condition
-from distill_jobs.errors import DataError, JobError, StorageError
+from distill_jobs.errors import DataError, JobError, NoneReadableError, StorageError
 from distill_jobs.pipelines.vae import Encoded
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,8 @@ class CacheWriter:
     def finished(self) -> LatentCache:
         """The cache, once all shards are there; images of shards without a name are read.
 
-        Raises: DataError when no image could be read, or what another process wrote is not to be seen here.
+        Raises: NoneReadableError when no image could be read; DataError when what another process wrote is not to
+        be seen here.
         """
         files, ends, firsts, skipped, total = [], [], [], list[str](), 0
         for chunk, file in enumerate(map(self._shard, range(len(self._chunks)))):
@@ -169,7 +170,7 @@ class CacheWriter:
                 ends.append(total)
                 firsts.append(chunk * SHARD_ROWS)
         if not files:
-            raise DataError(f"none of the images can be read, from {skipped[0]} on")
+            raise NoneReadableError(f"none of the images can be read, from {skipped[0]} on")
         null = load_file(self._file(self._key.null()))
         empty = Condition(null["tokens"].float(), null["pooled"].float() if "pooled" in null else None)
         return LatentCache(tuple(files), tuple(ends), tuple(firsts), empty, tuple(skipped))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from distill_jobs.data.masked_latents import MaskedLatentSource
 from distill_jobs.data.masks import MaskedSource
 from distill_jobs.data.shared_disk import check_shared
 from distill_jobs.data.source import Source
-from distill_jobs.errors import DataError, Interrupted
+from distill_jobs.errors import DataError, Interrupted, NoneReadableError
 from distill_jobs.latent_sections import CaptionedData, GlyphData, ImageFolderData
 from distill_jobs.pipelines.encoders import Encoders, encoders_sha256
 from distill_jobs.pipelines.folder import PipelineFolder
@@ -53,12 +56,18 @@ def open_source(
     entries = entries_of(recipe.data, recipe.seed, processes, progress)
     if isinstance(recipe.data, GlyphData) and recipe.data.side_px != teacher.size_px:
         raise DataError(f"data.side_px is {recipe.data.side_px}; the teacher draws pictures of {teacher.size_px}")
+    cached = _Cached(recipe.data, teacher, processes, progress, stop)
     if first is not None:
-        few = _latents(recipe.data, entries[:SHARD_ROWS], teacher, processes, progress, stop, "first latents")
-        first(_masked(few, recipe, teacher, processes))
-    latents = _latents(recipe.data, entries, teacher, processes, progress, stop)
+        with suppress(NoneReadableError):
+            few = cached.latents(entries[:SHARD_ROWS], "first latents")
+            first(_masked(few, recipe, teacher, processes))
+            first = None
+    latents = cached.latents(entries, "latents")
     _check_skipped(latents, progress)
-    return _masked(latents, recipe, teacher, processes)
+    source = _masked(latents, recipe, teacher, processes)
+    if first is not None:
+        first(source)
+    return source
 
 
 def _masked(latents: LatentSource, recipe: Recipe, teacher: PipelineFolder, processes: Processes) -> Source:
@@ -74,32 +83,43 @@ def _masked(latents: LatentSource, recipe: Recipe, teacher: PipelineFolder, proc
     return MaskedLatentSource(latents, recipe.inpainting, encode)
 
 
-def _latents(
-    data: CaptionedData,
-    entries: Sequence[Captioned],
-    teacher: PipelineFolder,
-    processes: Processes,
-    progress: Progress,
-    stop: StopSignal | None,
-    title: str = "latents",
-) -> LatentSource:
-    check_shared(data.cache, "data.cache", processes)
-    key = CacheKey(processes.first(lambda: encoders_sha256(teacher)), teacher.size_px, teacher.zeros_for_empty)
-    writer = CacheWriter(data.cache, key, entries, skip_unreadable=data.unreadable == "skip")
-    task = progress.add_task(title, total=-(-len(entries) // processes.count), loss="")
+@dataclass(frozen=True)
+class _Cached:
+    """Latents of images by a teacher's encoders, from the cache, or computed into it."""
 
-    def load() -> Encoders:
-        return Encoders.load(teacher, processes.device)
+    data: CaptionedData
+    teacher: PipelineFolder
+    processes: Processes
+    progress: Progress
+    stop: StopSignal | None
 
-    def advance(images: int) -> None:
-        progress.advance(task, images)
-        if stop is not None and stop.received:
-            raise Interrupted("stopped while latents were computed, which are kept; go on with --resume")
+    def latents(self, entries: Sequence[Captioned], title: str) -> LatentSource:
+        """Of these images. title: of the bar that shows how far it is, for this process's share."""
+        index, of, teacher = self.processes.index, self.processes.count, self.teacher
+        writer = CacheWriter(self.data.cache, self._key, entries, skip_unreadable=self.data.unreadable == "skip")
+        starts = range(index * SHARD_ROWS, len(entries), of * SHARD_ROWS)
+        own = sum(min(SHARD_ROWS, len(entries) - start) for start in starts)
+        task = self.progress.add_task(title, total=own, loss="")
 
-    writer.write(load, advance, processes.index, processes.count)
-    writer.names |= dict(processes.listed(list(writer.names.items())))
-    side = teacher.size_px // teacher.pixels_per_latent
-    return LatentSource(writer.finished(), (teacher.channels, side, side), entries, teacher.size_px)
+        def advance(images: int) -> None:
+            self.progress.advance(task, images)
+            if self.stop is not None and self.stop.received:
+                raise Interrupted("stopped while latents were computed, which are kept; go on with --resume")
+
+        writer.write(lambda: self._encoders, advance, index, of)
+        writer.names |= dict(self.processes.listed(list(writer.names.items())))
+        side = teacher.size_px // teacher.pixels_per_latent
+        return LatentSource(writer.finished(), (teacher.channels, side, side), entries, teacher.size_px)
+
+    @cached_property
+    def _key(self) -> CacheKey:
+        check_shared(self.data.cache, "data.cache", self.processes)
+        encoders = self.processes.first(lambda: encoders_sha256(self.teacher))
+        return CacheKey(encoders, self.teacher.size_px, self.teacher.zeros_for_empty)
+
+    @cached_property
+    def _encoders(self) -> Encoders:
+        return Encoders.load(self.teacher, self.processes.device)
 
 
 def _check_skipped(latents: LatentSource, progress: Progress) -> None:

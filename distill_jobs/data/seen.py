@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill_jobs.checkpoint import write_text
@@ -22,8 +23,9 @@ def remembered(folder: Path, told: str, entries: Sequence[Captioned], look: Call
     """
     stamp, newest = _stamp(told, entries)
     file = folder / stamp
-    if file.is_file() and (known := file.read_text(encoding="utf-8").strip()):
-        return known
+    with suppress(OSError, UnicodeDecodeError):
+        if known := file.read_text(encoding="utf-8").strip():
+            return known
     found = look()
     if time.time() - newest > SETTLED_S:
         _keep(file, found)
@@ -36,8 +38,9 @@ def _stamp(told: str, entries: Sequence[Captioned]) -> tuple[str, float]:
     parts = [told]
     for entry in entries:
         stat = files[entry.file]
-        place = f"{entry.file.absolute()} {stat.st_size} {stat.st_mtime_ns} {entry.offset} {entry.size}"
-        parts.append(f"{place} {hashlib.sha256(entry.caption.encode()).hexdigest()}")
+        file = f"{entry.file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        caption = hashlib.sha256(entry.caption.encode()).hexdigest()
+        parts.append(f"{file} {entry.offset} {entry.size} {caption}")
     newest = max(max(stat.st_mtime, stat.st_ctime) for stat in files.values())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], newest
 

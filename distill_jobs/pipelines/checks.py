@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ LAYOUTS: dict[str, Layout] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
 }
+LORA = re.compile(r"(?i)(?<![a-z])lora(?![a-z])")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 PARTS: dict[Layout, dict[str, tuple[str, ...]]] = {
@@ -93,7 +95,7 @@ def _check_parts(folder: PipelineFolder) -> None:
 def _check_no_lora(folder: PipelineFolder) -> None:
     """Who puts one there expects that it is used."""
     beside = (file for part in ("", *folder.parts) for file in (folder.path / part).glob("*.safetensors"))
-    if lora := next((file for file in sorted(beside) if "lora" in file.name.lower()), None):
+    if lora := next((file for file in sorted(beside) if LORA.search(file.stem)), None):
         raise folder.wrong(f"{lora.relative_to(folder.path)} is a LoRA; {FOLD}")
 
 

@@ -155,7 +155,9 @@ class PipelineFolder:
             raise self.wrong(
                 f"scheduler: beta_schedule {name!r} is none of linear, scaled_linear, squaredcos_cap_v2"
             )
-        own = inspect.signature(getattr(diffusers, kind, DDIMScheduler).__init__).parameters
+        of_ddim = inspect.signature(DDIMScheduler.__init__).parameters
+        of_class = inspect.signature(getattr(diffusers, kind, DDIMScheduler).__init__).parameters
+        own = {**of_ddim, **of_class}  # a class whose own library is missing takes anything
         start, end = (config.get(each, own[each].default) for each in ("beta_start", "beta_end"))
         return ScheduleSpec(
             kind=name,

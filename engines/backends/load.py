@@ -79,7 +79,7 @@ def choose_backend(name: str) -> BackendName:
 def choose_precision(backend: BackendName, precision: PrecisionName) -> Precision:
     """What a precision stands for on a backend; ``auto`` is float32.
 
-    Measured on AVX512-BF16 without AMX: bfloat16 is no faster than float32 compiled per batch size.
+    Whether bfloat16 is faster there depends on the processor (decision 0002), and it is other bytes.
     Raises: BackendError when the backend does not offer it.
     """
     chosen: Precision = "float32" if precision == "auto" else precision

@@ -124,12 +124,18 @@ def _best(of: Throughput, *names: str) -> float:
 
 
 def _at_least(of: Part, what: str, measured: float, wanted: float) -> Target:
-    return Target(what, f"≥ {wanted:g}", f"{measured:.2f}", measured >= wanted, is_quiet(of.provenance))
+    return Target(what, f"≥ {wanted:g}", _beside(measured, wanted), measured >= wanted, is_quiet(of.provenance))
 
 
 def _at_most(of: Part, what: str, measured: float, wanted: float, unit: str = "") -> Target:
-    shown = (f"≤ {wanted:g}{unit}", f"{measured:.2f}{unit}")
+    shown = (f"≤ {wanted:g}{unit}", f"{_beside(measured, wanted)}{unit}")
     return Target(what, *shown, measured <= wanted, is_quiet(of.provenance))
+
+
+def _beside(measured: float, wanted: float) -> str:
+    """To two digits, or to three where two would hide on which side of ``wanted`` it is."""
+    short = f"{measured:.2f}"
+    return f"{measured:.3f}" if float(short) == wanted else short
 
 
 def _http_section(results: Results) -> str:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from distill_jobs import commands
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError, TeacherError
+from distill_jobs.pipelines.checks import open_folder
 from distill_jobs.pipelines.importing import import_student
 from distill_jobs.pipelines.published import lcm_timesteps, open_published
 from distill_jobs.pipelines.text import PromptEncoder
@@ -101,6 +102,14 @@ def test_betas_that_a_config_leaves_out_are_the_schedulers_own(folder: Path, tmp
     stock = LCMScheduler.from_pretrained(copy / "scheduler")
     found = NoiseSchedule(open_published(copy).folder.schedule)
     np.testing.assert_allclose(found.alpha**2, stock.alphas_cumprod.numpy(), rtol=0, atol=6e-6)
+
+
+def test_a_scheduler_whose_own_library_is_missing_is_read_by_its_config(folder: Path, tmp_path: Path) -> None:
+    """diffusers has a stand-in for it then, which takes anything."""
+    copy = Path(shutil.copytree(folder, tmp_path / "sde"))
+    for file in (copy / "model_index.json", copy / "scheduler" / "scheduler_config.json"):
+        file.write_text(file.read_text().replace("LCMScheduler", "DPMSolverSDEScheduler"))
+    assert open_folder(copy).schedule == open_folder(folder).schedule
 
 
 def test_four_steps_are_the_default_and_one_to_eight_are_served(folder: Path) -> None:

@@ -25,7 +25,7 @@ from distill_jobs.data import latent_cache
 from distill_jobs.data import open as opening
 from distill_jobs.data.latents import LatentSource
 from distill_jobs.data.open import open_source
-from distill_jobs.data.source import Condition
+from distill_jobs.data.source import Condition, Source
 from distill_jobs.draws import Draws
 from distill_jobs.errors import DataError, Interrupted, RecipeError
 from distill_jobs.inversion import RECONSTRUCTION
@@ -354,6 +354,24 @@ def test_a_teacher_that_is_not_what_its_folder_says_is_refused(
         run_job(recipe, tmp_path / "run", resume=False, progress=Progress(disable=True))
     shards = [file for file in recipe.data.cache.rglob("*.safetensors") if not file.name.startswith("null-")]  # type: ignore[union-attr]
     assert len(shards) == 1, "refused before the other images are encoded"
+
+
+@pytest.mark.parametrize("unreadable", [0, 5], ids=["readable", "unreadable"])
+def test_what_is_shown_of_the_data_first_are_the_first_images_if_any_can_be_read(
+    unreadable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.sd(tmp_path / "parts", **tiny.ONE_LEVEL).save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    recipe = read_recipe(latent_recipe(tmp_path, tmp_path / "teacher"), ["data.unreadable=skip"])
+    for k in range(unreadable):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"x")
+    for module in (latent_cache, opening):
+        monkeypatch.setattr(module, "SHARD_ROWS", 5)  # of 12 images
+    monkeypatch.setattr(opening, "MOST_SKIPPED", 1.0)
+    processes, shown = Processes(ComputeSection(), tmp_path / "run"), list[Source]()
+    source = open_source(recipe, open_teacher(recipe), processes, Progress(disable=True), first=shown.append)
+    (first,) = (each for each in shown if isinstance(each, LatentSource))
+    assert isinstance(source, LatentSource)
+    assert (len(first.cache), len(source.cache)) == ((7, 7) if unreadable else (5, 12))
 
 
 @pytest.mark.parametrize(("kept", "message"), [(None, "whose folder is missing"), ("pytorch_model.bin", "pickles")])

@@ -315,6 +315,8 @@ def test_a_lora_beside_the_weights_is_not_ignored(place: str, folders: dict[str,
     save_file({"up": torch.zeros(1)}, copied / f"{place}.safetensors")
     with pytest.raises(TeacherError, match=rf"{place}\.safetensors is a LoRA; fold it in"):
         open_folder(copied)
+    (copied / f"{place}.safetensors").rename(copied / "floral.safetensors")
+    open_folder(copied)
 
 
 def test_a_lora_that_is_not_folded_in_is_told_from_damage(tmp_path: Path) -> None:

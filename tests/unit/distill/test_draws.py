@@ -106,6 +106,17 @@ def test_what_is_drawn_update_after_update_is_drawn_ahead_and_is_the_same(monkey
     assert (1, Draw.LATENT) not in by_thread
 
 
+def test_orders_that_another_thread_puts_in_place_take_none_away() -> None:
+    batches = Draws(5, "teacher")._batches
+
+    def drawn_while_others_are() -> np.ndarray:
+        for epoch in (7, 8):
+            batches.order(epoch, 4, lambda: np.arange(4))
+        return np.arange(4)[::-1]
+
+    assert batches.order(6, 4, drawn_while_others_are).tolist() == [3, 2, 1, 0]
+
+
 def test_a_rewind_finds_the_draws_of_its_update() -> None:
     draws = Draws(5, "teacher")
     expected = [Draws(5, "teacher").normal(update, (8, 3)) for update in range(4)]

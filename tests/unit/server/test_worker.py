@@ -7,6 +7,7 @@ import io
 import struct
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -78,6 +79,19 @@ async def test_a_job_is_made(bench: Bench) -> None:
     assert [image.seed for image in state.result.images] == [7, 8, 9]
     assert state.result.engine == "fake 1 float32"
     assert all(image.data.startswith(b"\x89PNG") for image in state.result.images)
+
+
+async def test_an_engine_that_was_closed_holds_no_models(bench: Bench) -> None:
+    class Models(dict[str, Pipeline]):
+        """That a weak reference can be had of."""
+
+    models = Models({"toy-digits": bench.pipeline})
+    held, engine = weakref.ref(models), EngineThread(models)
+    engine.start(lambda _: None)
+    del models
+    assert held() is not None
+    assert await engine.close()
+    assert held() is None
 
 
 async def test_rows_join_at_the_next_step_and_leave_when_done(bench: Bench) -> None:
