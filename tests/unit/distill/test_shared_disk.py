@@ -67,15 +67,10 @@ def test_latents_are_not_computed_into_a_cache_that_is_not_shared(
 ) -> None:
     data = ImageFolderData(kind="image_folder", path=str(images.image_folder(tmp_path / "a", 2)))
     monkeypatch.setattr(opening, "encoders_sha256", unreached)
+    teacher = cast(Any, SimpleNamespace(size_px=8, zeros_for_empty=False))
+    cached = opening._Cached(data, teacher, elsewhere, Progress(disable=True), None)
     with pytest.raises(DataError, match=r"^data\.cache: runs/latents is not the same folder for all processes"):
-        opening._latents(
-            data,
-            index_folder(Path(data.path)),
-            cast(Any, SimpleNamespace(size_px=8, zeros_for_empty=False)),
-            elsewhere,
-            Progress(disable=True),
-            None,
-        )
+        cached.latents(index_folder(Path(data.path)), "latents")
     assert not list((tmp_path / "first" / "runs" / "latents").iterdir())
 
 
