@@ -13,6 +13,11 @@ JobError (1)
 from engines.errors import HalfstepError
 
 
+def first_line(error: Exception) -> str:
+    """What another library says of what went wrong, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
 class JobError(HalfstepError):
     """Base of what a distillation job reports in one sentence."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_jobs.classifier import DigitClassifier
-from distill_jobs.errors import JobError
+from distill_jobs.errors import JobError, first_line
 from distill_jobs.pipelines.checks import VOCABULARIES
 from distill_jobs.sections import EvaluationSection
 
@@ -72,7 +72,7 @@ def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
         module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
         module.train(False)
     except RuntimeError as error:
-        raise JobError(f"evaluation.features_path {path} is no TorchScript file: {_first_line(error)}") from None
+        raise JobError(f"evaluation.features_path {path} is no TorchScript file: {first_line(error)}") from None
 
     def extract(images: Tensor) -> Tensor:
         levels = ((_three_channels(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -81,7 +81,7 @@ def _torchscript(path: Path) -> Callable[[Tensor], Tensor]:
         except (RuntimeError, TypeError) as error:
             raise JobError(
                 f"evaluation.features_path {path} cannot be called on uint8 images with return_features: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
         return _rows(path, found)
 
@@ -95,7 +95,7 @@ def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common base
-        raise JobError(f"evaluation.features_path {path} cannot be read as ONNX: {_first_line(error)}") from None
+        raise JobError(f"evaluation.features_path {path} cannot be read as ONNX: {first_line(error)}") from None
     (name, *others) = [tensor.name for tensor in session.get_inputs()]
     if others:
         raise JobError(f"evaluation.features_path {path} has more than one input: {', '.join([name, *others])}")
@@ -108,7 +108,7 @@ def _onnx(path: Path) -> Callable[[Tensor], Tensor]:
         except Exception as error:  # as above
             raise JobError(
                 f"evaluation.features_path {path} cannot be run on images of 3 × {ONNX_SIDE_PX} × {ONNX_SIDE_PX}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from None
         return _rows(path, found)
 
@@ -131,7 +131,7 @@ def _clip(folder: Path) -> FeatureSpace:
         mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
         told = _caption_embedding(folder, model) if kind is CLIPModel else None
     except Exception as error:  # what the libraries make of damaged files has no common base
-        raise JobError(f"evaluation.features_path {folder} is no CLIP folder: {_first_line(error)}") from None
+        raise JobError(f"evaluation.features_path {folder} is no CLIP folder: {first_line(error)}") from None
     model.train(False)
 
     def extract(images: Tensor) -> Tensor:
@@ -181,7 +181,3 @@ def _digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from distill_jobs.checkpoint import Checkpoint, intact_checkpoint, load_checkpoint, write_checkpoint
-from distill_jobs.errors import DivergedError, Interrupted, JobError, StorageError
+from distill_jobs.errors import DivergedError, Interrupted, JobError, StorageError, first_line
 from distill_jobs.processes import Processes
 from distill_jobs.signals import StopSignal
 from distill_jobs.state import Phase, RowLoss, TrainingState
@@ -102,7 +102,7 @@ class _Run:
             training = self._phase.training
             raise JobError(
                 f"{self._phase.name}: too little memory on the device for {training.batch_size} rows in "
-                f"{training.accumulate} micro-batches ({str(error).splitlines()[0]}); {self._with_less_memory()}"
+                f"{training.accumulate} micro-batches ({first_line(error)}); {self._with_less_memory()}"
             ) from None
 
     def _with_less_memory(self) -> str:

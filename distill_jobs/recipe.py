@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import pairwise
 from typing import Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from distill_jobs.halving import HalvingTables
 from distill_jobs.latent_sections import (
     CaptionedData,
     Data,
@@ -20,6 +20,7 @@ from distill_jobs.latent_sections import (
     MadeTeacher,
     Teacher,
 )
+from distill_jobs.objectives import Tables
 from distill_jobs.sections import (
     ChainSection,
     ComputeSection,
@@ -34,24 +35,19 @@ from distill_jobs.sections import (
     StageTwoSection,
 )
 from engines.manifest import GuidanceRange
-from engines.sampler import encoder_plan
 from engines.schedule import NoiseSchedule, ScheduleSpec
 
 FEW_STEPS = 2
 """Up to which students need a schedule that ends in pure noise."""
 
 
-def _stretches(chain: ChainSection, schedule: NoiseSchedule) -> list[tuple[int, int]]:
-    """The two table indices at which each of a chain's first steps asks its teacher: those of ``HalvingTables``."""
-    n = chain.steps[0]
-    if isinstance(chain, StageTwoSection) and chain.sampler == "stochastic":
-        grid = schedule.grid(n)[1:]
-        return list(pairwise((grid[0], *grid)))
-    if isinstance(chain, EncoderSection):
-        asked = tuple(step.timestep for step in encoder_plan(schedule, 2 * n).steps)
+def _guided_throughout(chain: ChainSection, schedule: NoiseSchedule, off: frozenset[int]) -> bool:
+    """Whether each step of a chain's first student has guidance in it. off: where the teacher has none."""
+    if isinstance(chain, StageTwoSection):
+        steps = HalvingTables.of(schedule, chain.steps[0], sampler=chain.sampler)
     else:
-        asked = schedule.grid(2 * n)[1:]
-    return list(zip(asked[::2], asked[1::2], strict=True))
+        steps = HalvingTables.encoding(schedule, chain.steps[0])
+    return bool(steps.guided(Tables.of(schedule, off=off).off, steps).all())
 
 
 class Recipe(Section):
@@ -194,7 +190,7 @@ class Recipe(Section):
                     "so nothing would be guided there"
                 )
         for chain in self.chains:
-            if chain.guided_share is not None and not any(map(off.issuperset, _stretches(chain, schedule))):
+            if chain.guided_share is not None and _guided_throughout(chain, schedule, off):
                 raise ValueError(
                     f"guided_share says nothing of a chain whose {chain.steps[0]} steps have guidance in each of "
                     "them; leave it out, or narrow guidance.log_snr_min to guidance.log_snr_max"

@@ -6,7 +6,6 @@ It ends when the other side of the socket does.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -31,7 +30,7 @@ from server.engine_check import CheckedEngine
 from server.engine_thread import EngineThread
 from server.engine_wire import HEAD, events_frame, frame, sizes
 from server.jobs import Lease
-from server.loading import load_pipelines
+from server.loading import load_pipelines, spare_the_collector
 from server.logs import configure_logs
 from server.settings import Settings
 from server.work import Crashed, Event
@@ -64,8 +63,7 @@ def main(load: Load = load_pipelines) -> NoReturn:
     for pipeline in pipelines.values():
         _watch_calls(pipeline, watch, settings.hang_s)
     loaded = {name: Offer.of(pipeline).model_dump() for name, pipeline in pipelines.items()}
-    gc.collect()
-    gc.freeze()  # as in ``server.start``: what is loaded stays
+    spare_the_collector()
     link.sendall(frame({"loaded": loaded}))
     _serve(link, EngineThread(pipelines))
     os._exit(0)  # without unwinding, which a call under way would hold up

@@ -87,12 +87,9 @@ class EngineThread:
     def _let_go(self) -> None:
         """Of the models, when another engine takes this one's place.
 
-        The batcher makes a cycle of it, and of what was loaded at the start the collector frees nothing.
+        Its batcher makes a cycle of it, and of what was loaded at the start the collector frees nothing.
         """
         self._pipelines, self._conditions = {}, {}
-        self._works.clear()
-        self._newcomers.clear()
-        self._batcher = Batcher(self._choose_rung)
 
     def _turn(self) -> None:
         """One step, whoever it is for, and what it brought about."""

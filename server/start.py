@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 
 from rich.console import Console
 
 from server.engine import Engine
 from server.engine_thread import EngineThread
 from server.errors import StartError
-from server.loading import build_service, build_store, load_pipelines, open_files, open_safety
+from server.loading import (
+    build_service,
+    build_store,
+    load_pipelines,
+    open_files,
+    open_safety,
+    spare_the_collector,
+)
 from server.metrics import Metrics
 from server.process import Process, bind, check_exposure, own_name, url_of
 from server.safety import Safety
@@ -112,15 +118,6 @@ def worker(settings: Settings) -> str | None:
         renew,
     )
     return process.run_until_told()
-
-
-def spare_the_collector() -> None:
-    """Let the garbage collector leave alone what is loaded, and lives as long as the process.
-
-    It would walk all of that every few hundred requests, while everybody waits: 0.1 s each time.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _open_engine(settings: Settings, metrics: Metrics, *, isolated: bool) -> Succession:

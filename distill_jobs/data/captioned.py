@@ -66,16 +66,16 @@ def index_folder(folder: Path) -> tuple[Captioned, ...]:
     return found
 
 
-def index_shards(pattern: str, skip_cut: bool = False) -> tuple[Captioned, ...]:
+def index_shards(pattern: str, skip: bool = False) -> tuple[Captioned, ...]:
     """The pairs of webdataset shards, in their order. pattern: a folder of tar files, or ``path/{000..015}.tar``.
 
-    skip_cut: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost;
+    skip: of a shard that was cut off have what is whole, and an entry that cannot be read for what is lost;
     captions without an image are left out.
     Raises: DataError naming the shard or the sample that is incomplete.
     """
     folder = Path(pattern)
     files = sorted(folder.glob("*.tar")) if folder.is_dir() else [Path(url) for url in expand_urls(pattern)]
-    found = tuple(entry for file in files for entry in _shard_entries(file, skip_cut))
+    found = tuple(entry for file in files for entry in _shard_entries(file, skip))
     if not found:
         raise DataError(f"{pattern} holds no tar shards with images; give a folder of them or a/b/{{000..015}}.tar")
     return found
@@ -123,10 +123,10 @@ class _Shard:
     cut: str
 
 
-def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
+def _shard_entries(file: Path, skip: bool) -> Iterator[Captioned]:
     """The pairs of a shard; of one that was cut off those that are whole, and then an entry that cannot be read."""
     shard = _read_shard(file)
-    if shard.cut and not skip_cut:
+    if shard.cut and not skip:
         raise DataError(
             f"{file} is cut off after {shard.cut}; fetch or write it again, or leave out what is lost with "
             "data.unreadable: skip"
@@ -144,7 +144,7 @@ def _shard_entries(file: Path, skip_cut: bool) -> Iterator[Captioned]:
         yield Captioned(f"{file}, cut off after {shard.cut}", file, 0, 0, shard.cut)
         return
     if lone := list(dict.fromkeys(key for key, _ in shard.captions if key not in shard.images)):
-        if not skip_cut:
+        if not skip:
             raise DataError(
                 f"{file}: {lone[0]} has a caption and no image ({', '.join(IMAGES)}); take it out, or leave such "
                 "out with data.unreadable: skip"

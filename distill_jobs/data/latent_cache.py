@@ -28,7 +28,7 @@ from distill_jobs.data.captioned import Captioned
 from distill_jobs.data.framing import Framed, framed_batches
 from distill_jobs.data.seen import remembered
 from distill_jobs.data.source import Condition
-from distill_jobs.errors import DataError, JobError, NoneReadableError, StorageError
+from distill_jobs.errors import DataError, JobError, NoneReadableError, StorageError, first_line
 from distill_jobs.pipelines.vae import Encoded
 
 log = logging.getLogger(__name__)
@@ -217,10 +217,10 @@ class CacheWriter:
                 part = _part(encoders, chunk, rows[:tried])
             except torch.OutOfMemoryError as error:
                 if tried == 1:
-                    told = str(error).splitlines()[0]
                     raise JobError(
                         f"too little memory on the device to encode an image of {self._key.side_px} pixels "
-                        f"({told}); free it of other jobs, or take one with more; what was cached is kept"
+                        f"({first_line(error)}); free it of other jobs, or take one with more; what was cached is "
+                        "kept"
                     ) from None
                 self._rows = tried // 2
             else:

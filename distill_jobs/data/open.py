@@ -151,4 +151,4 @@ def entries_of(data: CaptionedData, seed: int, processes: Processes, progress: P
         raise DataError(f"data.path: {data.path} is not there; give a folder or file of this machine")
     if isinstance(data, ImageFolderData):
         return index_folder(Path(data.path))
-    return index_shards(data.path, skip_cut=data.unreadable == "skip")
+    return index_shards(data.path, skip=data.unreadable == "skip")

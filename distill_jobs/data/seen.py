@@ -28,7 +28,9 @@ def remembered(folder: Path, told: str, entries: Sequence[Captioned], look: Call
             return known
     found = look()
     if time.time() - newest > SETTLED_S:
-        _keep(file, found)
+        with suppress(OSError, StorageError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, found + "\n")
     return found
 
 
@@ -41,13 +43,5 @@ def _stamp(told: str, entries: Sequence[Captioned]) -> tuple[str, float]:
         file = f"{entry.file.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         caption = hashlib.sha256(entry.caption.encode()).hexdigest()
         parts.append(f"{file} {entry.offset} {entry.size} {caption}")
-    newest = max(max(stat.st_mtime, stat.st_ctime) for stat in files.values())
+    newest = max(stat.st_ctime for stat in files.values())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], newest
-
-
-def _keep(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, text + "\n")
-    except (OSError, StorageError):
-        return

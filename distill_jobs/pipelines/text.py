@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill_jobs.data.source import Condition
-from distill_jobs.errors import TeacherError
+from distill_jobs.errors import TeacherError, first_line
 from distill_jobs.pipelines.folder import FOLD, PipelineFolder, weights_variant
 from engines.condition import ClipTokenizer
 
@@ -113,7 +113,7 @@ def load_part(folder: PipelineFolder, part: str, kind: type[nn.Module]) -> nn.Mo
             torch_dtype=torch.float32,
         )
     except Exception as error:  # what the libraries make of damaged files and configs has no common base
-        raise TeacherError(f"{where} cannot be loaded: {_first_line(error)}") from None
+        raise TeacherError(f"{where} cannot be loaded: {first_line(error)}") from None
     wrong = [*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))]
     if any(".lora_" in name for name in info["unexpected_keys"]):
         raise TeacherError(f"{where}: the weights hold a LoRA beside what it changes; {FOLD}")
@@ -128,9 +128,5 @@ def _stock_tokenizer(folder: PipelineFolder, part: str) -> CLIPTokenizer:
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder.path / part, local_files_only=True)
     except Exception as error:  # as above
-        raise TeacherError(f"{folder.path / part} is not a CLIP tokenizer: {_first_line(error)}") from None
+        raise TeacherError(f"{folder.path / part} is not a CLIP tokenizer: {first_line(error)}") from None
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -122,7 +122,7 @@ def test_a_shard_that_was_cut_off_is_named(past: int, tmp_path: Path) -> None:
     (folder / "000.tar").write_bytes(whole[: third.offset + past])
     with pytest.raises(DataError, match=r"000\.tar.*cut off after 000.*unreadable: skip"):
         index_shards(str(folder))
-    first, lost = index_shards(str(folder), skip_cut=True)
+    first, lost = index_shards(str(folder), skip=True)
     assert (first.caption, first.read()) == (images.caption(0), images.encoded(0, images.SIDES[0]))
     assert lost.name.startswith(f"{folder / '000.tar'}, cut off after 0")
     with pytest.raises(DataError, match=r"cut off after 0.*not an image"):
@@ -245,7 +245,7 @@ def test_a_caption_of_a_shard_without_an_image_is_named_or_said(
         images._add(shard, "b.txt", b"a cat")
     with pytest.raises(DataError, match=r"0\.tar: a has a caption and no image \(jpg, jpeg, png, webp\)"):
         index_shards(str(tmp_path))
-    (cat,) = index_shards(str(tmp_path), skip_cut=True)
+    (cat,) = index_shards(str(tmp_path), skip=True)
     assert cat.caption == "a cat"
     assert "0.tar: 1 captions without an image are left out, a first" in caplog.text
 

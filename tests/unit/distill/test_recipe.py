@@ -1,19 +1,18 @@
 """Recipes: what is wrong is named, what is overridden is used."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from distill_jobs.errors import RecipeError
-from distill_jobs.halving import HalvingTables
 from distill_jobs.latent_sections import FolderTeacher
 from distill_jobs.recipe import Recipe
 from distill_jobs.recipe_file import changed_fields, read_recipe, shipped_recipes
 from distill_jobs.student import new_teacher
 from engines.manifest import GuidanceRange
+from engines.sampler import encoder_plan
 from engines.schedule import NoiseSchedule
 
 
@@ -63,27 +62,26 @@ def test_guidance_is_applied_between_its_bounds_and_is_served_without_them() -> 
     assert recipe.served == read_recipe("digits").served
 
 
-@pytest.mark.parametrize("section", ["stage_two", "stochastic", "encoder"])
-def test_a_share_of_guided_rows_is_refused_where_all_steps_have_guidance(section: str) -> None:
-    """At the noisy end of these grids the log-SNR runs from about -6 to -inf: bounds there leave some steps out."""
-    name = {"stage_two": "digits", "stochastic": "digits-stochastic", "encoder": "digits-encoder"}[section]
-    at = "encoder" if section == "encoder" else "stage_two"
-    for low in np.linspace(-12, -4, 17):
-        bounds = [f"guidance.log_snr_min={low}"]
-        recipe = read_recipe(name, bounds)
-        schedule, chain = NoiseSchedule(recipe.schedule), recipe.chains[-1]
-        off = torch.zeros(schedule.timesteps, dtype=torch.bool)
-        off[list(recipe.guidance.off(schedule))] = True
-        if section == "encoder":
-            tables = HalvingTables.encoding(schedule, chain.steps[0])
-        else:
-            tables = HalvingTables.of(schedule, chain.steps[0], sampler=recipe.stage_two.sampler)
-        told = [*bounds, f"{at}.guided_share=0.7"]
-        if bool(tables.guided(off, tables).all()):
-            with pytest.raises(RecipeError, match="guided_share says nothing of a chain whose 32 steps"):
-                read_recipe(name, told)
-        else:
-            assert read_recipe(name, told).chains[-1].guided_share == 0.7
+@pytest.mark.parametrize(
+    ("name", "at", "cleanest"),
+    [
+        ("digits", "stage_two", lambda schedule: schedule.grid(64)[63]),
+        ("digits-stochastic", "stage_two", lambda schedule: schedule.grid(32)[31]),
+        ("digits-encoder", "encoder", lambda schedule: encoder_plan(schedule, 64).steps[62].timestep),
+    ],
+)
+def test_a_share_of_guided_rows_is_refused_where_all_steps_have_guidance(
+    name: str, at: str, cleanest: Callable[[NoiseSchedule], int]
+) -> None:
+    """A lower bound leaves the noisiest step without guidance once it is above the cleanest point asked in it."""
+    schedule = NoiseSchedule(read_recipe(name).schedule)
+    alpha, sigma = schedule.at(cleanest(schedule))
+    log_snr = 2 * math.log(alpha / sigma)
+    for low in (log_snr - 2, log_snr - 1e-6):
+        with pytest.raises(RecipeError, match="guided_share says nothing of a chain whose 32 steps"):
+            read_recipe(name, [f"guidance.log_snr_min={low}", f"{at}.guided_share=0.7"])
+    left_out = read_recipe(name, [f"guidance.log_snr_min={log_snr + 1e-6}", f"{at}.guided_share=0.7"])
+    assert left_out.chains[-1].guided_share == 0.7
 
 
 @pytest.mark.parametrize(

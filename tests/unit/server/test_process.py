@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_what_is_loaded_is_no_garbage_once_a_process_serves(
     monkeypatch.setattr(starting, "_worker", lambda *_: None)
     monkeypatch.setattr(starting, "Process", process)
     monkeypatch.setattr(starting, "WorkerProcess", process)
-    monkeypatch.setattr(starting.gc, "freeze", lambda: starting._out.print("frozen"))
+    monkeypatch.setattr(gc, "freeze", lambda: starting._out.print("frozen"))
     settings = Settings(bundles=(toy_bundle,), port=0, redis="redis://127.0.0.1:1")
     for start in (starting.serve, starting.api, starting.worker):
         start(settings)
