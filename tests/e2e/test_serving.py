@@ -77,11 +77,14 @@ def test_a_disconnect_frees_the_rows(server: ServerProcess, client: httpx.Client
     head = (
         f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    with ThreadPoolExecutor(1) as pool, socket.create_connection((host, int(port))) as gone:
+    with ThreadPoolExecutor(1) as pool:
+        gone = [socket.create_connection((host, int(port))) for _ in range(4)]
         companion = pool.submit(client.post, URL, json={"model": "toy-slow", "prompt": "two", "seed": 9, "n": 5})
-        gone.sendall(head.encode() + body)
-        until(lambda: metric(client, "halfstep_rows_in_flight") >= 10, "the request was taken in")
-        gone.close()
+        for connection in gone:
+            connection.sendall(head.encode() + body)
+        until(lambda: metric(client, "halfstep_rows_in_flight") >= 10, "a request was taken in")
+        for connection in gone:
+            connection.close()
         until(lambda: metric(client, "halfstep_cancelled_steps_total") > cancelled, "its steps were cancelled")
         answer = companion.result()
     until(lambda: metric(client, "halfstep_rows_in_flight") == 0, "all rows were freed")
