@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -17,6 +19,8 @@ from engines.machine import machine_name
 from engines.manifest import Frozen
 
 LIBRARIES = ("torch", "diffusers", "onnxruntime", "openvino", "nncf", "numpy")
+DRAWS = 1000
+"""Times that the rounds of goodput are drawn anew, for the spread of a ratio."""
 
 
 class Provenance(Frozen):
@@ -154,12 +158,20 @@ class Outcome(Frozen):
     p99_ms: float | None
 
 
+class Pace(Frozen):
+    """Without a server. lone_ms: one request of the most steps; images_per_s: whole batches of like steps."""
+
+    lone_ms: float
+    images_per_s: float
+
+
 class Point(Frozen):
-    """One contender under one load. load: rate offered over what the raw loop makes."""
+    """One contender under one load. load: rate offered over ``pace.images_per_s``, measured before."""
 
     contender: str
     load: float
     round: int
+    pace: Pace
     outcome: Outcome
 
 
@@ -174,31 +186,62 @@ class Goodput(Frozen):
     tasks: tuple[str, ...]
     rounds: int
     seconds: float
-    lone_ms: float
-    objective_ms: float
+    objective_of_lone: float
     enough_within: float
-    raw_images_per_s: float
     contenders: tuple[str, ...]
     screened: tuple[Point, ...]
     points: tuple[Point, ...]
 
-    def kept(self, contender: str) -> tuple[Point, ...]:
-        """Every round's point at the highest rate that the median of the rounds kept; none where it kept none."""
-        by_load: dict[float, list[Point]] = {}
+    @property
+    def lone_ms(self) -> float:
+        """The median of all paces."""
+        return statistics.median(point.pace.lone_ms for point in self.points)
+
+    @property
+    def raw_images_per_s(self) -> float:
+        """The median of all paces."""
+        return statistics.median(point.pace.images_per_s for point in self.points)
+
+    def shares(self, contender: str, rounds: Sequence[int]) -> dict[float, float]:
+        """Within the objective at each load, median of the rounds; one that did not get so far counts as 0."""
+        found: dict[float, dict[int, float]] = {}
         for point in self.points:
             if point.contender == contender:
-                by_load.setdefault(point.load, []).append(point)
-        kept = [load for load, points in by_load.items() if self._within(points) >= self.enough_within]
-        return tuple(by_load[max(kept)]) if kept else ()
+                found.setdefault(point.load, {})[point.round] = point.outcome.within
+        return {
+            load: statistics.median(within.get(number, 0.0) for number in rounds)
+            for load, within in sorted(found.items())
+        }
 
-    def _within(self, points: Sequence[Point]) -> float:
-        """The median over the rounds; one that did not get so far counts as 0."""
-        return statistics.median([p.outcome.within for p in points] + [0.0] * (self.rounds - len(points)))
+    def rate_kept(self, contender: str, rounds: Sequence[int] | None = None) -> float:
+        """The load at which the share falls below enough, between two loads in proportion; 0 where it never was.
+
+        rounds: those that count, one as often as it is named.
+        """
+        kept, above = 0.0, 1.0
+        for load, share in self.shares(contender, range(self.rounds) if rounds is None else rounds).items():
+            if share < self.enough_within:
+                part = (above - self.enough_within) / (above - share)
+                return kept + part * (load - kept) if kept else 0.0
+            kept, above = load, share
+        return kept
 
     def sustained(self, contender: str) -> float:
-        """Goodput a second at the highest rate kept, the median of the rounds."""
-        kept = self.kept(contender)
-        return statistics.median(point.outcome.goodput for point in kept) if kept else 0.0
+        """Goodput a second at the rate kept."""
+        return self.enough_within * self.raw_images_per_s * self.rate_kept(contender)
+
+    def over(self, contender: str, other: str) -> tuple[float, float, float]:
+        """Ratio of the rates kept, and its 5th and 95th percentile over rounds drawn anew; infinite over 0."""
+        chosen = random.Random(0)
+        drawn = sorted(
+            self._ratio(contender, other, chosen.choices(range(self.rounds), k=self.rounds)) for _ in range(DRAWS)
+        )
+        whole = self._ratio(contender, other, range(self.rounds))
+        return whole, drawn[DRAWS // 20], drawn[DRAWS - 1 - DRAWS // 20]
+
+    def _ratio(self, contender: str, other: str, rounds: Sequence[int]) -> float:
+        its = self.rate_kept(other, rounds)
+        return self.rate_kept(contender, rounds) / its if its else math.inf
 
 
 class Results(Frozen):

@@ -50,25 +50,58 @@ def litserve_server(bundle: Path, batch: int, wait_ms: float) -> Server:
     return Server(f"LitServe, batch {batch}, {wait_ms:g} ms", arguments, RIVALS, "/health")
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that has answered, and sleeps with all its processes until it is woken. session: its id."""
+
+    server: Server
+    url: str
+    session: int
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run for a while; asleep again it takes no core from the others."""
+        self._signal("CONT")
+        try:
+            yield
+        finally:
+            self.sleep()
+
+    def sleep(self) -> None:
+        self._signal("STOP")
+
+    def end(self) -> None:
+        """Ask it to end; a sleeping process hears it once it is awake."""
+        self._signal("TERM")
+        self._signal("CONT")
+
+    def kill(self) -> None:
+        self._signal("KILL")
+
+    def _signal(self, name: str) -> None:
+        subprocess.run(["pkill", f"-{name}", "-s", str(self.session)], check=False)
+
+
 @contextmanager
-def started(server: Server, log: Path, watch: Watch) -> Iterator[str]:
-    """The base URL of a server that answers; it is ended afterwards with all its children, their CPU counted."""
+def started(server: Server, log: Path, watch: Watch) -> Iterator[Running]:
+    """A server that answers, asleep; it is ended afterwards with all its children, their CPU counted."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *(part.format(port=port) for part in server.arguments)]
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        url = f"http://127.0.0.1:{port}"
+        running = Running(server, f"http://127.0.0.1:{port}", process.pid)
         try:
-            _await(url + server.ready, process, log)
-            yield url
+            _await(running.url + server.ready, process, log)
+            running.sleep()
+            yield running
         finally:
             used_s, waited_s = _cpu_s(process.pid), own_s()
-            subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
+            running.end()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
-            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+            running.kill()
             process.wait()
             watch.ran(max(0.0, used_s - (own_s() - waited_s)))
 

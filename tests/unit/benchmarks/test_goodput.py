@@ -14,7 +14,7 @@ from tests.benchmarks.goodput import LADDER, climb
 from tests.benchmarks.load import Call, Pixels, is_right, judge
 from tests.benchmarks.page_goodput import goodput_section, over_litserve
 from tests.benchmarks.random_bundle import TINY_UNET, RandomOptions, make_random_bundle
-from tests.benchmarks.results import Goodput, Outcome, Point, Provenance
+from tests.benchmarks.results import Goodput, Outcome, Pace, Point, Provenance
 from tests.benchmarks.servers import servers
 from tests.benchmarks.together import make_together
 from tests.benchmarks.wishes import TASKS, Wish, answer, draw_pool
@@ -75,31 +75,50 @@ def point(load: float, within: float, name: str = "ours", number: int = 0) -> Po
         p50_ms=1.0,
         p99_ms=2.0,
     )
-    return Point(contender=name, load=load, round=number, outcome=outcome)
+    pace = Pace(lone_ms=1.0, images_per_s=10.0)
+    return Point(contender=name, load=load, round=number, pace=pace, outcome=outcome)
 
 
-def test_the_climb_ends_where_a_contender_is_hopeless() -> None:
-    loads = [p.load for p in climb(lambda load: point(load, {0.3: 0.9, 0.5: 0.4}.get(load, 1.0)))]
-    assert loads == [load for load in LADDER if load <= 0.5]
-    assert climb(lambda load: point(load, 1.0))[-1].load == LADDER[-1]
+def test_contenders_climb_in_turn_until_they_are_hopeless() -> None:
+    within = {(1, 0.3): 0.4, (0, 0.4): 0.4}
+    points = climb(2, LADDER, 1, lambda load: lambda k: point(load, within.get((k, load), 1.0), "ab"[k]))
+    order = [(p.load, p.contender) for p in points]
+    assert order == [(0.1, "b"), (0.1, "a"), (0.3, "a"), (0.3, "b"), (0.4, "a")]
 
 
-def test_a_rate_is_kept_when_the_median_of_the_rounds_keeps_it() -> None:
-    within = {0.3: (0.9, 1.0, 1.0), 0.4: (1.0, 1.0, 0.6), 0.5: (1.0, 0.9, 0.9), 0.6: (1.0,)}
-    points = [point(load, share, "a", k) for load, shares in within.items() for k, share in enumerate(shares)]
-    kept = compared(("a",), points, rounds=3).kept("a")
-    assert [(p.load, p.outcome.within) for p in kept] == [(0.4, 1.0), (0.4, 1.0), (0.4, 0.6)]
-    assert compared(("a",), points, rounds=3).sustained("a") == 4.0
-    assert compared(("a",), points, rounds=9).kept("a") == ()
+def shares(name: str, within: dict[float, tuple[float, ...]]) -> list[Point]:
+    return [point(load, share, name, k) for load, each in within.items() for k, share in enumerate(each)]
+
+
+def test_the_rate_kept_is_read_between_the_rates_offered() -> None:
+    points = shares("a", {0.3: (0.9, 1.0, 1.0), 0.4: (1.0, 1.0, 0.6), 0.5: (1.0, 0.96, 0.9), 0.6: (1.0,)})
+    result = compared(("a",), points, rounds=3)
+    assert result.shares("a", range(3)) == {0.3: 1.0, 0.4: 1.0, 0.5: 0.96, 0.6: 0.0}
+    assert result.rate_kept("a") == pytest.approx(0.425)
+    assert result.sustained("a") == pytest.approx(0.99 * 4.25)
+    assert result.rate_kept("a", [0, 0, 1]) == pytest.approx(0.0)
+    assert compared(("a",), points, rounds=9).rate_kept("a") == 0.0
+    assert compared(("a",), shares("a", {0.3: (1.0,), 0.4: (1.0,)}), rounds=1).rate_kept("a") == 0.4
+
+
+def test_a_ratio_is_given_with_its_spread() -> None:
+    points = shares("a", {0.2: (1.0, 1.0, 1.0), 0.4: (1.0, 1.0, 0.0), 0.6: (0.0, 0.0)})
+    points += shares("b", {0.2: (1.0, 1.0, 1.0), 0.4: (0.0, 0.0, 0.0)})
+    result = compared(("a", "b"), points, rounds=3)
+    ratio, low, high = result.over("a", "b")
+    assert low == pytest.approx(1.0, abs=0.01)
+    assert ratio == high == pytest.approx(2.0, abs=0.05)
 
 
 def test_the_page_gives_the_ratio_over_the_rates_kept() -> None:
     names = tuple(server.name for server in servers(Path("a"), (8, 10.0)))
     loads = dict(zip(names, (0.8, 0.6, 0.4, 0.2), strict=True))
-    points = [p for name, load in loads.items() for p in (point(load, 1.0, name), point(0.9, 0.9, name))]
+    points = [p for name, load in loads.items() for p in (point(load, 1.0, name), point(load + 0.1, 0.0, name))]
     result = compared(names, points, rounds=1)
-    assert over_litserve(result) == pytest.approx(2.0)
-    assert "| LitServe, batch 8, 10 ms | 4 | 2.00 | 0.4 | 1 | 2 |" in goodput_section(result)
+    assert over_litserve(result) == pytest.approx(0.801 / 0.401)
+    page = goodput_section(result)
+    assert "| LitServe, batch 8, 10 ms | 3.97 | 2.00 [2.00, 2.00] | 0.40 | 1 | 2 |" in page
+    assert "| LitServe, batch 8, 10 ms |  |  | 100.0 (100) | 0.0 (0) |  |  |  |  |" in page
 
 
 def compared(contenders: tuple[str, ...], points: list[Point], rounds: int) -> Goodput:
@@ -112,10 +131,8 @@ def compared(contenders: tuple[str, ...], points: list[Point], rounds: int) -> G
         tasks=TASKS,
         rounds=rounds,
         seconds=1.0,
-        lone_ms=1.0,
-        objective_ms=5.0,
+        objective_of_lone=5.0,
         enough_within=0.99,
-        raw_images_per_s=10.0,
         contenders=contenders,
         screened=(),
         points=tuple(points),
