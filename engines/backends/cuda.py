@@ -38,6 +38,7 @@ def find_device() -> Device:
             f"install a CUDA build of torch, {_INSTEAD}."
         )
     if not torch.cuda.is_available():
+        _check_driver(torch)
         raise BackendError(
             "No NVIDIA GPU is visible to this process: check nvidia-smi, that the container was given the GPU, "
             f"and CUDA_VISIBLE_DEVICES, {_INSTEAD}."
@@ -72,6 +73,17 @@ def _torch() -> Any:
             f"{_INSTEAD}."
         )
     return import_module("torch")
+
+
+def _check_driver(torch: Any) -> None:
+    """Raises: BackendError where torch sees no GPU because the driver is older than the CUDA torch is built for."""
+    spoken, built = torch._C._cuda_getDriverVersion(), torch.version.cuda  # 12040 is CUDA 12.4; 0 without a driver
+    if 0 < spoken // 1000 < int(built.partition(".")[0]):
+        raise BackendError(
+            f"The NVIDIA driver speaks CUDA {spoken // 1000}.{spoken % 1000 // 10}, torch {torch.__version__} is "
+            f"built for CUDA {built}: install a newer driver, or a build of torch for CUDA {spoken // 1000}, "
+            f"{_INSTEAD}."
+        )
 
 
 def _driver(torch: Any) -> str:

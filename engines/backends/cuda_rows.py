@@ -101,6 +101,8 @@ class Ladder:
         self._device = device
         self.stream = torch.cuda.Stream() if device == "cuda" else None  # type: ignore[no-untyped-call]
         self._pool: Any = None
+        self._broken: list[Any] = []
+        """Graphs whose capture never ended: torch may still ask them whether a stream is theirs."""
         self._calls: dict[tuple[int, int], _Ready] = {}
         self.captured: dict[int, bool] = {}
         """Whether each batch size made ready so far replays a graph, at every size of image it was made for."""
@@ -171,13 +173,28 @@ class Ladder:
             with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 enqueue()
         except (BackendError, RuntimeError) as error:
-            self._pool = None  # torch may still take it for the broken capture's, and refuse it to the next
+            self._abandon(graph)
             if says_out_of_memory(error):
                 raise
             _log.warning("%s runs %d rows without a CUDA graph: %s", self._spec.file, rows.rung, error)
             return None
         replay: Enqueue = graph.replay
         return replay
+
+    def _abandon(self, graph: Any) -> None:
+        """End a broken capture, and begin the next one in a pool of its own.
+
+        Where CUDA refuses to end it, torch takes it for one that is under way: it would refuse the pool to others,
+        and give no memory back to the device any more.
+        Source: CUDAGraph::capture_end, release_cached_blocks of torch's CUDACachingAllocator.
+        """
+        pool, self._pool, device = self._pool, None, torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:
+            return  # it did end, as where it was the call that failed
+        torch._C._cuda_releasePool(device, pool)
+        self._broken.append(graph)
 
 
 def check_rows(spec: GraphSpec, shapes: Sequence[Shapes], rows: Rows) -> int:

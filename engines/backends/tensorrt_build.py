@@ -120,7 +120,7 @@ class Network:
                 config.num_compute_capabilities = 1
                 config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
         else:
-            config.set_timing_cache(config.create_timing_cache(timings), ignore_mismatch=False)
+            _use_timings(config, timings)
         self.log.errors.clear()
         plan = self._builder.build_serialized_network(self.definition, config)
         if plan is None:
@@ -169,6 +169,15 @@ def logger(trt: ModuleType) -> Any:
             return "; ".join(self.errors[-3:]) or "it gives no reason"
 
     return Log()
+
+
+def _use_timings(config: Any, timings: bytes) -> None:
+    """Let the builder go by an earlier one's, or by none where the library finds that they are another GPU's."""
+    for known in (timings, b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+    raise BackendError("the library takes no timing cache, not even an empty one")
 
 
 def _strongly_typed(trt: ModuleType) -> int:

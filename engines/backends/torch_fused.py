@@ -2,8 +2,8 @@
 
 Exporters spell out attention as products around a softmax, which writes every score to memory; here it is one
 operator again, as are a linear layer with its bias and SiLU. What products hand each other in 16 bits stays in 16
-bits while it is only reshaped. Results are those of the graph up to rounding: kernels sum in another order, and
-scores are not rounded to 16 bits in between.
+bits while it is only reshaped, and is read in 16 bits by the sum that takes it up. Results are those of the graph
+up to rounding: kernels sum in another order, and scores are not rounded to 16 bits in between.
 
 ``Attention`` (with an additive mask) and ``Swish`` mean what ONNX takes them to mean from opsets 23 and 24 on;
 ``Linear`` is MatMul with a matrix, and a bias. Source: https://onnx.ai/onnx/operators
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from engines.backends.base import Precision
 from engines.backends.lowering import PRODUCTS, TYPES, lower_products
 from engines.backends.torch import HERE, OnnxModule, attributes_of, tensor_of
-from engines.backends.torch_operators import OPERATORS, Operator
+from engines.backends.torch_operators import OPERATORS, Operator, resize_factors
 from engines.manifest import Lowered
 
 _MOVES = frozenset({"Reshape", "Transpose"})
@@ -55,7 +56,10 @@ def fuse(graph: onnx.GraphProto, folder: Path = HERE) -> None:
 
 
 def keep_low(graph: onnx.GraphProto, dtype: Lowered) -> None:
-    """Move the casts after lowered products past nodes that only move values; casts back to ``dtype`` then go."""
+    """Move the casts after lowered products past nodes that only move values; casts back to ``dtype`` then go.
+
+    A sum of such a value and one in float32 reads it as it is: torch converts it on the way.
+    """
     makers = {name: node.op_type for node in graph.node for name in node.output}
     low: dict[str, str] = {}  # float32 values, and the 16-bit ones they are copies of
     joined: dict[str, str] = {}
@@ -74,8 +78,10 @@ def keep_low(graph: onnx.GraphProto, dtype: Lowered) -> None:
             low[output] = f"{output}/{dtype}"
             node.input[0], node.output[0] = low[source], low[output]
             graph.node.extend([node, helper.make_node("Cast", [low[output]], [output], to=TensorProto.FLOAT)])
-        else:
-            graph.node.append(node)
+            continue
+        if node.op_type == "Add" and (read := [i for i, name in enumerate(node.input) if name in low]):
+            node.input[read[0]] = low[node.input[read[0]]]
+        graph.node.append(node)
     _drop_unread(graph)
 
 
@@ -194,6 +200,29 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, s
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """In float32 where either is: beside a single number torch would go by the other's type."""
+    if a.dtype != b.dtype and 0 in (a.ndim, b.ndim):
+        a, b = a.float(), b.float()
+    return a + b
+
+
+def _resize(
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
+    mode: str = "nearest",
+    **others: Any,
+) -> Tensor:
+    """Of images in one kernel, which keeps channels last; by powers of two, which its arithmetic has exactly."""
+    factors = resize_factors(x, scales, sizes, mode)
+    if x.ndim != 4 or factors[:2] != [1, 1] or any(factor & (factor - 1) for factor in factors):
+        spelt: Tensor = OPERATORS["Resize"](x, roi, scales, sizes, mode, **others)
+        return spelt
+    return F.interpolate(x, scale_factor=[float(factor) for factor in factors[2:]], mode="nearest")
+
+
 def _gemm(
     a: Tensor,
     b: Tensor,
@@ -209,10 +238,12 @@ def _gemm(
 
 FUSED: dict[str, Operator] = {
     **OPERATORS,
+    "Add": _add,
     "Attention": _attention,
     "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
     "Gemm": _gemm,
     "Linear": lambda x, weight, bias: F.linear(x, weight.T, bias),
     "MatMul": torch.matmul,
+    "Resize": _resize,
     "Swish": F.silu,
 }

@@ -167,13 +167,18 @@ def _resize(
 ) -> Tensor:
     """Nearest by whole factors, where all of ONNX's coordinate conventions agree."""
     del roi
+    for axis, factor in enumerate(resize_factors(x, scales, sizes, mode)):
+        x = x if factor == 1 else x.repeat_interleave(factor, axis)
+    return x
+
+
+def resize_factors(x: Tensor, scales: Tensor | None, sizes: Tensor | None, mode: str) -> list[int]:
+    """By which a Resize lengthens each axis. Raises: NotImplementedError where it does anything else."""
     wanted = scales.tolist() if scales is not None and scales.numel() else None
     factors = wanted or [size / old for size, old in zip(_ints(sizes), x.shape, strict=True)]  # type: ignore[arg-type]
     if mode != "nearest" or any(factor != int(factor) for factor in factors):
         raise NotImplementedError("Resize other than nearest by whole factors")
-    for axis, factor in enumerate(factors):
-        x = x if factor == 1 else x.repeat_interleave(int(factor), axis)
-    return x
+    return [int(factor) for factor in factors]
 
 
 def _pad(

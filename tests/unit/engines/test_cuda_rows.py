@@ -97,12 +97,15 @@ class FakeGraph:
 class FakeCuda:
     """torch.cuda's streams and graphs, as far as a ladder uses them: what is captured does not run until replayed.
 
-    pools: each capture's, in order. broken: raised by a capture's end, as CUDA does for what cannot be captured.
+    pools: each capture's, in order. recording: those that captures under way allocate from. broken: raised by a
+    capture's end, as CUDA does for what cannot be captured; torch then leaves the capture under way.
     """
 
     def __init__(self) -> None:
         self.graphs: list[FakeGraph] = []
         self.pools: list[int] = []
+        self.recording: list[int] = []
+        self.released: list[int] = []
         self.handles = iter(range(1, 100))
         self.capturing: FakeGraph | None = None
         self.broken: Exception | None = None
@@ -113,6 +116,7 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: FakeGraph, pool: int, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.pools.append(pool)
+        self.recording.append(pool)
         self.capturing = graph
         try:
             yield
@@ -120,7 +124,16 @@ class FakeCuda:
             self.capturing = None
             if self.broken is not None:
                 raise self.broken
+            self.recording.remove(pool)
         self.graphs.append(graph)
+
+    def end_allocate_to_pool(self, device: int, pool: int) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release_pool(self, device: int, pool: int) -> None:
+        self.released.append(pool)
 
 
 class Captured(Summing):
@@ -156,6 +169,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", cuda.graph_pool_handle)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocate_to_pool, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
     return cuda
 
 
@@ -206,6 +222,7 @@ def test_what_cannot_be_captured_runs_without_a_graph(
     check_sums(ladder, 4)
     assert ladder.captured == {4: False, 1: True}
     assert fake_cuda.pools == [1, 2], "the pool of a broken capture is not recorded into again"
+    assert (fake_cuda.recording, fake_cuda.released) == ([], [1]), "or torch takes its capture to be under way"
     assert "sum.onnx runs 4 rows without a CUDA graph: capture broken" in caplog.text
 
 
@@ -216,6 +233,7 @@ def test_a_refusal_is_quoted_where_the_capture_itself_ends_well(
     engine.refuses = BackendError("the engine does not run 4 rows")
     check_sums(ladder_of(engine), 4)
     assert "without a CUDA graph: the engine does not run 4 rows" in caplog.text
+    assert fake_cuda.released == [], "the graph's own, when it goes"
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,18 @@ def test_no_gpu_is_refused_with_the_reason(
         find_device()
 
 
+def test_a_driver_older_than_torch_is_told_from_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = torch_with("13.0", available=False)
+    torch._C._cuda_getDriverVersion = lambda: 12040
+    monkeypatch.setattr(cuda, "import_module", lambda name: torch)
+    with pytest.raises(BackendError, match=r"driver speaks CUDA 12\.4, torch 2\.13\.0 is built for CUDA 13\.0: .*"):
+        find_device()
+    for spoken in (0, 13010):
+        torch._C._cuda_getDriverVersion = lambda spoken=spoken: spoken
+        with pytest.raises(BackendError, match="No NVIDIA GPU is visible"):
+            find_device()
+
+
 def test_no_torch_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"pip install -e '\.\[torch\]'"):

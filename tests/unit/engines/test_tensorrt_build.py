@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import onnx
 import pytest
@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
 from distill_jobs.parity import write_checked
 from engines.backends.base import Precision
-from engines.backends.tensorrt_build import Network
+from engines.backends.tensorrt_build import Network, _use_timings
 from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.manifest import CONDITION_GRAPH, DECODE_GRAPH, ENCODE_GRAPH, TensorSpec
@@ -93,6 +93,58 @@ def test_masked_attention_is_fused_in_16_bits(trt: ModuleType, tmp_path: Path) -
     assert "IsNaN" not in {node.op_type for node in onnx.load(str(file)).graph.node}
     for precision in ("bfloat16", "float16"):
         assert check_compiles(trt, file, spec, precision) > 0
+
+
+# ---- what runs on a GPU alone
+
+
+def test_the_library_has_all_that_a_plan_at_work_asks_of_it(trt: ModuleType) -> None:
+    """Names in engines/backends/tensorrt_run.py, which no machine without a GPU comes to."""
+    asked = {
+        trt: ("Runtime",),
+        trt.Runtime: ("deserialize_cuda_engine",),
+        trt.ICudaEngine: ("device_memory_size_v2", "create_runtime_config", "create_execution_context"),
+        trt.IRuntimeConfig: (
+            "set_execution_context_allocation_strategy",
+            "cuda_graph_strategy",
+            "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
+        ),
+        trt.IRuntimeCache: ("serialize", "deserialize"),
+        trt.ExecutionContextAllocationStrategy: ("USER_MANAGED",),
+        trt.CudaGraphStrategy: ("WHOLE_GRAPH_CAPTURE",),
+        trt.DynamicShapesKernelSpecializationStrategy: ("EAGER",),
+        trt.IExecutionContext: (
+            "set_device_memory",
+            "set_optimization_profile_async",
+            "set_input_shape",
+            "set_tensor_address",
+            "execute_async_v3",
+        ),
+    }
+    missing = [(thing, name) for thing, names in asked.items() for name in names if not hasattr(thing, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize(("refused", "taken"), [((), b"ours"), ((b"ours",), b""), ((b"ours", b""), None)])
+def test_timings_that_the_library_refuses_are_left_out(refused: tuple[bytes, ...], taken: bytes | None) -> None:
+    used: list[bytes] = []
+
+    def set_timing_cache(cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache in refused:
+            return False
+        used.append(cache)
+        return True
+
+    config = SimpleNamespace(create_timing_cache=lambda known: known, set_timing_cache=set_timing_cache)
+    if taken is None:
+        with pytest.raises(BackendError, match="no timing cache"):
+            _use_timings(config, b"ours")
+    else:
+        _use_timings(config, b"ours")
+        assert used == [taken]
 
 
 # ---- what is refused

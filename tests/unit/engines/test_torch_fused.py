@@ -203,6 +203,20 @@ def test_what_nothing_reads_is_not_run() -> None:
     check(model_of(nodes, X, {}), X, {"Cast": 0, "Neg": 1})
 
 
+@pytest.mark.parametrize("factors", [(1, 1, 2, 4), (1, 1, 3, 2), (1, 2, 2, 2)])
+def test_images_grow_in_one_kernel_that_keeps_channels_last(factors: tuple[int, ...]) -> None:
+    """Where the kernel's arithmetic is exact; elsewhere as it is spelt."""
+    images = {"x": floats(2, 8, 6, 5)}
+    constants = {"scales": np.array(factors, np.float32)}
+    model = model_of([node("Resize", "x none scales", "out", mode="nearest")], images, constants)
+    model.graph.node[0].input[1] = ""
+    check(model, images, {"Resize": 1})
+    last = torch.from_numpy(images["x"]).to(memory_format=torch.channels_last)
+    [grown] = OnnxModule(model, operators=FUSED)({"x": last}).values()
+    if factors == (1, 1, 2, 4):
+        assert grown.is_contiguous(memory_format=torch.channels_last)
+
+
 # ---- 16 bits
 
 LOW: dict[Lowered, int] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
@@ -232,6 +246,31 @@ def test_what_is_reshaped_between_products_stays_in_16_bits(dtype: Lowered) -> N
     second = next(each for each in lowered.graph.node if each.output[0].startswith("d/"))
     chain = [(moved := makers[second.input[0]]).op_type, (reshaped := makers[moved.input[0]]).op_type]
     assert [*chain, makers[reshaped.input[0]].op_type] == ["Transpose", "Reshape", "MatMul"]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("order", ["a other", "other a", "a a", "a b"])
+@pytest.mark.parametrize("shape", [(B, ROWS, WIDTH), ()], ids=["rows", "a number"])
+def test_a_sum_reads_a_product_as_it_is_and_is_in_float32(
+    dtype: Lowered, order: str, shape: tuple[int, ...]
+) -> None:
+    nodes = [
+        node("MatMul", "x first", "a"),
+        node("MatMul", "x second", "b"),
+        node("Neg", "given", "other"),
+        node("Add", order, "out"),
+    ]
+    inputs = {**X, "given": floats(*shape)}
+    lowered = model_of(nodes, inputs, {"first": floats(WIDTH, WIDTH), "second": floats(WIDTH, WIDTH)})
+    lower_products(lowered, dtype)
+    given = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
+    [expected] = OnnxModule(lowered, operators=FUSED)(given).values()
+    keep_low(lowered.graph, dtype)
+    [got] = OnnxModule(lowered, operators=FUSED)(given).values()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    [added] = [each for each in lowered.graph.node if each.op_type == "Add"]
+    assert sum(name.endswith(f"/{dtype}") for name in added.input) == 1
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.03), ("float16", 0.004)])
