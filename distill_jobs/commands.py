@@ -183,7 +183,7 @@ def _print_plan(recipe: Recipe, out: Path, taken_from: Path | None) -> None:
     plan = plan_of(recipe)
     if taken_from is not None:
         plan = replace(plan, taken=takeable(recipe, RunFolder(taken_from)).names)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     measured = measure(recipe) if plan.measurable(device) else None
     print_plan(plan, measured, out, Console())
 

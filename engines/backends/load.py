@@ -181,11 +181,14 @@ def load_graph(
 
 def engine_key(bundle: Bundle, graph: str, name: str, precision: PrecisionName, threads: int) -> EngineKey:
     """What an engine made with these arguments depends on. Raises: BackendError as ``load_backend`` does."""
+    return key_of(bundle.graph_sha256(graph), bundle.manifest.graphs[graph], name, precision, threads)
+
+
+def key_of(graph_sha256: str, spec: GraphSpec, name: str, precision: PrecisionName, threads: int = 0) -> EngineKey:
+    """As ``engine_key``, of a graph by its hash."""
     backend = choose_backend(name)
-    chosen = graph_precision(bundle.manifest.graphs[graph], choose_precision(backend, precision))
-    engine = _import(backend).engine_name(chosen)
-    source = source_sha256(backend)
-    return EngineKey(bundle.graph_sha256(graph), engine, machine_of(backend), threads, source=source)
+    engine = _import(backend).engine_name(graph_precision(spec, choose_precision(backend, precision)))
+    return EngineKey(graph_sha256, engine, machine_of(backend), threads, source=source_sha256(backend))
 
 
 def machine_of(backend: BackendName) -> str:

@@ -3,8 +3,10 @@
     python -m tests.gpu.bench --model sd15 --backend tensorrt --backend torch-cuda
 
 Contenders alternate; the median of each counts, copies to and from the device included. Two ceilings are measured
-beside them: a bfloat16 matrix product and a copy. Each graph ends with a JSON line of its own, the run with one of
-all. What fails is named there and left out, the rest goes on, and the exit status is 1. Nothing is downloaded.
+before them: a bfloat16 matrix product and a copy. What torch.compile makes of diffusers comes last, for it takes
+minutes a batch size. Whatever is found is printed at once as a JSON line, and a line of all of it before each graph
+is compiled and at the end, so a run may be ended at any time. What fails is named there and left out, the rest goes
+on, and the exit status is 1. Nothing is downloaded.
 Rehearse where there is no GPU: python -m tests.gpu.bench --model tiny --backend onnxruntime --precision float32
 """
 
@@ -17,34 +19,28 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
 
-from distill_jobs.onnx_export import write_graph
-from engines.backends.base import EngineBackend, Precision
-from engines.backends.load import ON_GPU, BackendName, choose_backend, choose_precision, load_graph, machine_of
+from engines.backends.base import Precision
+from engines.backends.load import ON_GPU, BackendName, choose_backend, choose_precision, machine_of
 from engines.device_memory import DeviceMemory
 from engines.errors import BackendError
-from engines.manifest import GraphSpec, Parity, TensorSpec
-from tests.gpu.architectures import ARCHITECTURES, Architecture, Graph
+from tests.gpu.architectures import ARCHITECTURES, Graph
+from tests.gpu.contenders import Call, Ready, diffusers_contender, engine_contenders, export
 
 STEPS = 4
+WARM_S = 0.3
+"""Least time that a contender is run before it is timed: the clocks of an idle GPU take a while to rise."""
+
 GRAPHS: tuple[Graph, ...] = get_args(Graph)
 DECODES: tuple[Graph, ...] = ("decode", "decode_tiny")
 _err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-Call = Callable[[], None]
-Ready = Callable[[int], Call]
-"""Gets a contender ready for a batch size, and gives its call."""
 Figures = dict[str, dict[str, dict[int, float]]]
 """Milliseconds by contender, graph and batch size."""
 
@@ -63,10 +59,12 @@ class Found:
     ms: Figures = field(default_factory=dict)
     device_mb: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def going_on(self, what: str) -> Iterator[None]:
-        """Where this fails, keep the reason and go on."""
+        """Say that this begins. Where it fails, keep the reason and go on."""
+        _err.print(f"{time.monotonic() - self.started:6.0f} s  {what}")
         try:
             yield
         except Exception as error:  # torch and the libraries raise what they like
@@ -103,9 +101,11 @@ def main(
     graph: Annotated[
         list[str] | None, typer.Option(help=f"May be repeated; all when left out: {', '.join(GRAPHS)}.")
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="Keep the exported graphs here, for the next run.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the exported graphs, and what engines are built, for the next run.")
+    ] = None,
 ) -> None:
-    """Measure graph by graph, print a JSON line for each, then one for all. Exit 1 where anything failed."""
+    """Measure graph by graph, printing a JSON line for all that is found; the last has all. Exit 1 for failures."""
     check_known("--model", [model], tuple(ARCHITECTURES))
     check_known("--graph", graph or (), GRAPHS)
     architecture, sizes = ARCHITECTURES[model], batch_sizes(rungs)
@@ -119,20 +119,25 @@ def main(
         raise typer.Exit(1) from None
     found = Found(next((name for name in names if name in ON_GPU), names[0]))
     device = "cuda" if found.device in ON_GPU else "cpu"
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    command = f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip()
+    told = {"model": model, "machines": machines, **versions, "precision": precision, "seed": 0, "command": command}
+    flops = architecture.step_flops()
     with found.going_on("ceilings"):
         found.ceilings = measured_ceilings(device)
+        typer.echo(json.dumps({"ceilings": found.ceilings}))
     with tempfile.TemporaryDirectory() as scratch:
         for name in wanted:
             with found.going_on(name), ExitStack() as stack:
                 file, spec = export(architecture, model, name, work or Path(scratch))
-                contenders = engine_contenders(backends, file, spec, sizes, found, stack)
-                contenders |= diffusers_contenders(architecture, name, device, precision, compiled)
+                contenders = engine_contenders(backends, file, spec, sizes, found.engines, stack, work)
+                contenders |= diffusers_contender(architecture, name, device, precision)
                 measure(found, name, contenders, sizes, repeats)
-            typer.echo(json.dumps(found.of(name)))
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    command = f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip()
-    told = {"model": model, "machines": machines, **versions, "precision": precision, "seed": 0, "command": command}
-    typer.echo(json.dumps({**told, **summary(found, architecture.step_flops())}))
+    for name in wanted if compiled else ():
+        typer.echo(json.dumps({**told, **summary(found, flops)}))
+        with found.going_on(f"{name}, compiled"):
+            measure(found, name, diffusers_contender(architecture, name, device, precision, True), sizes, repeats)
+    typer.echo(json.dumps({**told, **summary(found, flops)}))
     if found.failures:
         raise typer.Exit(1)
 
@@ -191,7 +196,8 @@ def measure(
 ) -> None:
     """Load the contenders one after another, then time them in turns, batch size by batch size.
 
-    One that fails is out of what follows.
+    What is found is printed after each, with all that was found of the graph before. One that fails is out of what
+    follows.
     """
     loaded: dict[str, Ready] = {}
     for name, load in contenders.items():
@@ -208,124 +214,16 @@ def measure(
         with found.going_on(f"timing {graph}, {rung} rows"):
             for name, figure in medians(calls, repeats).items():
                 found.ms.setdefault(name, {}).setdefault(graph, {})[rung] = figure
-
-
-def export(architecture: Architecture, model: str, graph: Graph, folder: Path) -> tuple[Path, GraphSpec]:
-    """A graph as bundles hold it, written where it is not there yet; and its manifest entry."""
-    module, side = getattr(architecture, graph), architecture.side
-    conditions = (architecture.packing.rows,) if graph == "step" else ()
-    inputs, outputs = module.inputs(side, side, *conditions), module.outputs(side, side)
-    file = folder / f"{model}-{graph}" / "graph.onnx"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            written = Path(unfinished) / file.parent.name / file.name
-            written.parent.mkdir()
-            example = [torch.from_numpy(array) for array in random_inputs(inputs, 2).values()]
-            write_graph(module.requires_grad_(False), example, inputs, outputs, written)
-            written.parent.rename(file.parent)
-    parity = Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0)
-    lowered = {"float16": parity}  # or it would not run in it; whether it overflows is for ``python -m engines``
-    return file, GraphSpec(file=file.name, inputs=inputs, outputs=outputs, parity=parity, lowered=lowered)
-
-
-def random_inputs(specs: tuple[TensorSpec, ...], rows: int) -> dict[str, NDArray[Any]]:
-    """Standard normal rows, and times within the schedule."""
-    rng = np.random.default_rng(0)
-    drawn = {spec.name: rng.standard_normal((rows, *spec.shape[1:]), dtype=np.float32) for spec in specs}
-    return {name: np.abs(array) * 100 if name == "timestep" else array for name, array in drawn.items()}
-
-
-def engine_contenders(
-    backends: Mapping[BackendName, Precision],
-    file: Path,
-    spec: GraphSpec,
-    rungs: Sequence[int],
-    found: Found,
-    stack: ExitStack,
-) -> dict[str, Callable[[], Ready]]:
-    """Engines as a server has them: a whole call each. stack: closes them."""
-
-    def load(backend: BackendName, precision: Precision) -> Ready:
-        engine = load_graph(backend, file, spec, precision=precision, rungs=rungs)
-        stack.callback(engine.close)
-        found.engines[f"{backend} {precision}"] = engine.name
-        return partial(engine_call, engine, spec)
-
-    return {f"{backend} {precision}": partial(load, backend, precision) for backend, precision in backends.items()}
-
-
-def engine_call(engine: EngineBackend, spec: GraphSpec, rung: int) -> Call:
-    """A whole call, as a server makes it."""
-    inputs = random_inputs(spec.inputs, rung)
-
-    def call() -> None:
-        engine.run(inputs)
-
-    return call
-
-
-def diffusers_contenders(
-    architecture: Architecture, graph: Graph, device: str, precision: Precision, compiled: bool
-) -> dict[str, Callable[[], Ready]]:
-    """The stock network alone, its inputs on the device already: eager, and compiled for one batch size at a time.
-
-    Both run one copy of the network, in ``precision``, whose memory counts as the eager one's.
-    """
-    dtype: torch.dtype = getattr(torch, precision)
-
-    @cache
-    def network() -> nn.Module:
-        return deepcopy(architecture.network(graph)).to(device, dtype, memory_format=torch.channels_last)
-
-    def call_of(network: Any, rung: int) -> Call:
-        latent, arguments = diffusers_inputs(architecture, graph, rung, device, dtype)
-
-        def call() -> None:
-            with torch.inference_mode():
-                network(latent, **arguments)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return call
-
-    def compiled_call(network: nn.Module, rung: int) -> Call:
-        torch._dynamo.reset()  # a second size would be compiled for any size
-        return call_of(torch.compile(network, mode="max-autotune", dynamic=False), rung)
-
-    contenders = {f"diffusers eager {precision}": lambda: partial(call_of, network())}
-    if compiled:
-        contenders[f"diffusers compiled {precision}"] = lambda: partial(compiled_call, network())
-    return contenders
-
-
-def diffusers_inputs(
-    architecture: Architecture, graph: Graph, rung: int, device: str, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Any]]:
-    """Latents, and what else the network takes, on the device."""
-    latent = torch.randn(rung, 4, architecture.side, architecture.side, device=device, dtype=dtype)
-    if graph != "step":
-        return latent, {}
-    told = architecture.packing.unpack(torch.randn(rung, architecture.packing.rows, architecture.packing.width))
-    told = told.to(device)
-    arguments: dict[str, Any] = {
-        "timestep": torch.full((rung,), 500, device=device),
-        "encoder_hidden_states": told.tokens.to(dtype),
-        "timestep_cond": torch.randn(rung, 256, device=device, dtype=dtype),
-    }
-    if told.pooled is not None and told.time_ids is not None:
-        arguments["added_cond_kwargs"] = {
-            "text_embeds": told.pooled.to(dtype),
-            "time_ids": told.time_ids.to(dtype),
-        }
-    return latent, arguments
+        typer.echo(json.dumps(found.of(graph)))
 
 
 def medians(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
     """Milliseconds of each, taken in turns after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(2):
+        began = time.perf_counter()
+        call()
+        while time.perf_counter() - began < WARM_S:
             call()
     for _ in range(repeats):
         for name, call in calls.items():

@@ -15,7 +15,7 @@ from engines.backends import load
 from engines.backends.base import EngineBackend
 from engines.backends.cuda import Device
 from engines.errors import BackendError
-from tests.gpu import bench
+from tests.gpu import bench, contenders
 from tests.gpu.architectures import ARCHITECTURES
 
 TINY = ARCHITECTURES["tiny"]
@@ -25,6 +25,11 @@ TINY = ARCHITECTURES["tiny"]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where graphs are kept from one run to the next."""
     return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(autouse=True)
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WARM_S", 0.0)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -39,12 +44,14 @@ def test_a_graph_that_fails_loses_nothing_else(
             raise BackendError("no such operator")
         return whole(name, file, *arguments, **options)
 
-    whole = bench.load_graph
-    monkeypatch.setattr(bench, "load_graph", load_graph)
+    whole = contenders.load_graph
+    monkeypatch.setattr(contenders, "load_graph", load_graph)
     with pytest.raises(typer.Exit) as ended:
         bench.main("tiny", ["onnxruntime"], "float32", "1,2", 1, False, ["decode", "decode_tiny"], exported)
     assert ended.value.exit_code == 1
-    decode, decode_tiny, everything = lines(capsys)
+    ceilings, one, decode, _, decode_tiny, everything = lines(capsys)
+    assert (ceilings["ceilings"], one["graph"]) == (everything["ceilings"], "decode")
+    assert {rung for ms in one["ms"].values() for rung in ms} == {"1"}
     engine, diffusers = "onnxruntime float32", "diffusers eager float32"
     assert (decode["graph"], decode["ms"].keys()) == ("decode", {diffusers})
     assert (decode_tiny["graph"], decode_tiny["ms"].keys()) == ("decode_tiny", {engine, diffusers})
@@ -80,12 +87,11 @@ def test_a_contender_that_fails_at_a_batch_size_keeps_the_smaller_ones() -> None
 
 
 def test_diffusers_runs_a_copy_in_the_precision_asked_for() -> None:
-    contenders = bench.diffusers_contenders(TINY, "step", "cpu", "bfloat16", compiled=True)
-    networks = [load().args[0] for load in contenders.values()]  # type: ignore[attr-defined]
-    assert networks[0] is networks[1]
-    assert {weight.dtype for weight in networks[0].parameters()} == {torch.bfloat16}
+    ready = contenders.diffusers_contender(TINY, "step", "cpu", "bfloat16")["diffusers eager bfloat16"]()
+    [network] = ready.args  # type: ignore[attr-defined]
+    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in TINY.network("step").parameters()} == {torch.float32}
-    contenders["diffusers eager bfloat16"]()(2)()
+    ready(2)()
 
 
 def test_every_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,18 +108,58 @@ def test_every_batch_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch
         return compile_as_told(network, backend=backend, **options)
 
     monkeypatch.setattr(torch, "compile", recorded)
-    ready = bench.diffusers_contenders(TINY, "decode_tiny", "cpu", "float32", compiled=True)
+    [load] = contenders.diffusers_contender(TINY, "decode_tiny", "cpu", "float32", compiled=True).values()
+    ready = load()
     for rung in (1, 2, 4):
-        ready["diffusers compiled float32"]()(rung)()
+        ready(rung)()
     assert len(seen) >= 3
     assert not any(seen)
+
+
+def test_all_that_was_found_is_told_before_anything_is_compiled(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Compiling takes minutes a batch size: who ends it has the rest."""
+
+    def compile_forever(network: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "compile", compile_forever)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main("tiny", ["onnxruntime"], "float32", "1", 1, True, ["step", "decode"], exported)
+    everything = lines(capsys)[-1]
+    assert everything["images_per_s"].keys() == {"onnxruntime float32", "diffusers eager float32"}
+    assert everything["step_fraction"].keys() == everything["images_per_s"].keys()
+    assert everything["failures"] == {}
+
+
+def test_what_an_engine_builds_is_kept_with_the_graphs(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def load_graph(name: str, *arguments: Any, kept: Any, **options: Any) -> EngineBackend:
+        asked.append(kept)
+        return whole(name, *arguments, kept=kept, **options)
+
+    whole = contenders.load_graph
+    monkeypatch.setattr(contenders, "load_graph", load_graph)
+    for graph in ("decode", "decode_tiny", "decode"):
+        bench.main("tiny", ["openvino", "onnxruntime"], "float32", "1", 1, False, [graph], exported)
+    (folder, decode), (_, tiny), (_, again) = asked[::2]
+    assert folder == exported
+    assert decode == again
+    assert decode.graph_sha256 != tiny.graph_sha256
+    assert set(asked[1::2]) == {None}, "nothing is built there"
+    bench.main("tiny", ["openvino"], "float32", "1", 1, False, ["decode_tiny"], None)
+    assert asked[-1] is None
 
 
 def test_any_backend_is_run_by_its_own_name_on_what_was_exported_before(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.export(TINY, "tiny", "decode", exported)
-    monkeypatch.setattr(bench, "write_graph", lambda *_: pytest.fail("exported again"))
+    contenders.export(TINY, "tiny", "decode", exported)
+    monkeypatch.setattr(contenders, "write_graph", lambda *_: pytest.fail("exported again"))
     bench.main("tiny", ["openvino", "torch"], "float32", "1", 1, False, ["decode"], exported)
     engines = lines(capsys)[-1]["engines"]
     assert {contender: name.split()[0] for contender, name in engines.items()} == {

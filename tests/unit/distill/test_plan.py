@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from distill_jobs.cli import app
 from distill_jobs.errors import RecipeError
-from distill_jobs.plan import Measured, NetworkCost, network_cost, plan_of
+from distill_jobs.plan import Measured, NetworkCost, Plan, network_cost, plan_of
 from distill_jobs.plan_page import print_plan
 from distill_jobs.recipe_file import read_recipe
 from distill_jobs.student import new_teacher, student_of
@@ -182,6 +182,18 @@ def test_a_dry_run_prints_plan_and_time_and_leaves_no_run(tmp_path: Path) -> Non
     assert "time here:" in result.output
     assert "free" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_for_gpus_on_a_machine_without_one_plans_for_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would measure updates that a GPU does in seconds."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(Plan, "measurable", lambda _, device: bool(asked.append(device)))
+    result = CliRunner().invoke(app, ["run", "digits", "--out", str(tmp_path / "run"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert asked == [torch.device("cpu")]
 
 
 def test_a_dry_run_refuses_a_teacher_that_the_run_would_refuse(tmp_path: Path) -> None:
