@@ -18,7 +18,8 @@ from server.work import Made, Pixels, Progress
 
 STORE_RETRY_S = 0.5
 STORE_PATIENCE_S = 30.0
-"""A file is tried again for so long before its job fails."""
+"""An outage is borne for so long. Then what needs the store fails at its first try: waiting, it takes the room of
+what does not."""
 
 STORE_AWAY = JobFailure(
     code="result_store_unavailable",
@@ -80,13 +81,13 @@ class Finisher:
             return image
         if self._store is None:
             raise JobFailedError(NO_STORE)
-        give_up_s = time.monotonic() + STORE_PATIENCE_S
+        outage = self._store.outages["write"]
         while True:
             try:
                 key = await self._store.write(lease.job.id, lease.attempt, index, image.format, image.inline())
                 return image.model_copy(update={"data": None, "key": key})
             except ResultStoreError:
-                if time.monotonic() > give_up_s:
+                if outage.lasts_s > STORE_PATIENCE_S:
                     raise JobFailedError(STORE_AWAY) from None
                 await asyncio.sleep(STORE_RETRY_S)
 

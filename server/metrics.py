@@ -25,6 +25,9 @@ STAGES = ("condition", "steps", "decode", "encode")
 FAULTS = ("condition", "steps", "decode", "engine")
 """Where a job fails by itself: in a stage, or by taking the engine process down."""
 
+OPERATIONS = ("write", "read", "sign", "delete")
+"""Calls of the result store."""
+
 
 class StoreTotals(Collector):
     """Counts the store keeps itself, in the same step as the transitions they count.
@@ -91,7 +94,7 @@ class Metrics:
         self.safety_checks = count("halfstep_safety_checks_total", checked, ["model", "outcome"])
         failed = "Calls of the result store that failed"
         self.result_store_failures = count("halfstep_result_store_failures_total", failed, ["operation"])
-        for operation in ("write", "read", "sign", "delete"):
+        for operation in OPERATIONS:
             self.result_store_failures.labels(operation)  # from 0: see ``_begin``
         self.store_up = gauge(
             "halfstep_store_up", "Whether the job store answered and takes work in (1) or not (0)", []

@@ -24,6 +24,7 @@ from server.connection import ConnectionLimits, protocol
 from server.errors import StartError
 from server.metrics import Metrics
 from server.metrics_port import MetricsPort
+from server.outage import Outage
 from server.renewal import Renew, Renewals
 from server.service import DRAINING, ENGINE_DOWN, Service
 from server.settings import Settings
@@ -33,6 +34,7 @@ _log = structlog.get_logger()
 
 STDERR = 2
 KEEP_ALIVE_S = 75
+BACKLOG = 2048
 FLUSH_S = 3
 OVERTIME_S = 4
 """A process that has not ended so long after its drain timeout is ended, saying what it was doing."""
@@ -82,6 +84,19 @@ def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     return sock
 
 
+def listen(sock: socket.socket) -> None:
+    """Begin to hear, of a socket bound as the start began. Raises: StartError when another does by now."""
+    host, port = sock.getsockname()[:2]
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        reason = error.strerror or "unknown reason"
+        raise StartError(
+            f"Cannot listen on {host} port {port} any more ({reason}): another process does, which began while this"
+            " one loaded; stop it, or choose another port."
+        ) from None
+
+
 def url_of(sock: socket.socket) -> str:
     """Where a bound socket is reached from this machine."""
     host, port = sock.getsockname()[:2]
@@ -127,6 +142,11 @@ class DrainingServer(uvicorn.Server):
         self._drain_ends_s: float | None = None
         self._ready = ready
         self._renewals = None if renew is None else Renewals(renew, metrics)
+
+    def hear(self) -> None:
+        """Serve until told to end. Raises: StartError."""
+        listen(self._sock)
+        self.run(sockets=[self._sock])
 
     @property
     def draining(self) -> bool:
@@ -174,12 +194,15 @@ class Process(DrainingServer):
         super().__init__(create_app(service), service.settings, service.metrics, sock, ready, renew)
         self._service = service
         self._worker = worker
+        self._metrics_sock = metrics_sock
         self._metrics_port = MetricsPort(service, metrics_sock) if metrics_sock else None
         self._abandoned = 0
 
     def run_until_told(self) -> str | None:
         """Serve until a signal; one sentence on what went wrong, if anything did."""
-        self.run(sockets=[self._sock])
+        if self._metrics_sock is not None:
+            listen(self._metrics_sock)
+        self.hear()
         if self._worker is not None and self._worker.stuck:
             end_at_once("ended_with_a_stuck_engine_call")
         if self._service.engine_down:
@@ -234,21 +257,21 @@ class Process(DrainingServer):
     async def _hear_offers(self) -> None:
         """What the workers have measured is what admission predicts with; and late jobs end, workers or none.
 
-        An outage of the store is logged once.
+        What the store's configuration puts at risk is said at the start and after each outage.
         """
-        away = False
+        outage, told = Outage(), False
         while True:
             try:
                 self._service.costs.update(await self._service.store.offers())
                 await self._service.store.expire_late()
             except OSError as error:
-                if not away:
-                    _log.warning("store_away", call="offers", error=str(error))
-                away = True
+                outage.goes_on(str(error), call="offers")
+                told = False
             else:
-                if away:
-                    _log.warning("store_back")
-                away = False
+                outage.is_over()
+                if not told and (risks := await self._service.store.risks()):
+                    _log.warning("store_may_lose_jobs", because=risks)
+                told = True
             await asyncio.sleep(LOOK_AT_OFFERS_S)
 
 

@@ -6,8 +6,10 @@ The first sentence of a description is the help of its flag; all of it stands in
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +29,8 @@ DEFAULT_NAME = f"server/bundles/{DEFAULT_BUNDLE.name}"
 
 MIN_SECRET_CHARS = 24
 
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 PREFIX = "HALFSTEP_"
 CLIENT_KEY = "HALFSTEP_API_KEY"
@@ -248,6 +252,24 @@ class Settings(BaseSettings):
     @classmethod
     def _is_allowable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(check_allowed(entry) for entry in value)
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """What is none would be taken for a name, and no proxy ever be believed."""
+        for entry in value:
+            if entry != "*":
+                ipaddress.ip_network(entry)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Browsers send an origin without a path, and it is compared as it is."""
+        for entry in value:
+            if entry != "*" and not _ORIGIN.fullmatch(entry):
+                raise ValueError(f"{entry} is no origin such as https://app.example, without a / at its end")
+        return value
 
     @field_validator("rate_limit", "quota")
     @classmethod

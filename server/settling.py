@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
 
-import structlog
-
 from server.engine import Engine
 from server.finishing import Finisher
 from server.holdings import Held, Holdings
 from server.jobs import JobStatus, Lease, Report
 from server.metrics import Metrics
+from server.outage import Outage
 from server.stages import failure_of
 from server.stores.base import JobStore
 from server.tracing import record_job
@@ -22,20 +21,25 @@ from server.work import Crashed, Died, Dropped, Event, Failed, Late, Made, Progr
 
 STORE_RETRY_S = 0.5
 
-_log = structlog.get_logger()
-
 
 class Settling:
     """Handles what the engine reports, in its order. A result waits for a store that is away."""
 
     def __init__(
-        self, engine: Engine, store: JobStore, metrics: Metrics, holdings: Holdings, finisher: Finisher
+        self,
+        engine: Engine,
+        store: JobStore,
+        metrics: Metrics,
+        holdings: Holdings,
+        finisher: Finisher,
+        outage: Outage,
     ) -> None:
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._holdings = holdings
         self._finisher = finisher
+        self._outage = outage
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
 
     def hear(self, events: list[Event]) -> None:
@@ -191,6 +195,6 @@ class Settling:
                 await transition()
                 break
             except OSError as error:
-                _log.warning("store_away", call="commit", job=held.lease.job.id, error=str(error))
+                self._outage.goes_on(str(error), call="commit")
                 await asyncio.sleep(STORE_RETRY_S)
         self._holdings.release(held)

@@ -7,6 +7,7 @@ listing those minutes alone, and files that an attempt left behind when it died 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import secrets
@@ -19,20 +20,20 @@ from typing import Self
 from urllib.parse import urlsplit
 
 import obstore
-import structlog
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
 
 from server.errors import StartError
-from server.metrics import Metrics
+from server.metrics import OPERATIONS, Metrics
+from server.outage import Outage
 from server.request import OutputFormat, media_type
 
+AWAY = "result_store_failed"
 SWEEP_S = 60.0
 _SLOT_S = 60
 _KEY = re.compile(r"(?P<expires>[0-9]{1,12})/[\w-]+\.(?P<format>png|jpeg|webp)", re.ASCII)
 _CALL_S = timedelta(seconds=10)
 _RETRY_S = timedelta(seconds=15)
-_log = structlog.get_logger()
 
 
 class ResultStoreError(OSError):
@@ -54,7 +55,7 @@ def is_folder(place: str) -> bool:
 
 
 class ResultStore:
-    """ttl_s: how long a file is kept, rounded up to the minute; clock: seconds since 1970."""
+    """ttl_s: how long a file is kept, rounded up to the minute; clock: s since 1970; outages: by operation."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class ResultStore:
         self._ttl_s = ttl_s
         self._metrics = metrics
         self._clock = clock
+        self.outages = {each: Outage(AWAY, "result_store_back", logging.ERROR) for each in OPERATIONS}
 
     @classmethod
     def open(cls, place: str, ttl_s: float, metrics: Metrics) -> Self:
@@ -154,8 +156,10 @@ class ResultStore:
                 raise
             self._metrics.result_store_failures.labels(operation).inc()
             reason = str(error).partition("\n")[0]
-            _log.error("result_store_failed", operation=operation, error=type(error).__name__, detail=reason)
+            self.outages[operation].goes_on(type(error).__name__, operation=operation, detail=reason)
             raise ResultStoreError(f"the result store failed to {operation}") from error
+        else:
+            self.outages[operation].is_over(operation=operation)
 
 
 def is_key(text: str) -> bool:

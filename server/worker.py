@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-import structlog
-
 from server.engine import Engine
 from server.finishing import Finisher
 from server.holdings import Holdings
 from server.jobs import HEARTBEAT_S, Lease
 from server.metrics import Metrics
+from server.outage import Outage
 from server.request import MAX_IMAGES
 from server.safety import Safety
 from server.settling import STORE_RETRY_S, Settling
@@ -31,8 +30,6 @@ RESTART_S = 30.0
 RENEWAL_SHARE = 0.25
 """Of a lease: how long the store answers before silent leases are taken back. Other workers may find it again some
 seconds later, when what they were waiting for has timed out and names are looked up anew."""
-
-_log = structlog.get_logger()
 
 
 class Worker:
@@ -66,7 +63,8 @@ class Worker:
         self._renewal_beats = max(2, round(RENEWAL_SHARE * lease_s / HEARTBEAT_S))
         self._holdings = Holdings(metrics)
         finisher = Finisher(encode_threads, files, safety)
-        self._settling = Settling(engine, store, metrics, self._holdings, finisher)
+        self._outage = Outage()
+        self._settling = Settling(engine, store, metrics, self._holdings, finisher, self._outage)
         self._draining = False
         self._claiming = False
 
@@ -126,6 +124,7 @@ class Worker:
         self._claiming = True
         try:
             leases = await self._store.claim(self._name, frozenset(self._engine.offers), rows, wait_s=IDLE_CLAIM_S)
+            self._outage.is_over()
             if self._draining:
                 await self._settling.give_back(leases)
                 return []
@@ -135,7 +134,7 @@ class Worker:
                 group.create_task(self._unless_back(leases))
             return leases
         except OSError as error:
-            _log.warning("store_away", call="claim", error=str(error))
+            self._outage.goes_on(str(error), call="claim")
             await asyncio.sleep(STORE_RETRY_S)
             return []
         finally:
@@ -172,13 +171,16 @@ class Worker:
         beats = 0
         while True:
             try:
-                self._settling.stop(await self._store.heartbeat(self._holdings.leases))
+                leases = self._holdings.leases
+                self._settling.stop(await self._store.heartbeat(leases))
+                if leases:  # without any the store was not asked
+                    self._outage.is_over()
                 beats += 1
                 if beats > self._renewal_beats:
                     self._metrics.retries.inc(await self._store.reap())
             except OSError as error:
                 beats = 0
-                _log.warning("store_away", call="heartbeat", error=str(error))
+                self._outage.goes_on(str(error), call="heartbeat")
             else:
                 if self._engine.up:  # what is down is no capacity
                     with suppress(OSError):  # which a full store refuses

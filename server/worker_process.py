@@ -42,7 +42,7 @@ class WorkerProcess(DrainingServer):
 
     def run_until_told(self) -> str | None:
         """Work until a signal; one sentence on what went wrong, if anything did."""
-        self.run(sockets=[self._sock])
+        self.hear()
         if self._failed:
             return "The worker failed and the process ended; the log above says why."
         return None

@@ -198,5 +198,8 @@ class MemoryStore:
     async def ping(self) -> None:
         pass
 
+    async def risks(self) -> list[str]:
+        return []
+
     async def close(self) -> None:
         pass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from server.jobs import IdempotencyKey, JobStatus
+from server.rates import Rates
 from server.stores.base import StoreUnavailableError
 from server.stores.redis.store import RedisStore
 from tests.contract.lab import MODELS, RESULT, job
@@ -128,3 +130,54 @@ async def test_cut_connections_cost_no_job_and_make_none_twice(binary: str) -> N
             assert len(set(ids)) == 300
             assert (await store.backlog()).jobs == 300
             assert {lease.job.id for lease in await store.claim("w", MODELS, 1000)} == set(ids)
+
+
+@EACH
+async def test_a_name_that_moves_to_another_server_is_followed(binary: str, tmp_path: Path) -> None:
+    """As a failover does: connections stay open to what is a replica now, and refuses every write."""
+    name = tmp_path / "redis.sock"
+    with RedisServer(binary) as former, RedisServer(binary) as now:
+        name.symlink_to(former.url.removeprefix("unix://"))
+        store = RedisStore(f"unix://{name}", answer_s=SLOW_MACHINE_S, prefix=PREFIX)
+        rates = Rates(f"unix://{name}", answer_s=SLOW_MACHINE_S)
+        await store.submit(job("before"))
+        await rates.spend("9/minute", 1, "a")
+        name.unlink()
+        name.symlink_to(now.url.removeprefix("unix://"))
+        former.client.replicaof("127.0.0.1", 1)
+        with pytest.raises(StoreUnavailableError, match="read only"):
+            await store.ping()
+        with pytest.raises(StoreUnavailableError):
+            await rates.spend("9/minute", 1, "a")
+        await store.submit(job("after"))
+        assert await rates.spend("9/minute", 1, "a") is None
+        await store.close()
+        assert now.client.exists(f"{PREFIX}job:after")
+
+
+RISKS: list[tuple[tuple[str | None, ...], list[str]]] = [
+    (("always",), []),
+    (("everysec",), ["appendfsync is everysec"]),
+    ((None,), ["appendonly is no"]),
+    (("always", "--maxmemory-policy", "allkeys-lru"), []),
+    (("always", "--maxmemory", "64mb"), []),
+    (("always", "--maxmemory", "64mb", "--maxmemory-policy", "volatile-lru"), ["maxmemory-policy is volatile-lru"]),
+]
+
+
+@EACH
+@pytest.mark.parametrize(("options", "expected"), RISKS)
+async def test_what_may_lose_jobs_is_told(binary: str, options: tuple[str, ...], expected: list[str]) -> None:
+    with RedisServer(binary, *options) as server:
+        async with store_of(server) as store:
+            assert [risk.partition(",")[0].partition(":")[0] for risk in await store.risks()] == expected
+
+
+async def test_who_may_not_ask_is_told_of_no_risk() -> None:
+    with RedisServer("valkey", "everysec") as server:
+        server.client.acl_setuser(
+            "plain", enabled=True, passwords=["+p"], keys=["*"], categories=["+@all", "-@dangerous"]
+        )
+        store = RedisStore(server.url.replace("unix://", "unix://plain:p@"), answer_s=SLOW_MACHINE_S)
+        assert await store.risks() == []
+        await store.close()

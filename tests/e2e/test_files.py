@@ -183,6 +183,27 @@ def test_a_store_that_is_away_fails_what_needs_it_and_nothing_else(
         assert running.count("halfstep_result_store_failures_total", operation="write") >= 2
 
 
+def test_an_outage_is_waited_out_once_and_not_by_every_job(
+    toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits takes room in its worker, and images without addresses would find none."""
+    monkeypatch.setattr("server.finishing.STORE_RETRY_S", 0.01)
+    monkeypatch.setattr("server.finishing.STORE_PATIENCE_S", 0.3)
+    folder = tmp_path / "results"
+    with live(toy_bundle, result_store=str(folder)) as running, running.client() as client:
+        folder.rmdir()
+        folder.write_text("")
+        body = {"prompt": "one", "response_format": "url"}
+        tries = []
+        for _ in range(3):
+            assert client.post(GENERATIONS, json=body).status_code == 503
+            tries.append(running.count("halfstep_result_store_failures_total", operation="write"))
+        assert tries[0] > 3
+        assert tries[1:] == [tries[0] + 1, tries[0] + 2]
+        folder.unlink()
+        assert client.post(GENERATIONS, json=body).status_code == 200
+
+
 def test_a_store_that_comes_back_in_time_loses_nothing(
     toy_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import structlog
@@ -230,6 +231,13 @@ class RedisStore:
 
     async def ping(self) -> None:
         await _ask(self._redis.set(self._key("ping"), 1, px=1000))  # a write: a full Redis would refuse it
+
+    async def risks(self) -> list[str]:
+        found: dict[str | bytes, Any] = {}
+        for ask in (self._redis.info, partial(self._redis.config_get, "appendfsync")):
+            with suppress(StoreUnavailableError):  # which many a rented one, or this user, may not be asked
+                found |= await _ask(ask())
+        return wire.risks_in(found)
 
     async def close(self) -> None:
         await self._signals.close()

@@ -29,6 +29,8 @@ Reply = Sequence[Any]
 RETURNED = (None, JobStatus.QUEUED, JobStatus.FAILED)
 """What give_back.lua answers."""
 
+SAFE_POLICY = "noeviction"
+
 _EVENT_ID = re.compile(r"\d+-\d+", re.ASCII)
 
 
@@ -149,6 +151,23 @@ def delivery_from(reply: Reply) -> Delivery:
 def end_from(reply: Reply) -> tuple[str, End]:
     job_id, status, ms = reply
     return job_id.decode(), End(status=JobStatus(status.decode()) if status else None, seconds=max(0, ms) / 1000)
+
+
+def risks_in(told: Mapping[str | bytes, Any]) -> list[str]:
+    """What of a server's INFO and CONFIG may lose accepted jobs; told: either, or what there is of it."""
+    said = {_text(name): _text(value) for name, value in told.items()}
+    risks = []
+    if said.get("maxmemory", "0") != "0" and (policy := said.get("maxmemory_policy", SAFE_POLICY)) != SAFE_POLICY:
+        risks.append(f"maxmemory-policy is {policy}, not {SAFE_POLICY}: a full Redis drops jobs")
+    if said.get("aof_enabled") == "0":
+        risks.append("appendonly is no: what Redis held is gone when it ends")
+    elif (fsync := said.get("appendfsync", "always")) != "always":
+        risks.append(f"appendfsync is {fsync}, not always: a crash takes the last accepted jobs with it")
+    return risks
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def total_from(name: bytes, count: bytes) -> Total:

@@ -22,10 +22,12 @@ from structlog.testing import capture_logs
 
 from server import start as starting
 from server.engine_thread import EngineThread
+from server.errors import StartError
 from server.process import Process, bind
 from server.service import Service
 from server.settings import Settings
 from server.stores.base import StoreUnavailableError
+from server.stores.memory import MemoryStore
 from server.versions import read_versions
 from server.webhooks import Webhooks
 from server.worker import Worker
@@ -189,7 +191,7 @@ from server.settings import Settings
 
 process.OVERTIME_S = -3.5
 told = lambda url: os.kill(os.getpid(), signal.SIGTERM)
-process.DrainingServer(None, Settings(drain_timeout_s=4), Metrics(), process.bind("127.0.0.1", 0), told).run()
+process.DrainingServer(None, Settings(drain_timeout_s=4), Metrics(), process.bind("127.0.0.1", 0), told).hear()
 """
 
 
@@ -253,6 +255,19 @@ def test_a_drain_ends_in_time_though_the_store_is_away(start: Start, monkeypatch
     assert answer.done()
 
 
+def test_a_port_that_another_took_while_this_process_loaded_is_one_sentence(toy_bundle: Path) -> None:
+    """Bound, two may wait for a port; one may listen."""
+    service = offline_service(toy_bundle, Settings())
+    mine = bind("127.0.0.1", 0)
+    port = mine.getsockname()[1]
+    with bind("127.0.0.1", port) as other:
+        other.listen()
+        with pytest.raises(StartError, match=f"port {port} any more"):
+            Process(service, None, bind("127.0.0.1", 0), print, mine).run_until_told()
+        with pytest.raises(StartError, match=f"port {port} any more"):
+            Process(service, None, mine, print).run_until_told()
+
+
 def test_an_outage_of_the_store_is_logged_once_with_its_reason(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,3 +301,30 @@ def test_new_work_is_refused_while_the_engine_is_down(toy_bundle: Path) -> None:
     service.engine_down = True
     response = offline_client(service).post(URL, json={"prompt": "one"})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_down")
+
+
+def test_what_the_store_may_lose_is_said_at_the_start_and_after_an_outage(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away() -> dict[str, Any]:
+        raise StoreUnavailableError("refused")
+
+    async def risks(_: MemoryStore) -> list[str]:
+        return ["appendonly is no"]
+
+    monkeypatch.setattr("server.process.LOOK_AT_OFFERS_S", 0.01)
+    monkeypatch.setattr(MemoryStore, "risks", risks)
+    with capture_logs() as logs:
+        lab = start()
+        for told in (1, 2):
+            until(lambda told=told: said(logs, "store_may_lose_jobs") == told, "it is said")  # type: ignore[misc]
+            with monkeypatch.context() as outage:
+                outage.setattr(lab.service.store, "offers", away)
+                until(lambda told=told: said(logs, "store_away") == told, "it is away")  # type: ignore[misc]
+        until(lambda: said(logs, "store_back") == 2, "it is back")
+    (line,) = {tuple(line["because"]) for line in logs if line["event"] == "store_may_lose_jobs"}
+    assert line == ("appendonly is no",)
+
+
+def said(logs: list[Any], event: str) -> int:
+    return sum(line["event"] == event for line in list(logs))

@@ -17,6 +17,7 @@ from server.cli import app
 from server.flags import read_settings
 from server.loading import usable_cache
 from server.settings import Settings
+from server.stores.redis.connections import connect
 
 SPELLINGS = [
     ("/a", ["/a"]),
@@ -44,6 +45,12 @@ WRONG = [
     ("HALFSTEP_RUNGS", "2,4"),
     ("HALFSTEP_RUNGS", "1,4,2"),
     ("HALFSTEP_RUNGS", "1,2,2"),
+    ("HALFSTEP_TRUSTED_PROXIES", "10.0.0.0/33"),
+    ("HALFSTEP_TRUSTED_PROXIES", "10.0.0.0/8, 10.0.0.5/8"),
+    ("HALFSTEP_TRUSTED_PROXIES", "nginx"),
+    ("HALFSTEP_CORS_ORIGINS", "app.example"),
+    ("HALFSTEP_CORS_ORIGINS", "https://app.example/"),
+    ("HALFSTEP_CORS_ORIGINS", "*, https://app.example/page"),
 ]
 
 
@@ -112,9 +119,47 @@ def test_a_misspelt_setting_is_told_and_not_its_value(monkeypatch: pytest.Monkey
     assert [(line["event"], line["variables"]) for line in logs] == [("settings_unknown", ["HALFSTEP_SECRETS"])]
 
 
-@pytest.mark.parametrize("password", ["canary/slash", "canary#hash", "canary?mark"])
+PROXIES = ["10.0.0.0/8,192.168.1.7,fc00::/7", "*"]
+ORIGINS = ["https://app.example,http://localhost:3000,capacitor://localhost", "*"]
+
+
+@pytest.mark.parametrize(("proxies", "origins"), list(zip(PROXIES, ORIGINS, strict=True)))
+def test_proxies_and_origins_stand_as_they_are(proxies: str, origins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFSTEP_TRUSTED_PROXIES", proxies)
+    monkeypatch.setenv("HALFSTEP_CORS_ORIGINS", origins)
+    assert Settings().trusted_proxies == tuple(proxies.split(","))
+    assert Settings().cors_origins == tuple(origins.split(","))
+
+
+STRAY = ["canary/slash", "canary#hash", "canary?mark", "12/canary", "12#canary", "12?canary", "p@canary/slash"]
+
+
+@pytest.mark.parametrize("password", STRAY)
 def test_a_wrong_address_of_redis_tells_nothing_of_its_password(password: str) -> None:
     ended = CliRunner().invoke(app, ["api", "--redis", f"redis://:{password}@host:6379/0"], env={"COLUMNS": "500"})
     assert ended.exit_code == 1
     assert "percent-encoded" in ended.output
     assert "canary" not in ended.output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://localhost:6379/0",
+        "redis://:p%2F%40@h:6379/0",
+        "redis://user:p@[::1]:6379/1?socket_keepalive=true",
+        "rediss://h:6379/0?ssl_ca_certs=ca.pem",
+        "unix:///run/redis.sock?db=1",
+    ],
+)
+def test_addresses_of_redis(url: str) -> None:
+    connect(url, 1.0)
+
+
+@pytest.mark.parametrize(
+    "url", ["h:6379", "http://h", "redis://h:6379/production", "redis://a:b:c", "redis://h:0x/0"]
+)
+def test_what_is_no_address_of_redis_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="percent-encoded"):
+        connect(url, 1.0)

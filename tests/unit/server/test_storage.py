@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from server.errors import ApiError, StartError
 from server.links import FileLinks
@@ -23,6 +24,10 @@ TTL_S = 90.0
 def replace_by_a_file(folder: Path) -> None:
     folder.rmdir()
     folder.write_text("")
+
+
+def be_a_folder_again(place: Path) -> None:
+    place.unlink()
 
 
 class Clock:
@@ -175,3 +180,19 @@ def test_a_place_of_another_kind_is_a_wrong_setting(place: str) -> None:
 def test_a_short_secret_is_a_wrong_setting() -> None:
     with pytest.raises(ValidationError, match="24"):
         Settings(secret="short")
+
+
+async def test_an_outage_is_logged_once_for_each_operation(store: ResultStore, folder: Path) -> None:
+    key = await store.write("j", 1, 0, "png", b"x")
+    (folder / key).unlink()
+    (folder / key).parent.rmdir()
+    with capture_logs() as logs:
+        replace_by_a_file(folder)
+        for _ in range(3):
+            with pytest.raises(ResultStoreError):
+                await store.write("j", 1, 0, "png", b"x")
+        be_a_folder_again(folder)
+        for _ in range(2):
+            await store.write("j", 1, 0, "png", b"x")
+    told = [(line["event"], line["operation"]) for line in logs]
+    assert told == [("result_store_failed", "write"), ("result_store_back", "write")]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from structlog.testing import capture_logs
 
 from engines.pipeline import Pipeline
 from server.encoding import encode
@@ -289,6 +290,28 @@ async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
         (after,) = await run(store, job("b"))
         assert after.status is JobStatus.SUCCEEDED
         assert not task.done()
+
+
+async def test_an_outage_is_logged_once_however_often_it_is_met(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    async def away(*_: Any, **__: Any) -> Any:
+        tries.append(1)
+        raise StoreUnavailableError("refused")
+
+    monkeypatch.setattr("server.worker.STORE_RETRY_S", 0.01)
+    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.01)
+    store = MemoryStore()
+    with capture_logs() as logs:
+        async with working(bench.pipeline, store):
+            with monkeypatch.context() as outage:
+                for call in ("claim", "heartbeat", "reap"):
+                    outage.setattr(store, call, away)
+                await until(lambda: len(tries) > 9)
+            await until(lambda: any(line["event"] == "store_back" for line in logs))
+    assert [line["event"] for line in logs] == ["store_away", "store_back"]
 
 
 async def test_a_store_that_hears_nothing_but_the_end_costs_no_job(
