@@ -71,7 +71,7 @@ def sized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps of some 50 ms, so that a test on a busy machine still finds work under way."""
+    """Eight steps of some 50 ms, so that a busy machine still finds work under way."""
     path = tmp_path_factory.mktemp("bundles") / "slow"
     options = ToyOptions(name="toy-slow", steps=(8,), default_steps=8, channels=192, depth=48)
     return make_toy_bundle(path, options).path

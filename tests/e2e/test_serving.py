@@ -71,7 +71,8 @@ def test_a_poisonous_row_fails_alone(server: ServerProcess, client: httpx.Client
 
 
 def test_a_disconnect_frees_the_rows(server: ServerProcess, client: httpx.Client) -> None:
-    cancelled = metric(client, "halfstep_cancelled_steps_total")
+    cancelled, began = metric(client, "halfstep_cancelled_steps_total"), batches(client)
+    accepted = metric(client, "halfstep_requests_accepted_total")
     host, port = urlsplit(server.url).netloc.split(":")
     body = b'{"model": "toy-slow", "prompt": "one", "n": 10}'
     head = (
@@ -79,10 +80,11 @@ def test_a_disconnect_frees_the_rows(server: ServerProcess, client: httpx.Client
     )
     with ThreadPoolExecutor(1) as pool:
         gone = [socket.create_connection((host, int(port))) for _ in range(4)]
-        companion = pool.submit(client.post, URL, json={"model": "toy-slow", "prompt": "two", "seed": 9, "n": 5})
         for connection in gone:
             connection.sendall(head.encode() + body)
-        until(lambda: metric(client, "halfstep_rows_in_flight") >= 10, "a request was taken in")
+        until(lambda: batches(client) > began, "a request is being made: one that is not has no steps to cancel")
+        companion = pool.submit(client.post, URL, json={"model": "toy-slow", "prompt": "two", "seed": 9, "n": 5})
+        until(lambda: metric(client, "halfstep_requests_accepted_total") == accepted + 5, "all were accepted")
         for connection in gone:
             connection.close()
         until(lambda: metric(client, "halfstep_cancelled_steps_total") > cancelled, "its steps were cancelled")
