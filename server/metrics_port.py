@@ -23,11 +23,11 @@ class MetricsPort(uvicorn.Server):
         super().__init__(
             uvicorn.Config(app, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False)
         )
-        self._sock = sock
+        self.sock = sock
 
     def open(self) -> None:
         """Begin to answer. To be called in the running event loop."""
-        self._serving = asyncio.create_task(self.serve([self._sock]), name="metrics port")
+        self._serving = asyncio.create_task(self.serve([self.sock]), name="metrics port")
 
     async def close(self) -> None:
         """Stop answering; what is being scraped is broken off."""

@@ -34,7 +34,6 @@ _log = structlog.get_logger()
 
 STDERR = 2
 KEEP_ALIVE_S = 75
-BACKLOG = 2048
 FLUSH_S = 3
 OVERTIME_S = 4
 """A process that has not ended so long after its drain timeout is ended, saying what it was doing."""
@@ -88,7 +87,7 @@ def listen(sock: socket.socket) -> None:
     """Begin to hear, of a socket bound as the start began. Raises: StartError when another does by now."""
     host, port = sock.getsockname()[:2]
     try:
-        sock.listen(BACKLOG)
+        sock.listen()  # uvicorn does so again, with room for more that wait
     except OSError as error:
         reason = error.strerror or "unknown reason"
         raise StartError(
@@ -194,14 +193,13 @@ class Process(DrainingServer):
         super().__init__(create_app(service), service.settings, service.metrics, sock, ready, renew)
         self._service = service
         self._worker = worker
-        self._metrics_sock = metrics_sock
         self._metrics_port = MetricsPort(service, metrics_sock) if metrics_sock else None
         self._abandoned = 0
 
     def run_until_told(self) -> str | None:
         """Serve until a signal; one sentence on what went wrong, if anything did."""
-        if self._metrics_sock is not None:
-            listen(self._metrics_sock)
+        if self._metrics_port is not None:
+            listen(self._metrics_port.sock)
         self.hear()
         if self._worker is not None and self._worker.stuck:
             end_at_once("ended_with_a_stuck_engine_call")

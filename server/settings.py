@@ -28,8 +28,6 @@ DEFAULT_NAME = f"server/bundles/{DEFAULT_BUNDLE.name}"
 """How help and pages call it, wherever it is installed."""
 
 MIN_SECRET_CHARS = 24
-
-
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 PREFIX = "HALFSTEP_"

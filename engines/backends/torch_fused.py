@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -25,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from engines.backends.base import Precision
 from engines.backends.lowering import PRODUCTS, TYPES, lower_products
 from engines.backends.torch import HERE, OnnxModule, attributes_of, tensor_of
-from engines.backends.torch_operators import OPERATORS, Operator, resize_factors
+from engines.backends.torch_operators import OPERATORS, Operator
 from engines.manifest import Lowered
 
 _MOVES = frozenset({"Reshape", "Transpose"})
@@ -207,22 +206,6 @@ def _add(a: Tensor, b: Tensor) -> Tensor:
     return a + b
 
 
-def _resize(
-    x: Tensor,
-    roi: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Tensor | None = None,
-    mode: str = "nearest",
-    **others: Any,
-) -> Tensor:
-    """Of images in one kernel, which keeps channels last; by powers of two, which its arithmetic has exactly."""
-    factors = resize_factors(x, scales, sizes, mode)
-    if x.ndim != 4 or factors[:2] != [1, 1] or any(factor & (factor - 1) for factor in factors):
-        spelt: Tensor = OPERATORS["Resize"](x, roi, scales, sizes, mode, **others)
-        return spelt
-    return F.interpolate(x, scale_factor=[float(factor) for factor in factors[2:]], mode="nearest")
-
-
 def _gemm(
     a: Tensor,
     b: Tensor,
@@ -244,6 +227,5 @@ FUSED: dict[str, Operator] = {
     "Gemm": _gemm,
     "Linear": lambda x, weight, bias: F.linear(x, weight.T, bias),
     "MatMul": torch.matmul,
-    "Resize": _resize,
     "Swish": F.silu,
 }

@@ -160,7 +160,7 @@ def risks_in(told: Mapping[str | bytes, Any]) -> list[str]:
     if said.get("maxmemory", "0") != "0" and (policy := said.get("maxmemory_policy", SAFE_POLICY)) != SAFE_POLICY:
         risks.append(f"maxmemory-policy is {policy}, not {SAFE_POLICY}: a full Redis drops jobs")
     if said.get("aof_enabled") == "0":
-        risks.append("appendonly is no: what Redis held is gone when it ends")
+        risks.append("appendonly is no: what came since the last snapshot, if any is made, is gone with a crash")
     elif (fsync := said.get("appendfsync", "always")) != "always":
         risks.append(f"appendfsync is {fsync}, not always: a crash takes the last accepted jobs with it")
     return risks
