@@ -256,8 +256,10 @@ class Settings(BaseSettings):
     def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """What is none would be taken for a name, and no proxy ever be believed."""
         for entry in value:
-            if entry != "*":
-                ipaddress.ip_network(entry)
+            try:
+                _ = entry == "*" or ipaddress.ip_network(entry)
+            except ValueError as error:
+                raise ValueError(f"{error}; give an address, or a network such as 10.0.0.0/8") from None
         return value
 
     @field_validator("cors_origins")
