@@ -55,7 +55,10 @@ app = typer.Typer(
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
 BackendOption = Annotated[
-    str, typer.Option(help="openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto: the fastest on CPUs.")
+    str,
+    typer.Option(
+        help="openvino, onnxruntime, torch, tensorrt, torch-cuda, torch-inductor, or auto: the fastest on CPUs."
+    ),
 ]
 PrecisionOption = Annotated[PrecisionName, typer.Option(help="Of the network body; auto is float32.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of one call; 0 is one per core.")]

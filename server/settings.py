@@ -52,8 +52,8 @@ class Settings(BaseSettings):
         description="public key (PEM) that every bundle must be signed with, see "
         "[signed bundles](deploying.md#signed-bundles). Without one, signatures are not looked at.",
     )
-    backend: Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"] = Field(
-        "auto", description="engine to run on. See [engines](engines.md#backends-and-precision)."
+    backend: Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda", "torch-inductor"] = (
+        Field("auto", description="engine to run on. See [engines](engines.md#backends-and-precision).")
     )
     start_backend: Literal["openvino", "onnxruntime", "torch", "torch-cuda"] | None = Field(
         None,

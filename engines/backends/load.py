@@ -19,32 +19,35 @@ from engines.errors import BackendError
 from engines.machine import machine_name
 from engines.manifest import GraphSpec, Size
 
-BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda"]
+BackendName = Literal["auto", "openvino", "onnxruntime", "torch", "tensorrt", "torch-cuda", "torch-inductor"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
-ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda"})
+ON_GPU: frozenset[str] = frozenset({"tensorrt", "torch-cuda", "torch-inductor"})
 OFFERED: dict[BackendName, tuple[Precision, ...]] = {
     "openvino": ("float32", "bfloat16"),
     "onnxruntime": ("float32",),
     "torch": ("float32",),
     "tensorrt": ("float32", "bfloat16", "float16"),
     "torch-cuda": ("float32", "bfloat16", "float16"),
+    "torch-inductor": ("float32", "bfloat16", "float16"),
 }
 """Precisions of the network body. Told float16, OpenVINO's CPU plugin computes the sampler's update in it, too."""
 
-BUILT: frozenset[str] = frozenset({"openvino", "tensorrt"})
+BUILT: frozenset[str] = frozenset({"openvino", "tensorrt", "torch-inductor"})
 """Backends that compile a graph for this machine, and keep what they made in the cache."""
 
+_TORCH_CUDA = (
+    "cuda_rows.py",
+    "lowering.py",
+    "torch.py",
+    "torch_cuda.py",
+    "torch_fused.py",
+    "torch_operators.py",
+)
 BUILDERS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("lowering.py", "tensorrt_build.py"),
-    "torch-cuda": (
-        "cuda_rows.py",
-        "lowering.py",
-        "torch.py",
-        "torch_cuda.py",
-        "torch_fused.py",
-        "torch_operators.py",
-    ),
+    "torch-cuda": _TORCH_CUDA,
+    "torch-inductor": (*_TORCH_CUDA, "torch_inductor.py"),
 }
 """Our code that an engine is made of, by backend: what was built or measured with other code is not used."""
 
@@ -118,7 +121,7 @@ def load_backend(
 ) -> EngineBackend:
     """One graph of a verified bundle, loaded and ready to run.
 
-    name: openvino, onnxruntime, torch, tensorrt, torch-cuda, or auto. precision: of the network body, float32 for
+    name: a BackendName. precision: of the network body, float32 for
     auto, and see ``graph_precision``. threads: CPU threads of one run, 0 for one per core. cache_dir: the engine
     cache, which holds compiled models by ``engine_key``, or None to keep nothing. rungs: batch sizes a GPU is made
     ready for.
@@ -169,9 +172,10 @@ def load_graph(
         raise BackendError(f"The {backend} backend has no CPU threads to set; leave threads at 0.")
     elif backend == "torch-cuda":
         engine = module.TorchCudaBackend(file, spec, precision=chosen, rungs=rungs, sizes=sizes)
-    elif backend == "tensorrt":
+    elif backend in ("tensorrt", "torch-inductor"):
         store = None if kept is None else PlanStore(*kept, sorted(rungs), [str(size) for size in sizes])
-        engine = module.TensorRtBackend(file, spec, precision=chosen, rungs=rungs, sizes=sizes, store=store)
+        made = module.TensorRtBackend if backend == "tensorrt" else module.TorchInductorBackend
+        engine = made(file, spec, precision=chosen, rungs=rungs, sizes=sizes, store=store)
     elif backend == "onnxruntime":
         engine = module.OnnxRuntimeBackend(file, spec, threads)
     else:
@@ -207,7 +211,7 @@ def _check_int8(backend: BackendName, precision: Precision) -> None:
 
 
 def _import(backend: str) -> ModuleType:
-    if backend != "tensorrt" and find_spec(library := backend.removesuffix("-cuda")) is None:
+    if backend != "tensorrt" and find_spec(library := backend.partition("-")[0]) is None:
         raise BackendError(f"The {backend} backend needs {library}; install it with: {_INSTALL[library]}")
     return importlib.import_module(f"engines.backends.{backend.replace('-', '_')}")
 

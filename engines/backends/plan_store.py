@@ -64,6 +64,10 @@ class PlanStore:
         """The store of what all graphs of this engine and machine share, whatever code of ours builds them."""
         return PlanStore(self._cache_dir, replace(self._key, graph_sha256=_EVERY_GRAPH, source=""), ())
 
+    def of(self, rung: int, size: int) -> PlanStore:
+        """The store of one batch size alone, of images of one of the sizes, by its number."""
+        return PlanStore(self._cache_dir, self._key, (rung,), self._sizes[size : size + 1])
+
     def obtain(self, load: Callable[[bytes], Engine | None], build: Callable[[], bytes]) -> Engine:
         """The kept plan, loaded; else a plan built now, kept, and loaded.
 

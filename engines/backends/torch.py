@@ -44,7 +44,7 @@ class OnnxModule(torch.nn.Module):
 
     device: where its inputs are, and its weights, which lie there alone and with channels last unless it is the
     CPU. What describes shapes stays on the CPU, so that a run reads nothing back. operators: what its nodes mean.
-    folder: where its weights lie that the model does not hold.
+    folder: where its weights lie that the model does not hold. weights: its constants that are data, by name.
     Raises: BackendError for another opset, an operator this backend does not know or weights that cannot be read.
     """
 
@@ -61,7 +61,7 @@ class OnnxModule(torch.nn.Module):
             raise BackendError(f"the torch backend reads graphs of opset {OPSETS[0]}, not {opsets}")
         self._outputs = tuple(output.name for output in model.graph.output)
         self._device = device
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         """On the device, and nowhere else."""
         self._constants: dict[str, Tensor] = {}
         """On the CPU."""
@@ -74,7 +74,7 @@ class OnnxModule(torch.nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name. inputs: by name, all with one batch size."""
-        values: dict[str, Tensor] = {**self._weights, **self._constants, **inputs}
+        values: dict[str, Tensor] = {**self.weights, **self._constants, **inputs}
         for step in self._program:
             arguments = [values[name] if name else None for name in step.inputs]
             if self._device != "cpu":
@@ -83,6 +83,27 @@ class OnnxModule(torch.nn.Module):
             for name in step.spent:
                 del values[name]
         return {name: values[name] for name in self._outputs}
+
+    def fixed(self, shapes: Mapping[str, Tensor]) -> FixedGraph:
+        """The graph for inputs of these shapes alone. shapes: inputs of any values."""
+        known, program = dict(self._constants), []
+        values = {name: tensor.to("meta") for name, tensor in (*self.weights.items(), *shapes.items())}
+        for step in self._program:
+            of_shapes = step.kind == "Shape" or all(name in known for name in step.inputs if name)
+            arguments = [values.get(name, known.get(name)) for name in step.inputs]
+            if not of_shapes:
+                program.append(step)
+                arguments = [
+                    argument if argument is None or i in _shape_inputs(step) else argument.to("meta")
+                    for i, argument in enumerate(arguments)
+                ]
+            made = zip(step.outputs, _results(step, arguments, "cpu" if of_shapes else "meta"), strict=True)
+            (known if of_shapes else values).update(made)
+        read = {name for step in program for i, name in enumerate(step.inputs) if i not in _shape_inputs(step)}
+        read.update(self._outputs)
+        constants = {name: self._moved(tensor) for name, tensor in known.items() if name in read}
+        numbers = {name: tensor.tolist() for name, tensor in known.items()}
+        return FixedGraph(tuple(program), self._outputs, constants, numbers)
 
     def _keep(self, constants: _Constants) -> None:
         """Compute the constants that are read, one after another, and move each to where it is read."""
@@ -93,8 +114,8 @@ class OnnxModule(torch.nn.Module):
                 self._put(name, constants.compute(name), name in shapes)
 
     def _put(self, name: str, tensor: Tensor, of_shapes: bool) -> None:
-        if self._device != "cpu" and not of_shapes and _data([tensor]):
-            self._weights[name] = self._moved(tensor)
+        if not of_shapes and _data([tensor]):
+            self.weights[name] = self._moved(tensor)
         else:
             self._constants[name] = tensor
 
@@ -117,8 +138,34 @@ class OnnxModule(torch.nn.Module):
         return self._placed[name]
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        layout = torch.channels_last if tensor.ndim == 4 and self._device != "cpu" else torch.preserve_format
         return tensor.to(self._device, memory_format=layout)
+
+
+class FixedGraph(NamedTuple):
+    """An OnnxModule's graph for inputs of fixed shapes: nothing computes lengths any more, or reads a value.
+
+    constants: what it reads as data beside weights and inputs, by name, and lies where these do. numbers: what
+    describes shapes, by name.
+    """
+
+    program: tuple[_Instruction, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+    def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name. given: weights, constants and inputs, by name."""
+        values = dict(given)
+        for step in self.program:
+            arguments = [
+                None if not name else (self.numbers if i in _shape_inputs(step) else values)[name]
+                for i, name in enumerate(step.inputs)
+            ]
+            values.update(zip(step.outputs, _results(step, arguments), strict=True))
+            for name in step.spent:
+                values.pop(name, None)
+        return {name: values[name] for name in self.outputs}
 
 
 class TorchBackend(OfGraph):
@@ -220,8 +267,8 @@ def _program(graph: onnx.GraphProto, operators: Mapping[str, Operator], keep: se
     return tuple(instructions)
 
 
-def _results(step: _Instruction, arguments: list[Tensor | None], device: str) -> tuple[Tensor, ...]:
-    """The node's outputs. device: where data is made that no argument holds."""
+def _results(step: _Instruction, arguments: list[Any], device: str = "cpu") -> tuple[Tensor, ...]:
+    """The node's outputs. arguments: tensors, or None. device: where data is made that no argument holds."""
     made = {"device": device} if step.kind in MADE_OF_SHAPES else {}
     try:
         result = step.operator(*arguments, **step.attributes, **made)

@@ -1,7 +1,8 @@
 """ONNX operators as torch functions: those our exporter emits, in the meaning of opset 21.
 
 Each function takes the node's inputs (None where one is left out), then its attributes by name, and returns a
-tensor or a tuple of tensors. Tensors that describe shapes are on the CPU, whatever device the others are on.
+tensor or a tuple of tensors. Tensors that describe shapes are on the CPU, whatever device the others are on; where
+they are known ahead, they may be given as numbers.
 Source: https://onnx.ai/onnx/operators
 """
 
@@ -18,10 +19,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
 Operator = Callable[..., Any]
+Numbers = Tensor | list[Any]
+"""Of a shape, in one dimension."""
+Number = Tensor | int | float
 
 
-def _ints(tensor: Tensor) -> list[int]:
-    return [int(value) for value in tensor.tolist()]
+def _ints(numbers: Numbers) -> list[int]:
+    return [int(value) for value in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)]
+
+
+def _floats(numbers: Numbers | None) -> list[float]:
+    """None of what is left out."""
+    if numbers is None:
+        return []
+    return [float(value) for value in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)]
 
 
 def _dtype(code: int) -> torch.dtype:
@@ -102,14 +113,14 @@ def _layer_norm(
 # ---- shapes
 
 
-def _reshape(x: Tensor, shape: Tensor, allowzero: int = 0) -> Tensor:
+def _reshape(x: Tensor, shape: Numbers, allowzero: int = 0) -> Tensor:
     sizes = _ints(shape)
     if not allowzero:
         sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
     return x.reshape(sizes)
 
 
-def _unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
+def _unsqueeze(x: Tensor, axes: Numbers) -> Tensor:
     rank = x.ndim + len(axes)
     for axis in sorted(a % rank for a in _ints(axes)):
         x = x.unsqueeze(axis)
@@ -117,19 +128,19 @@ def _unsqueeze(x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _reduce_mean(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    x: Tensor, axes: Numbers | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
 ) -> Tensor:
-    if axes is None or not axes.numel():
+    if axes is None or not len(axes):
         return x if noop_with_empty_axes else x.mean(tuple(range(x.dim())), bool(keepdims))
-    return x.mean(tuple(axes.tolist()), bool(keepdims))
+    return x.mean(tuple(_ints(axes)), bool(keepdims))
 
 
-def _squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
+def _squeeze(x: Tensor, axes: Numbers | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(_ints(axes))
 
 
 def _slice(
-    x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+    x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None = None, steps: Numbers | None = None
 ) -> Tensor:
     where = range(len(starts)) if axes is None else _ints(axes)
     strides = [1] * len(starts) if steps is None else _ints(steps)
@@ -142,7 +153,7 @@ def _slice(
     return x[tuple(index)]
 
 
-def _split(x: Tensor, split: Tensor | None = None, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
+def _split(x: Tensor, split: Numbers | None = None, axis: int = 0, num_outputs: int = 0) -> tuple[Tensor, ...]:
     if split is not None:
         return torch.split(x, _ints(split), axis)
     return torch.chunk(x, num_outputs, axis)
@@ -153,15 +164,15 @@ def _gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
     return picked.reshape(*x.shape[: axis % x.ndim], *indices.shape, *x.shape[axis % x.ndim + 1 :])
 
 
-def _expand(x: Tensor, shape: Tensor) -> Tensor:
+def _expand(x: Tensor, shape: Numbers) -> Tensor:
     return x * torch.ones(_ints(shape), dtype=x.dtype, device=x.device)
 
 
 def _resize(
     x: Tensor,
     roi: Tensor | None = None,
-    scales: Tensor | None = None,
-    sizes: Tensor | None = None,
+    scales: Numbers | None = None,
+    sizes: Numbers | None = None,
     mode: str = "nearest",
     **_: Any,
 ) -> Tensor:
@@ -170,8 +181,7 @@ def _resize(
     Images by powers of two, which its arithmetic has exactly, in one kernel, which keeps channels last.
     """
     del roi
-    wanted = scales.tolist() if scales is not None and scales.numel() else None
-    factors = wanted or [size / old for size, old in zip(_ints(sizes), x.shape, strict=True)]  # type: ignore[arg-type]
+    factors = _floats(scales) or [size / old for size, old in zip(_ints(sizes), x.shape, strict=True)]  # type: ignore[arg-type]
     if mode != "nearest" or any(factor != int(factor) for factor in factors):
         raise NotImplementedError("Resize other than nearest by whole factors")
     if x.ndim == 4 and factors[:2] == [1, 1] and all(int(factor).bit_count() == 1 for factor in factors):
@@ -182,15 +192,15 @@ def _resize(
 
 
 def _pad(
-    x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None, mode: str = "constant"
+    x: Tensor, pads: Numbers, value: Number | None = None, axes: Numbers | None = None, mode: str = "constant"
 ) -> Tensor:
     if mode != "constant":
         raise NotImplementedError(f"Pad with mode={mode}")
     padded = [axis % x.ndim for axis in (range(x.ndim) if axes is None else _ints(axes))]
-    before, after = torch.zeros(2, x.ndim, dtype=torch.int64)
-    before[padded], after[padded] = pads.reshape(2, -1)
-    pairs = [size for axis in reversed(range(x.ndim)) for size in (int(before[axis]), int(after[axis]))]
-    return F.pad(x, pairs, value=0 if value is None else value.item())
+    sizes = _ints(pads)
+    pairs = dict(zip(padded, zip(sizes[: len(padded)], sizes[len(padded) :], strict=True), strict=True))
+    widths = [size for axis in reversed(range(x.ndim)) for size in pairs.get(axis, (0, 0))]
+    return F.pad(x, widths, value=0 if value is None else float(value))
 
 
 # ---- values
@@ -200,7 +210,7 @@ def _range(start: Tensor, limit: Tensor, delta: Tensor, *, device: str) -> Tenso
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=device)
 
 
-def _cumsum(x: Tensor, axis: Tensor, exclusive: int = 0, reverse: int = 0) -> Tensor:
+def _cumsum(x: Tensor, axis: Number, exclusive: int = 0, reverse: int = 0) -> Tensor:
     if exclusive or reverse:
         raise NotImplementedError("CumSum that is exclusive or runs backwards")
     return x.cumsum(int(axis), dtype=x.dtype)
@@ -219,7 +229,7 @@ def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0) -> Tensor:
     return x[indices.unbind(-1)]
 
 
-def _one_hot(indices: Tensor, depth: Tensor, values: Tensor, axis: int = -1) -> Tensor:
+def _one_hot(indices: Tensor, depth: Number, values: Tensor, axis: int = -1) -> Tensor:
     count = int(depth)
     hot = (indices % count).unsqueeze(-1) == torch.arange(count, device=indices.device)
     return torch.where(hot, values[1], values[0]).movedim(-1, axis)

@@ -15,11 +15,10 @@ from tests.gpu.loading import skip_unless_possible
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
 
 REHEARSAL: BackendName = "onnxruntime"
+GPU: tuple[BackendName, ...] = ("tensorrt", "torch-cuda", "torch-inductor")
 
 
-@pytest.fixture(
-    params=[*(pytest.param(name, marks=pytest.mark.gpu) for name in ("tensorrt", "torch-cuda")), REHEARSAL]
-)
+@pytest.fixture(params=[*(pytest.param(name, marks=pytest.mark.gpu) for name in GPU), REHEARSAL])
 def backend(request: pytest.FixtureRequest) -> BackendName:
     name: BackendName = request.param
     if name != REHEARSAL:

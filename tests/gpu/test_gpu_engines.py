@@ -94,7 +94,7 @@ def test_a_wrong_shape_is_refused(backend: BackendName, toy: Bundle) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["torch-cuda", "tensorrt"])
+@pytest.mark.parametrize("name", ["torch-cuda", "torch-inductor", "tensorrt"])
 def test_every_rung_is_a_cuda_graph(name: BackendName, unet_file: Path) -> None:
     skip_unless_possible(name)
     if name == "tensorrt" and is_rtx(find_library()):
@@ -114,6 +114,10 @@ def test_a_second_start_builds_nothing(
         from engines.backends import tensorrt
 
         monkeypatch.setattr(tensorrt, "build_plan", lambda *_: pytest.fail("built again"))
+    if backend == "torch-inductor":
+        from engines.backends import torch_inductor
+
+        monkeypatch.setattr(torch_inductor, "compile_program", lambda *_: pytest.fail("compiled again"))
     second = load_backend(backend, toy, "step", cache_dir=tmp_path, rungs=RUNGS).run(inputs)
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])

@@ -168,7 +168,7 @@ def test_compare_accepts_the_toy_on_every_backend(toy: Bundle) -> None:
 def test_compare_in_a_precision_that_no_backend_here_offers_is_refused(toy: Bundle) -> None:
     result = run("compare", toy.path, "--precision", "float16")
     assert result.exit_code == 1
-    assert "for float16 use --backend tensorrt, torch-cuda" in result.stderr
+    assert "for float16 use --backend tensorrt, torch-cuda, torch-inductor" in result.stderr
 
 
 def test_compare_above_tolerance_is_exit_1(toy: Bundle) -> None:

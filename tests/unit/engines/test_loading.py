@@ -70,8 +70,8 @@ def test_other_names_are_refused() -> None:
 @pytest.mark.parametrize(
     ("precision", "lowering", "others"),
     [
-        ("bfloat16", ["openvino", "tensorrt", "torch-cuda"], ["onnxruntime", "torch"]),
-        ("float16", ["tensorrt", "torch-cuda"], ["openvino", "onnxruntime", "torch"]),
+        ("bfloat16", ["openvino", "tensorrt", "torch-cuda", "torch-inductor"], ["onnxruntime", "torch"]),
+        ("float16", ["tensorrt", "torch-cuda", "torch-inductor"], ["openvino", "onnxruntime", "torch"]),
     ],
 )
 def test_16_bits_are_for_backends_that_offer_them(
