@@ -20,7 +20,7 @@ from server.loading import (
 from server.metrics import Metrics
 from server.process import Process, bind, check_exposure, own_name, url_of
 from server.safety import Safety
-from server.settings import Settings
+from server.settings import CLIENT_KEY, Settings
 from server.storage import ResultStore, is_folder
 from server.stores.base import JobStore
 from server.succession import Succession, make_engine, start_settings
@@ -175,7 +175,7 @@ def _names(engine: Engine) -> str:
 def _announce(url: str, names: str, prompt: str, *, keys: bool) -> None:
     _out.print(f"Serving {names}", markup=False)
     _out.print(f"Playground  {url}/\nReference   {url}/docs\nTry it:", markup=False)
-    key = '-H "Authorization: Bearer $HALFSTEP_API_KEY" ' if keys else ""
+    key = f'-H "Authorization: Bearer ${CLIENT_KEY}" ' if keys else ""
     body = f"{key}-H 'Content-Type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
     _out.print(
         f"  curl -s {url}/v1/images/generations {body}"
