@@ -41,12 +41,15 @@ _STATUS_ERRORS = {
 
 
 def create_app(service: Service) -> ASGIApp:
-    """All routes behind guard and gate. Lifespan and worker belong to the caller."""
+    """All routes behind guard and gate, whose refusals pages of allowed origins may read, too.
+
+    Lifespan and worker belong to the caller.
+    """
     settings = service.settings
     gate = Gate(
         create_api(service), service.keyring, service.rates, settings.rate_limit, service.store, service.metrics
     )
-    return AccessLog(Guard(_cors(gate, settings.cors_origins), service.metrics, settings))
+    return AccessLog(_cors(Guard(gate, service.metrics, settings), settings.cors_origins))
 
 
 def routers(service: Service) -> tuple[APIRouter, ...]:

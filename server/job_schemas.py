@@ -9,11 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.manifest import Task
 from engines.noise import MAX_SEED
 from server.fields import EncoderSteps, GuidanceAlias, GuidanceScale, SamplerName, SourcePrompt, Steps, StepsAlias
-from server.jobs import MAX_PRIORITY, EventType
+from server.jobs import MAX_PRIORITY
 from server.request import MAX_IMAGES, MAX_PARTIAL_IMAGES, EditMode, OutputFormat
-from server.schemas import ErrorDetail, TimingBody, is_none
+from server.schemas import AnswerBody, ErrorDetail, TimingBody, is_none
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+
+EventName = Literal["queued", "running", "step", "completed", "failed", "cancelled", "expired"]
+"""Of an event as it is sent: where a job has succeeded, its last one is ``completed``."""
 
 EXAMPLES = {
     "smallest": {"summary": "One image, everything else default", "value": {"prompt": "seven"}},
@@ -30,7 +33,7 @@ class JobBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: str = Field(
-        description="What to draw; as in POST /v1/images/generations, like all fields up to sampler."
+        description="What to draw; fields that POST /v1/images/generations has, too, are as they are there."
     )
     task: Task | None = Field(
         None, description="text_to_image when left out; edit needs image, inpaint image and mask."
@@ -85,7 +88,7 @@ class JobBody(BaseModel):
     )
 
 
-class AcceptedJobBody(BaseModel):
+class AcceptedJobBody(AnswerBody):
     """A job, and where it is looked at, followed and cancelled."""
 
     id: str
@@ -96,7 +99,7 @@ class AcceptedJobBody(BaseModel):
     cancel_url: str
 
 
-class JobImageBody(BaseModel):
+class JobImageBody(AnswerBody):
     """An image of a job that succeeded. url: needs the API key, but not with response_format url."""
 
     index: int
@@ -148,10 +151,10 @@ class JobPreviewBody(BaseModel):
     output_format: OutputFormat
 
 
-class JobEventBody(BaseModel):
+class JobEventBody(AnswerBody):
     """``data`` of an event. The last one, named completed, failed, cancelled or expired, has the job."""
 
-    type: EventType | Literal["completed"]
+    type: EventName
     step: int
     steps: int = Field(description="What was asked for, as in the job.")
     total_steps: int = Field(description="What step counts to, as in the job.")

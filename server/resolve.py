@@ -93,7 +93,7 @@ def _shared(body: GenerationBody, model: Model) -> dict[str, Any]:
         student = find_student(model.manifest, steps, body.sampler)
     except RequestError as error:
         param = steps_name if error.param == "steps" else error.param
-        raise InvalidRequestError(error.code, str(error), param=param) from None
+        raise InvalidRequestError(error.code, renamed(str(error), error.param, param), param=param) from None
     return {
         "model": model.name,
         "prompt": body.prompt,

@@ -19,6 +19,12 @@ def is_none(value: object) -> bool:
     return value is None
 
 
+class AnswerBody(BaseModel):
+    """Base of what is answered: the reference calls a field required where it is always there, default or not."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+
 class GenerationBody(BaseModel):
     """Body of ``POST /v1/images/generations``. null means left out."""
 
@@ -102,7 +108,7 @@ class TimingBody(BaseModel):
     encode: float
 
 
-class Delivered(BaseModel):
+class Delivered(AnswerBody):
     """How a finished file comes: inside the answer, or as an address that needs no API key, or not at all."""
 
     b64_json: str | None = Field(None, exclude_if=is_none, description="The file, base64-encoded.")
@@ -139,7 +145,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class ImagesResponse(BaseModel):
+class ImagesResponse(AnswerBody):
     """Answer of ``POST /v1/images/generations``: OpenAI's fields, and ours beside them."""
 
     created: int = Field(description="Seconds since 1970.")
@@ -164,7 +170,7 @@ class ImagesResponse(BaseModel):
     timing: TimingBody
 
 
-class PartialImageEvent(BaseModel):
+class PartialImageEvent(AnswerBody):
     """The clean estimate so far. image_index: k of n (ours)."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"] = "image_generation.partial_image"
@@ -213,7 +219,7 @@ class StepsBody(BaseModel):
     default: int
 
 
-class ModelBody(BaseModel):
+class ModelBody(AnswerBody):
     """A model on offer: OpenAI's fields, and what it can do."""
 
     id: str
@@ -232,7 +238,7 @@ class ModelBody(BaseModel):
     prompts: list[str] = Field(description="Prompts it knows; where there are too many to list, examples.")
 
 
-class ModelsResponse(BaseModel):
+class ModelsResponse(AnswerBody):
     object: Literal["list"] = "list"
     data: list[ModelBody]
 

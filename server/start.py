@@ -20,7 +20,7 @@ from server.loading import (
 from server.metrics import Metrics
 from server.process import Process, bind, check_exposure, own_name, url_of
 from server.safety import Safety
-from server.settings import Settings
+from server.settings import CLIENT_KEY, Settings
 from server.storage import ResultStore, is_folder
 from server.stores.base import JobStore
 from server.succession import Succession, make_engine, start_settings
@@ -55,7 +55,7 @@ def serve(settings: Settings) -> str | None:
 
     def ready(url: str) -> None:
         spare_the_collector()
-        _announce(url, _names(engine), prompt)
+        _announce(url, _names(engine), prompt, keys=settings.api_keys is not None)
 
     return Process(service, worker, sock, ready, renew=renew).run_until_told()
 
@@ -81,7 +81,7 @@ def api(settings: Settings) -> str | None:
         spare_the_collector()
         if metrics_sock is not None:
             _out.print(f"Metrics     {url_of(metrics_sock)}/metrics", markup=False)
-        _announce(url, names, prompt)
+        _announce(url, names, prompt, keys=settings.api_keys is not None)
 
     async def renew() -> None:
         nonlocal versions
@@ -172,10 +172,11 @@ def _names(engine: Engine) -> str:
     return ", ".join(f"{name} on {offer.engine}" for name, offer in engine.offers.items())
 
 
-def _announce(url: str, names: str, prompt: str) -> None:
+def _announce(url: str, names: str, prompt: str, *, keys: bool) -> None:
     _out.print(f"Serving {names}", markup=False)
     _out.print(f"Playground  {url}/\nReference   {url}/docs\nTry it:", markup=False)
-    body = f"-H 'Content-Type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
+    key = f'-H "Authorization: Bearer ${CLIENT_KEY}" ' if keys else ""
+    body = f"{key}-H 'Content-Type: application/json' -d '{{\"prompt\": \"{prompt}\"}}'"
     _out.print(
         f"  curl -s {url}/v1/images/generations {body}"
         " | python3 -c 'import base64, json, sys;"

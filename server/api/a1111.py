@@ -53,6 +53,7 @@ def a1111_routes(service: Service) -> APIRouter:
         note_fitted(adjusted, wish, wanted)
         return await drawings.make(request, wanted, wish, adjusted)
 
+    @router.head("/progress", include_in_schema=False)
     @router.get("/progress")
     async def progress() -> dict[str, Any]:
         """How far this tenant's images of this API are."""

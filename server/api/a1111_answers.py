@@ -35,8 +35,8 @@ def images_answer(state: JobState, wish: TextWish, adjusted: dict[str, Any]) -> 
         "steps": request.steps,
         "cfg_scale": request.guidance_scale,
         "sampler_name": request.sampler,
-        "batch_size": wish.batch_size,
-        "n_iter": wish.n_iter,
+        "batch_size": wish.batch_size or 1,
+        "n_iter": wish.n_iter or 1,
         "denoising_strength": request.effective_strength,
     }
     info = {
@@ -57,7 +57,8 @@ def images_answer(state: JobState, wish: TextWish, adjusted: dict[str, Any]) -> 
         "flagged": [image.flagged for image in files],
     }
     black = write_png(Image.new("RGB", (request.width, request.height)))  # these clients know no gap in the list
-    shown = [black if image.flagged else image.inline() for image in files] if wish.send_images else []
+    sent = () if wish.send_images is False else files
+    shown = [black if image.flagged else image.inline() for image in sent]
     images = [base64.b64encode(data).decode("ascii") for data in shown]
     body = {"images": images, "parameters": used, "info": json.dumps(info)}
     return Response(json.dumps(body), media_type="application/json")

@@ -64,24 +64,24 @@ _IDLE = frozenset(
 
 
 class TextWish(BaseModel):
-    """Body of ``txt2img``: the fields that matter; ``check_rest`` has the others."""
+    """Body of ``txt2img``: the fields that matter; ``_check_rest`` has the others. null means left out."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    prompt: str = ""
-    seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1 is random")
+    prompt: str | None = None
+    seed: int | None = Field(None, ge=-1, le=MAX_SEED, description="-1, as when left out, is random")
     sampler_name: str | None = None
     sampler_index: str | None = None
-    batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
-    n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
+    batch_size: int | None = Field(None, ge=1, le=MAX_IMAGES)
+    n_iter: int | None = Field(None, ge=1, le=MAX_IMAGES)
     steps: int | None = Field(None, ge=1, le=1000)
     cfg_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     width: int | None = Field(None, ge=1, le=16384)
     height: int | None = Field(None, ge=1, le=16384)
     denoising_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     override_settings: dict[str, Any] | None = Field(None, description="sd_model_checkpoint, a model's name, alone")
-    alwayson_scripts: dict[str, Any] = Field(default_factory=dict)
-    send_images: bool = True
+    alwayson_scripts: dict[str, Any] | None = None
+    send_images: bool | None = Field(None, description="true when left out")
 
 
 class ImageWish(TextWish):
@@ -92,10 +92,12 @@ class ImageWish(TextWish):
     mask_blur: int | None = Field(None, ge=0, le=64)
     mask_blur_x: int | None = Field(None, ge=0, le=64)
     mask_blur_y: int | None = Field(None, ge=0, le=64)
-    inpainting_mask_invert: int = Field(0, ge=0, le=1)
-    inpaint_full_res: bool | int = False
+    inpainting_mask_invert: int | None = Field(None, ge=0, le=1)
+    inpaint_full_res: bool | int | None = None
     inpaint_full_res_padding: int | None = Field(None, ge=0)
-    resize_mode: int = Field(0, ge=0, le=1, description="0 stretches, 1 cuts about the centre")
+    resize_mode: int | None = Field(
+        None, ge=0, le=1, description="0, as when left out, stretches, 1 cuts about the centre"
+    )
 
 
 def adjusted_text(wish: TextWish, catalogue: Catalogue) -> tuple[GenerationBody, dict[str, Any]]:
@@ -178,14 +180,14 @@ def _brought(wish: TextWish, model: Model, adjusted: dict[str, Any]) -> dict[str
     sampler = next((s for s in offered if s == wanted), offered[0])
     if name is not None and sampler != wanted:
         adjusted["sampler_name"] = {"from": name[:64], "to": sampler}
-    n = wish.batch_size * wish.n_iter
+    n = (wish.batch_size or 1) * (wish.n_iter or 1)
     if n > MAX_IMAGES:
         message = f"batch_size times n_iter must be at most {MAX_IMAGES}."
         raise InvalidRequestError("out_of_range", message, param="batch_size")
-    seed = secrets.randbelow(2**32) if wish.seed == -1 else wish.seed
+    seed = secrets.randbelow(2**32) if wish.seed in (None, -1) else wish.seed
     return {
         "model": model.name,
-        "prompt": wish.prompt,
+        "prompt": wish.prompt or "",
         "n": n,
         "seed": seed,
         "steps": trained,
@@ -208,7 +210,7 @@ def _check_rest(wish: TextWish) -> None:
             f"This API has no field {plain}." if plain else "The body has a field that this API does not have."
         )
         raise InvalidRequestError("unknown_field", message, param=plain)
-    for script in wish.alwayson_scripts.values():
+    for script in (wish.alwayson_scripts or {}).values():
         if not isinstance(script, dict) or script.get("args") not in ([], [False], None):
             message = "alwayson_scripts must be empty or off: there are no scripts here."
             raise InvalidRequestError("unsupported_value", message, param="alwayson_scripts")

@@ -17,6 +17,7 @@ def a1111_settings_routes(service: Service) -> APIRouter:
     """``/sdapi/v1/options``, and the lists of samplers, schedulers, scripts and models."""
     router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 
+    @router.head("/options", include_in_schema=False)
     @router.get("/options")
     async def options() -> dict[str, Any]:
         """What is set; the model is the first one served."""
@@ -34,22 +35,26 @@ def a1111_settings_routes(service: Service) -> APIRouter:
                 )
                 raise InvalidRequestError("unsupported_value", message, param="options")
 
+    @router.head("/samplers", include_in_schema=False)
     @router.get("/samplers")
     async def samplers() -> list[dict[str, Any]]:
         """The samplers some student was trained for."""
         names = {student.sampler for model in service.catalogue for student in model.manifest.students}
         return [{"name": name, "aliases": [], "options": {}} for name in sorted(names)]
 
+    @router.head("/schedulers", include_in_schema=False)
     @router.get("/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
         """The schedule is the student's own."""
         return [{"name": "automatic", "label": "Automatic", "aliases": None}]
 
+    @router.head("/scripts", include_in_schema=False)
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
         """None."""
         return {"txt2img": [], "img2img": []}
 
+    @router.head("/sd-models", include_in_schema=False)
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
         """The models on offer."""

@@ -27,7 +27,11 @@ _WITH_KEYS = {
     "403": "The API key lacks the scope, or its quota never allows so many images",
     "503": "The job store does not answer; Retry-After says when to try again",
 }
-_SPENDING = {"429": "This API key is used too often; Retry-After says when to try again"}
+_SPENDING = {"429": "Too much for this key or tenant; Retry-After says when to try again"}
+_RETRY_HEADERS = {
+    "Retry-After": {"description": "Seconds until then.", "schema": {"type": "integer", "minimum": 1}},
+    "retry-after-ms": {"description": "The same in ms.", "schema": {"type": "integer", "minimum": 1}},
+}
 _SCHEMES = {
     "key": {"type": "http", "scheme": "bearer", "description": "An API key."},
     "password": {"type": "http", "scheme": "basic", "description": "An API key as the password, of any user."},
@@ -78,3 +82,9 @@ def _complete(responses: dict[str, Any], path: str, method: str) -> None:
     for status, description in common.items():
         content = {"application/json": {"schema": _A1111_ERROR if path.startswith(A1111_PATH) else _ERROR}}
         responses.setdefault(status, {"description": description, "content": content})
+    for status, response in responses.items():
+        if status in ("429", "503") and path != "/readyz":  # whose 503 is no error, but an answer
+            response["headers"] = _RETRY_HEADERS
+        example = response.get("content", {}).get("application/json", {}).get("example", {})
+        if "error" in example:
+            example["error"].setdefault("param", None)  # FastAPI drops what is null

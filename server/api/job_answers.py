@@ -10,7 +10,7 @@ from starlette.requests import Request
 from server.api.answers import failure_error, timing_body, used_fields
 from server.api.body import base_url
 from server.errors import job_gone
-from server.job_schemas import AcceptedJobBody, JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
+from server.job_schemas import AcceptedJobBody, EventName, JobEventBody, JobImageBody, JobPreviewBody, JobStateBody
 from server.jobs import JobEvent, JobState, JobStatus
 from server.schemas import ErrorDetail
 from server.service import Service
@@ -74,7 +74,7 @@ async def job_events(service: Service, request: Request, state: JobState, after:
 
 
 async def _line(service: Service, request: Request, state: JobState, event: JobEvent) -> str:
-    kind = "completed" if event.type == "succeeded" else event.type
+    kind: EventName = "completed" if event.type == "succeeded" else event.type
     wanted, preview = state.job.request, event.preview
     body = JobEventBody(
         type=kind,

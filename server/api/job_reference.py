@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from server.api.reference import GENERATION_RESPONSES, error_response, events_content
-from server.job_schemas import EXAMPLES, JobBody, JobEventBody, JobStateBody
+from server.job_schemas import EXAMPLES, EventName, JobBody, JobEventBody, JobStateBody
 
 JOB_BODY: dict[str, Any] = {
     "requestBody": {
@@ -27,15 +27,22 @@ _LINKS = {
     "image": _link("get", "/v1/jobs/{job_id}/images/{index}"),
 }
 
+_SUBMITTED_HEADERS = {
+    "Location": {"description": "As status_url.", "required": True, "schema": {"type": "string"}},
+    "Preference-Applied": {"description": "wait=N, where Prefer asked for it.", "schema": {"type": "string"}},
+}
+
 SUBMITTED: dict[int | str, dict[str, Any]] = {
     200: {
         "model": JobStateBody,
         "description": "Prefer: wait was sent, and the job ended in time",
+        "headers": _SUBMITTED_HEADERS,
         "links": _LINKS,
     },
     202: {
         "description": "Accepted; the Location header and status_url say where to look. Without the fields of the "
         "request where the job could not be read again",
+        "headers": _SUBMITTED_HEADERS,
         "links": _LINKS,
     },
 }
@@ -58,7 +65,9 @@ REFUSED: dict[int | str, dict[str, Any]] = {
         "steps",
     ),
     429: error_response(
-        "Too much for this key or tenant", "quota_exceeded", "The quota of this tenant is used up."
+        "Too much for this key or tenant; Retry-After says when",
+        "quota_exceeded",
+        "The quota of this tenant is used up.",
     ),
     503: GENERATION_RESPONSES[503],
 }
@@ -94,12 +103,10 @@ FILE: dict[int | str, dict[str, Any]] = {
     503: GENERATION_RESPONSES[503],
 }
 
-_EVENTS = ("queued", "running", "step", "completed", "failed", "cancelled", "expired")
-
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events queued, running, step, and at the end completed, failed, cancelled or expired",
-        "content": events_content(dict.fromkeys(_EVENTS, JobEventBody)),
+        "content": events_content(dict.fromkeys(get_args(EventName), JobEventBody)),
     },
     204: {"description": "The job has ended, and nothing comes after Last-Event-ID"},
     400: error_response(

@@ -39,7 +39,7 @@ _IDEMPOTENCY_KEY = Header(
     json_schema_extra={"minLength": 1, "maxLength": 255},
 )
 _PREFER = Header(description=f"wait=N waits up to N s, at most {MAX_WAIT_S}, for the end.")
-_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,6})(?:$|[,;\s])")
+_WAIT = re.compile(r'(?:^|[,;\s])wait\s*=\s*"?(\d{1,6})"?(?:$|[,;\s])', re.IGNORECASE)
 
 
 def job_submission_routes(service: Service) -> APIRouter:

@@ -23,6 +23,7 @@ FILES = {"image": "image", "image[]": "image", "mask": "mask"}
 MAX_PARTS = 64
 MAX_TEXT_BYTES = 64 * 1024
 _MAX_OVERHEAD = 1024 * 1024
+_AS_IT_IS = (b"binary", b"8bit", b"7bit")
 
 
 @dataclass
@@ -101,6 +102,9 @@ class _Reader:
             options = parse_options_header(value)[1]
             self._name = _utf8(options.get(b"name", b""))
             self._named_file = bool(options.get(b"filename"))
+        elif name.lower() == b"content-transfer-encoding" and value.strip().lower() not in _AS_IT_IS:
+            message = "A part of the form has a Content-Transfer-Encoding; send it as it is."
+            raise InvalidRequestError("invalid_multipart", message)
 
     def _named(self) -> None:
         if not self._name:

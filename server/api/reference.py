@@ -131,7 +131,7 @@ EDIT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": events_content(_image_events("image_edit")),
     },
     400: error_response(
-        "A field or file is unknown, malformed, or asks for what the model does not offer",
+        "A field or file is unknown, malformed, or asks for what is not offered; or every image was withheld",
         "empty_mask",
         "mask has nothing to edit.",
         "mask",

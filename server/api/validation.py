@@ -25,12 +25,14 @@ _TYPE_WORDS = {
     "float_type": "a number",
     "string_type": "a string",
     "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
 }
 
 # Why a whole field is refused: better than "must be null".
 _UNSUPPORTED = {
     "style": "style is not supported: describe the style in the prompt, or leave the field out.",
-    "quality": "quality must be auto: a distilled model has one quality; more steps take longer and look better.",
+    "quality": "quality must be auto or standard: a distilled model has one; more steps cost time and look better.",
     "background": "background must be auto or opaque: this model makes opaque images.",
     "moderation": "moderation must be auto: there is no other level here.",
 }
@@ -73,7 +75,8 @@ def _refusal(schema: type[BaseModel], detail: ErrorDetails) -> InvalidRequestErr
     if kind == "missing":
         code, message = "missing_field", f"{param} is required."
     elif kind in _TYPE_WORDS:
-        code, message = "invalid_type", f"{param} must be {_TYPE_WORDS[kind]}."
+        subject = f"each of {param}" if any(isinstance(part, int) for part in detail["loc"]) else param
+        code, message = "invalid_type", f"{subject} must be {_TYPE_WORDS[kind]}."
     elif kind in _RANGE_ERRORS:
         message = f"{param} must be {_range(schema, param)}."
     elif param in _UNSUPPORTED:

@@ -170,6 +170,13 @@ def test_what_is_wrong_is_named(
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
 
 
+def in_base64(text: str) -> bytes:
+    """A form whose prompt is said to be encoded, beside a good image."""
+    head = "--x\r\nContent-Disposition: form-data; name=prompt\r\nContent-Transfer-Encoding: base64\r\n\r\n"
+    image = b"\r\n--x\r\nContent-Disposition: form-data; name=image; filename=a.png\r\n\r\n" + PHOTO
+    return (head + text).encode() + image + b"\r\n--x--\r\n"
+
+
 @pytest.mark.parametrize(
     ("kind", "body"),
     [
@@ -178,6 +185,7 @@ def test_what_is_wrong_is_named(
         ("multipart/form-data; boundary=x", b"no boundary at all"),
         ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data; name=prompt\r\n\r\nseven"),
         ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n"),
+        ("multipart/form-data; boundary=x", in_base64("c2V2ZW4=")),
         ("multipart/form-data; boundary=xxxxxxxxxx", b"\r\n--xxxxxxxxx" * 20_000),
     ],
 )

@@ -42,6 +42,8 @@ def test_waiting_for_the_end_is_a_preference(running: Live, api: httpx.Client) -
     made = api.post(JOBS, json={"prompt": "one"}, headers={"prefer": "respond-async, wait=30"})
     assert (made.status_code, made.json()["status"]) == (200, "succeeded")
     assert made.headers["preference-applied"] == "wait=30"
+    quoted = api.post(JOBS, json={"prompt": "one"}, headers={"prefer": 'Wait = "30"'})
+    assert (quoted.status_code, quoted.headers.get("preference-applied")) == (200, "wait=30")
     running.bench.hold()
     early = api.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=1"})
     assert (early.status_code, early.json()["status"]) in ((202, "queued"), (202, "running"))

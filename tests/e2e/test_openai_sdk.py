@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from tests.support.serving import ServerProcess
+from tests.support.keys import write_key_file
+from tests.support.serving import ServerProcess, serving
 
 
 def decoded(b64: str | None) -> Image.Image:
@@ -131,7 +133,18 @@ def test_a_failure_in_a_stream_is_an_error_event(sdk: OpenAI) -> None:
         list(sdk.images.generate(prompt="six", model="toy-poison", stream=True))
 
 
+def assert_draws(line: str, folder: Path, **environment: str) -> None:
+    """line: of curl, as the server printed it."""
+    subprocess.run(line, shell=True, check=True, cwd=folder, timeout=60, env={**os.environ, **environment})
+    assert Image.open(folder / "image.png").size == (64, 64)
+
+
 def test_the_printed_curl_line_works(server: ServerProcess, tmp_path: Path) -> None:
-    line = next(line for line in server.output.splitlines() if "curl" in line)
-    subprocess.run(line, shell=True, check=True, cwd=tmp_path, timeout=60)
-    assert Image.open(tmp_path / "image.png").size == (64, 64)
+    assert_draws(next(line for line in server.output.splitlines() if "curl" in line), tmp_path)
+
+
+def test_the_printed_curl_line_works_with_a_key(toy_bundle: Path, tmp_path: Path) -> None:
+    keys = write_key_file(tmp_path / "keys.json")
+    with serving([toy_bundle], "--api-keys", str(tmp_path / "keys.json"), log=tmp_path / "log") as locked:
+        line = next(line for line in locked.output.splitlines() if "curl" in line)
+        assert_draws(line, tmp_path, HALFSTEP_API_KEY=keys["a"])

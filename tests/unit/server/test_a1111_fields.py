@@ -1,4 +1,4 @@
-"""How AUTOMATIC1111's clients choose a model: for one request, by override_settings."""
+"""AUTOMATIC1111's fields: how a request chooses its model, and what null means."""
 
 from __future__ import annotations
 
@@ -37,3 +37,19 @@ def test_a_request_chooses_its_model(
     wish = ImageWish(**fields, init_images=[base64.b64encode(file_of(photo())).decode()])
     edited = with_files_of(wish, resolve_image(wish, catalogue)[0])
     assert (edited.model, f"{edited.width}x{edited.height}") == (model, size)
+
+
+def test_null_means_left_out(catalogue: Catalogue) -> None:
+    fields: dict[str, Any] = {
+        "prompt": "seven",
+        "seed": 5,
+        "init_images": [base64.b64encode(file_of(photo())).decode()],
+    }
+    empty = {name: None for name in ImageWish.model_fields if name not in fields}
+    left_out, nulls = (
+        resolve_image(wish, catalogue)[0].outline for wish in (ImageWish(**fields), ImageWish(**fields, **empty))
+    )
+    assert nulls == left_out
+    drawn = adjusted_text(TextWish(prompt="seven", seed=None, batch_size=None, n_iter=None), catalogue)[0]
+    assert drawn.n == 1
+    assert drawn.seed is not None

@@ -215,3 +215,35 @@ def test_the_reference_has_the_body_of_every_event(client: TestClient) -> None:
     assert found == [URL, "/v1/images/edits", "/v1/jobs/{job_id}/events"]
     for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)):
         assert name in schemas
+
+
+def test_the_reference_calls_required_what_an_answer_always_has(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    optional = {name: set(body["properties"]) - set(body.get("required", ())) for name, body in schemas.items()}
+    delivered = {"b64_json", "url", "expires_at", "flagged"}
+    assert {name: fields for name, fields in optional.items() if fields} == {
+        "ImageBody": delivered,
+        "CompletedEvent": delivered,
+        "JobImageBody": {"expires_at"},
+        "JobEventBody": {"preview", "job"},
+    }
+
+
+def test_the_reference_names_events_as_they_are_sent(client: TestClient) -> None:
+    told = client.get("/openapi.json").json()
+    followed = told["paths"]["/v1/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
+    sent = ["queued", "running", "step", "completed", "failed", "cancelled", "expired"]
+    assert followed["text/event-stream"]["itemSchema"]["properties"]["event"]["enum"] == sent
+    assert told["components"]["schemas"]["JobEventBody"]["properties"]["type"]["enum"] == sent
+
+
+def test_every_error_of_the_reference_is_whole_and_says_where_the_time_to_wait_stands(client: TestClient) -> None:
+    told = client.get("/openapi.json").json()
+    parts = set(told["components"]["schemas"]["ErrorDetail"]["required"])
+    for path, operations in told["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                example = response.get("content", {}).get("application/json", {}).get("example")
+                assert example is None or set(example["error"]) == parts
+                waits = status in ("429", "503") and path != "/readyz"
+                assert ("Retry-After" in response.get("headers", {})) is waits

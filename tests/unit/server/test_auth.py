@@ -335,6 +335,10 @@ def test_pages_of_other_origins_are_let_in_by_name(toy_bundle: Path, path: Path,
     assert client.options(URL, headers={"origin": "https://other.example", **asked}).status_code == 400
     refused = client.get("/v1/models", headers={"origin": "https://app.example"})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://app.example")
+    for sent, status in (({"content-encoding": "gzip"}, 415), ({"x-large": "a" * 90_000}, 431)):
+        refused = client.get("/v1/models", headers={"origin": "https://app.example", **sent})
+        told = refused.headers.get("access-control-allow-origin")
+        assert (refused.status_code, told) == (status, "https://app.example")
 
 
 def test_without_the_setting_no_page_is_let_in(client: TestClient, keys: dict[str, str]) -> None:

@@ -165,6 +165,7 @@ COMBINATIONS = [
 def test_combination(client: TestClient, fields: dict[str, Any], code: str, param: str) -> None:
     status, error = post(client, seven(**fields))
     assert (status, error["code"], error["param"]) == (400, code, param)
+    assert param in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,7 @@ def test_allowed_values_are_named(client: TestClient) -> None:
     assert "64x64" in post(client, seven(size="8x8"))[1]["message"]
     assert "1 to 10" in post(client, seven(n=0))[1]["message"]
     assert "zero, one, two" in post(client, seven(prompt="cat"))[1]["message"]
+    assert "auto or standard" in post(client, seven(quality="high"))[1]["message"]
     assert "'png', 'jpeg' or 'webp'" in post(client, seven(output_format="gif"))[1]["message"]
 
 
@@ -247,6 +249,28 @@ def test_a_wrong_method_is_405_with_allow(client: TestClient) -> None:
     response = client.post("/openapi.json")
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
     assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_whatever_answers_get_answers_head_but_events_and_metrics(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in (path for path, operations in paths.items() if "get" in operations):
+        expected = 405 if path.endswith(("/events", "/metrics")) else client.get(path).status_code
+        assert client.head(path).status_code == expected, path
+
+
+WISHES = [
+    ({"init_images": "canary-4711"}, "init_images must be a list."),
+    ({"init_images": [5]}, "each of init_images must be a string."),
+    ({"init_images": [], "override_settings": []}, "override_settings must be an object."),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WISHES, ids=[str(case[0]) for case in WISHES])
+def test_a_list_or_object_of_the_wrong_type_is_said_so(
+    client: TestClient, fields: dict[str, Any], message: str
+) -> None:
+    error = client.post("/sdapi/v1/img2img", json={"prompt": "seven", **fields}).json()
+    assert (error["error"], error["detail"]) == ("invalid_type", message)
 
 
 def test_request_ids_are_the_clients_own_where_plain(client: TestClient) -> None:
