@@ -27,7 +27,7 @@ function answer(api, status, response) {
   const json = response.content?.["application/json"];
   if (json?.example) details.append(code(json.example));
   else if (json?.schema) details.append(...tables(api, json.schema));
-  const event = response.content?.["text/event-stream"]?.itemSchema;
+  const event = response.content?.["text/event-stream"]?.["x-itemSchema"];
   if (event) {
     const data = event.properties.data.contentSchema;
     details.append(make("h4", {}, "Data of an event: text/event-stream"), ...tables(api, data));

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
@@ -209,12 +210,19 @@ def test_the_reference_has_the_body_of_every_event(client: TestClient) -> None:
         for operation in operations.values():
             stream = operation["responses"].get("200", {}).get("content", {}).get("text/event-stream")
             if stream is not None:
-                bodies = stream["itemSchema"]["properties"]["data"]["contentSchema"]["anyOf"]
+                bodies = stream["x-itemSchema"]["properties"]["data"]["contentSchema"]["anyOf"]
                 assert all(body["$ref"].rsplit("/", 1)[1] in schemas for body in bodies)
                 found.append(path)
     assert found == [URL, "/v1/images/edits", "/v1/jobs/{job_id}/events"]
     for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(told)):
         assert name in schemas
+
+
+def test_the_reference_is_a_document_as_its_version_has_it(client: TestClient) -> None:
+    """Which generators of clients check before they make anything."""
+    told = client.get("/openapi.json").json()
+    assert told["openapi"].startswith("3.1.")
+    OpenAPIV31SpecValidator(told).validate()
 
 
 def test_the_reference_calls_required_what_an_answer_always_has(client: TestClient) -> None:
@@ -233,7 +241,7 @@ def test_the_reference_names_events_as_they_are_sent(client: TestClient) -> None
     told = client.get("/openapi.json").json()
     followed = told["paths"]["/v1/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
     sent = ["queued", "running", "step", "completed", "failed", "cancelled", "expired"]
-    assert followed["text/event-stream"]["itemSchema"]["properties"]["event"]["enum"] == sent
+    assert followed["text/event-stream"]["x-itemSchema"]["properties"]["event"]["enum"] == sent
     assert told["components"]["schemas"]["JobEventBody"]["properties"]["type"]["enum"] == sent
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.routing import APIRoute
+from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.testclient import TestClient
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
@@ -296,6 +297,7 @@ def test_what_is_no_single_rate_is_refused(rate: str) -> None:
 
 def test_the_reference_says_how_a_key_is_sent(client: TestClient, keys: dict[str, str], toy_bundle: Path) -> None:
     told = client.get("/openapi.json", headers=bearer(keys["a"])).json()
+    OpenAPIV31SpecValidator(told).validate()
     assert told["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert told["paths"][URL]["post"]["security"] == [{"key": []}]
     assert {"password": []} in told["paths"]["/sdapi/v1/txt2img"]["post"]["security"]
