@@ -24,7 +24,7 @@ _ANY = {
 }
 _WITH_KEYS = {
     "401": "An API key is needed, and this is none",
-    "403": "The API key lacks the scope, or its quota never allows so many images",
+    "403": "The API key lacks the scope, its quota never allows so many images, or this is sent for a foreign page",
     "503": "The job store does not answer; Retry-After says when to try again",
 }
 _SPENDING = {"429": "Too much for this key or tenant; Retry-After says when to try again"}

@@ -1,4 +1,4 @@
-"""The ASGI layer around all routes: header limits, body deadlines, and an answer for what nobody caught."""
+"""The ASGI layer around all routes: limits of headers, foreign pages, late bodies, and what nobody caught."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from server.metrics import Metrics
 from server.settings import Settings
 
 MAX_HEADERS = 100
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _log = structlog.get_logger()
 
 
 class Guard:
-    """settings: ``max_header_bytes``, ``body_timeout_s``."""
+    """settings: ``max_header_bytes``, ``body_timeout_s``, ``cors_origins``."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings) -> None:
         self._app = app
         self._metrics = metrics
         self._max_header_bytes = settings.max_header_bytes
         self._body_timeout_s = settings.body_timeout_s
+        self._origins = {origin.encode() for origin in settings.cors_origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +84,19 @@ class Guard:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             message = "Compressed request bodies are not accepted; send it as it is."
             return ApiError(415, "unsupported_encoding", message)
+        if scope["method"] not in _SAFE and self._is_foreign(headers):
+            message = "Pages of this origin may not call this server: cors_origins does not name it."
+            return ApiError(403, "origin_not_allowed", message)
         return None
+
+    def _is_foreign(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a browser sent this for a page from elsewhere: a form is sent without asking first.
+
+        Source: https://www.w3.org/TR/fetch-metadata/#sec-fetch-site-header
+        """
+        if headers.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin"):
+            return False
+        return self._origins.isdisjoint((b"*", headers.get(b"origin", b"")))
 
 
 def internal_error() -> ApiError:

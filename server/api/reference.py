@@ -53,7 +53,7 @@ def component(schema: type[BaseModel]) -> dict[str, str]:
 def events_content(events: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     """Server-sent events by name; ``data`` is JSON, and an error has no name.
 
-    As OpenAPI 3.2 tells of them, in an extension: generators of clients read 3.1, whose rules forbid ``itemSchema``.
+    As OpenAPI 3.2 tells of them, in an extension: generators of clients read 3.1, which forbids ``itemSchema``.
     """
     schemas: list[type[BaseModel]] = [*dict.fromkeys(events.values()), ErrorResponse]
     bodies = [component(schema) for schema in schemas]

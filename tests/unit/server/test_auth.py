@@ -343,6 +343,32 @@ def test_pages_of_other_origins_are_let_in_by_name(toy_bundle: Path, path: Path,
         assert (refused.status_code, told) == (status, "https://app.example")
 
 
+@pytest.mark.parametrize(
+    ("site", "origin", "named", "status"),
+    [
+        ("cross-site", "https://evil.example", (), 403),
+        ("same-site", "http://127.0.0.1:3000", (), 403),
+        ("cross-site", "null", ("https://app.example",), 403),
+        ("cross-site", None, ("https://app.example",), 403),
+        ("cross-site", "https://app.example", ("https://app.example",), 415),
+        ("cross-site", "https://evil.example", ("*",), 415),
+        ("same-origin", "http://testserver", (), 415),
+        ("none", None, (), 415),
+        (None, None, (), 415),
+    ],
+)
+def test_a_form_of_a_foreign_page_is_refused(
+    toy_bundle: Path, site: str | None, origin: str | None, named: tuple[str, ...], status: int
+) -> None:
+    """A browser sends it without asking; no key would keep it out of a server on loopback."""
+    client = offline_client(offline_service(toy_bundle, Settings(cors_origins=named)))
+    headers = {name: value for name, value in (("sec-fetch-site", site), ("origin", origin)) if value}
+    sent = client.post("/v1/images/edits", data={"no_such": "field"}, headers=headers)
+    assert sent.status_code == status
+    assert sent.json()["error"]["code"] == ("origin_not_allowed" if status == 403 else "unsupported_media_type")
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
 def test_without_the_setting_no_page_is_let_in(client: TestClient, keys: dict[str, str]) -> None:
     answer = client.get("/v1/models", headers={"origin": "https://app.example", **bearer(keys["a"])})
     assert "access-control-allow-origin" not in answer.headers
