@@ -183,6 +183,39 @@ async def test_an_engine_that_was_being_restarted_ends_with_its_worker(
     assert started[0].returncode == -signal.SIGKILL
 
 
+async def test_an_engine_that_loads_ends_when_it_is_closed(settings: Settings) -> None:
+    engine = EngineProcess(settings, (sys.executable, "-c", "import time; time.sleep(60)"))
+    spawning = asyncio.create_task(asyncio.to_thread(engine.spawn))
+    while engine.pid == 0:  # noqa: ASYNC110 - a thread sets it
+        await asyncio.sleep(0.01)
+    await engine.close()
+    with pytest.raises(BackendError, match="ended while it loaded"):
+        await spawning
+    assert engine._process is not None
+    assert engine._process.returncode == -signal.SIGKILL
+
+
+LEAVES = """
+import socket, sys, time
+from server.engine_wire import frame
+
+link = socket.socket(fileno=int(sys.argv[1]))
+link.recv(1 << 16)
+link.sendall(frame({"loaded": {}}))
+link.close()
+time.sleep(60)
+"""
+
+
+async def test_an_engine_that_speaks_no_more_is_ended(settings: Settings) -> None:
+    engine, reports = EngineProcess(settings, (sys.executable, "-c", LEAVES)), asyncio.Queue[list[Event]]()
+    await asyncio.to_thread(engine.spawn)
+    engine.start(reports.put_nowait)
+    (event,) = await asyncio.wait_for(reports.get(), 120)
+    assert event == Died(frozenset(), f"it was ended by signal {signal.SIGKILL:d}")
+    await engine.close()
+
+
 async def test_a_supervision_that_fails_ends_the_worker_and_its_job(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
