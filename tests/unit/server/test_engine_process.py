@@ -324,6 +324,26 @@ def test_an_engine_that_loads_ends_with_its_worker(tmp_path: Path) -> None:
         assert ended
 
 
+FREEZES = """
+import gc, sys
+from pathlib import Path
+from server.engine_child import main
+
+done, file = [], Path(sys.argv.pop(1))
+gc.freeze = lambda: file.write_text(" ".join([*done, "frozen"]))
+main(lambda *_: done.append("loaded") or {})
+"""
+
+
+async def test_what_an_engine_process_has_loaded_is_no_garbage_once_it_is_ready(
+    settings: Settings, tmp_path: Path
+) -> None:
+    engine = EngineProcess(settings, (sys.executable, "-c", FREEZES, str(tmp_path / "done")))
+    await asyncio.to_thread(engine.spawn)
+    assert (tmp_path / "done").read_text() == "loaded frozen"
+    await engine.close()
+
+
 async def test_an_engine_that_dies_while_loading_says_so(settings: Settings) -> None:
     engine = EngineProcess(settings, (sys.executable, "-c", "raise SystemExit(1)"))
     with pytest.raises(BackendError, match="ended while it loaded"):
