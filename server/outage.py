@@ -8,6 +8,9 @@ from typing import Any
 
 import structlog
 
+ANEW_S = 60.0
+"""A call that was begun so long after the last failure, and fails, is waited for anew: nobody tried meanwhile."""
+
 _log = structlog.get_logger()
 
 
@@ -19,18 +22,25 @@ class Outage:
 
     def __init__(self, away: str = "store_away", back: str = "store_back", level: int = logging.WARNING) -> None:
         self._since_s: float | None = None
+        self._failed_s = 0.0
         self._away, self._back, self._level = away, back, level
         self._told: set[str] = set()
 
     @property
     def lasts_s(self) -> float:
-        """Seconds since the first call that failed of those after the last that did not."""
+        """Seconds since the first failure after the last call that succeeded, or after a pause of ``ANEW_S``."""
         return 0.0 if self._since_s is None else time.monotonic() - self._since_s
 
-    def goes_on(self, error: str, **more: Any) -> None:
-        """Note that the store did not answer, or took nothing in. more: of the line."""
-        if self._since_s is None:
-            self._since_s = time.monotonic()
+    def goes_on(self, error: str, *, begun_s: float | None = None, **more: Any) -> None:
+        """Note that the store did not answer, or took nothing in.
+
+        begun_s: when it was asked, by ``time.monotonic``; just now when left out. more: of the line.
+        """
+        now = time.monotonic()
+        begun_s = now if begun_s is None else begun_s
+        if self._since_s is None or begun_s - self._failed_s >= ANEW_S:
+            self._since_s = now
+        self._failed_s = now
         if error not in self._told:
             _log.log(self._level, self._away, error=error, **more)
         self._told.add(error)

@@ -149,6 +149,7 @@ class ResultStore:
     @contextmanager
     def _noted(self, operation: str) -> Iterator[None]:
         """Log and count what goes wrong. Raises: FileNotFoundError of a read as it is; ResultStoreError."""
+        begun = time.monotonic()
         try:
             yield
         except (BaseError, OSError) as error:
@@ -156,7 +157,8 @@ class ResultStore:
                 raise
             self._metrics.result_store_failures.labels(operation).inc()
             reason = str(error).partition("\n")[0]
-            self.outages[operation].goes_on(type(error).__name__, operation=operation, detail=reason)
+            kind = type(error).__name__
+            self.outages[operation].goes_on(kind, begun_s=begun, operation=operation, detail=reason)
             raise ResultStoreError(f"the result store failed to {operation}") from error
         else:
             self.outages[operation].is_over(operation=operation)

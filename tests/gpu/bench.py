@@ -17,76 +17,40 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 import typer
-from rich.console import Console
 
 from engines.backends.base import Precision
 from engines.backends.load import ON_GPU, BackendName, choose_backend, choose_precision, machine_of
-from engines.device_memory import DeviceMemory
 from engines.errors import BackendError
-from tests.gpu.architectures import ARCHITECTURES, Graph
+from tests.gpu.architectures import ARCHITECTURES, Architecture, Graph
 from tests.gpu.contenders import Call, Ready, diffusers_contender, engine_contenders, export
+from tests.gpu.found import Found, err, summary
 
-STEPS = 4
 WARM_S = 0.3
 """Least time that a contender is run before it is timed: the clocks of an idle GPU take a while to rise."""
 
 GRAPHS: tuple[Graph, ...] = get_args(Graph)
-DECODES: tuple[Graph, ...] = ("decode", "decode_tiny")
-_err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-Figures = dict[str, dict[str, dict[int, float]]]
-"""Milliseconds by contender, graph and batch size."""
 
 
-@dataclass
-class Found:
-    """What a run has found so far, of the contenders on ``device``.
+class Asked(NamedTuple):
+    """What is to be measured. rungs: batch sizes, ascending. repeats: calls each. work: of ``main``."""
 
-    device_mb: by contender and graph, what it took of the GPU's memory for all batch sizes and keeps between calls;
-    empty on a CPU. failures: what is missing, and why.
-    """
+    model: str
+    graphs: tuple[Graph, ...]
+    rungs: tuple[int, ...]
+    precision: Precision
+    repeats: int
+    work: Path | None
 
-    device: BackendName
-    engines: dict[str, str] = field(default_factory=dict)
-    ceilings: dict[str, float] = field(default_factory=dict)
-    ms: Figures = field(default_factory=dict)
-    device_mb: dict[str, dict[str, float]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-    @contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
-        """Say that this begins. Where it fails, keep the reason and go on."""
-        _err.print(f"{time.monotonic() - self.started:6.0f} s  {what}")
-        try:
-            yield
-        except Exception as error:  # torch and the libraries raise what they like
-            self.failures[what] = f"{type(error).__name__}: {error}"
-            _err.print(f"FAILED: {what}: {self.failures[what]}")
-
-    @contextmanager
-    def memory_of(self, contender: str, graph: str) -> Iterator[None]:
-        """What this takes of the device's memory counts as the contender's."""
-        memory = DeviceMemory(self.device)
-        yield
-        if (taken := memory.taken_mb()) is not None:
-            graphs = self.device_mb.setdefault(contender, {})
-            graphs[graph] = graphs.get(graph, 0.0) + taken
-
-    def of(self, graph: str) -> dict[str, Any]:
-        """ms and device_mb of one graph."""
-        kept = {"ms": self.ms, "device_mb": self.device_mb}
-        return {
-            "graph": graph,
-            **{key: {name: of[graph] for name, of in found.items() if graph in of} for key, found in kept.items()},
-        }
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model]
 
 
 def main(
@@ -108,35 +72,21 @@ def main(
     """Measure graph by graph, printing a JSON line for all that is found; the last has all. Exit 1 for failures."""
     check_known("--model", [model], tuple(ARCHITECTURES))
     check_known("--graph", graph or (), GRAPHS)
-    architecture, sizes = ARCHITECTURES[model], batch_sizes(rungs)
-    wanted = tuple(name for name in GRAPHS if graph is None or name in graph)
-    try:
-        names = [choose_backend(name) for name in backend or ["torch-cuda"]]
-        backends = {name: choose_precision(name, precision) for name in names}
-        machines = {name: machine_of(name) for name in names}
-    except BackendError as error:
-        _err.print(f"error: {error}")
-        raise typer.Exit(1) from None
-    found = Found(next((name for name in names if name in ON_GPU), names[0]))
-    device = "cuda" if found.device in ON_GPU else "cpu"
+    graphs = tuple(name for name in GRAPHS if graph is None or name in graph)
+    asked = Asked(model, graphs, batch_sizes(rungs), precision, repeats, work)
+    backends, machines = chosen(backend or ["torch-cuda"], precision)
+    found = Found(next((name for name in backends if name in ON_GPU), next(iter(backends))))
+    flops = asked.architecture.step_flops()
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     command = f"python -m tests.gpu.bench {' '.join(sys.argv[1:])}".strip()
     told = {"model": model, "machines": machines, **versions, "precision": precision, "seed": 0, "command": command}
-    flops = architecture.step_flops()
     with found.going_on("ceilings"):
-        found.ceilings = measured_ceilings(device)
+        found.ceilings = measured_ceilings(found.torch_device)
         typer.echo(json.dumps({"ceilings": found.ceilings}))
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in wanted:
-            with found.going_on(name), ExitStack() as stack:
-                file, spec = export(architecture, model, name, work or Path(scratch))
-                contenders = engine_contenders(backends, file, spec, sizes, found.engines, stack, work)
-                contenders |= diffusers_contender(architecture, name, device, precision)
-                measure(found, name, contenders, sizes, repeats)
-    for name in wanted if compiled else ():
+    measure_engines(found, asked, backends)
+    for name in graphs if compiled else ():
         typer.echo(json.dumps({**told, **summary(found, flops)}))
-        with found.going_on(f"{name}, compiled"):
-            measure(found, name, diffusers_contender(architecture, name, device, precision, True), sizes, repeats)
+        measure_compiled(found, asked, name)
     typer.echo(json.dumps({**told, **summary(found, flops)}))
     if found.failures:
         raise typer.Exit(1)
@@ -160,35 +110,37 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def summary(found: Found, flops: int) -> dict[str, Any]:
-    """Everything found, and what follows from it as far as it is there. flops: of a row's step."""
-    steps = {name: graphs["step"] for name, graphs in found.ms.items() if "step" in graphs}
-    best = found.ceilings.get("matmul_tflop_s")
-    return {
-        "engines": found.engines,
-        "step_tflop": flops / 1e12,
-        "ceilings": found.ceilings,
-        "ms": found.ms,
-        "device_mb": found.device_mb or None,
-        "step_fraction": {
-            name: {r: r * flops / (taken * 1e9) / best for r, taken in step.items()}
-            for name, step in steps.items()
-            if best is not None
-        },
-        "images_per_s": {
-            name: {
-                decode: {
-                    r: 1e3 * r / (STEPS * taken + found.ms[name][decode][r])
-                    for r, taken in step.items()
-                    if r in found.ms[name][decode]
-                }
-                for decode in DECODES
-                if decode in found.ms[name]
-            }
-            for name, step in steps.items()
-        },
-        "failures": found.failures,
-    }
+def chosen(
+    names: Sequence[str], precision: Precision
+) -> tuple[dict[BackendName, Precision], dict[BackendName, str]]:
+    """Precision and machine of each backend. Raises: typer.Exit where one is unknown, or cannot run here."""
+    try:
+        known = [choose_backend(name) for name in names]
+        backends = {name: choose_precision(name, precision) for name in known}
+        return backends, {name: machine_of(name) for name in known}
+    except BackendError as error:
+        err.print(f"error: {error}")
+        raise typer.Exit(1) from None
+
+
+def measure_engines(found: Found, asked: Asked, backends: Mapping[BackendName, Precision]) -> None:
+    """Each graph on all backends, and on diffusers as it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in asked.graphs:
+            with found.going_on(name), ExitStack() as stack:
+                file, spec = export(asked.architecture, asked.model, name, asked.work or Path(scratch))
+                contenders = engine_contenders(backends, file, spec, asked.rungs, found.engines, stack, asked.work)
+                contenders |= diffusers_contender(asked.architecture, name, found.torch_device, asked.precision)
+                measure(found, name, contenders, asked.rungs, asked.repeats)
+
+
+def measure_compiled(found: Found, asked: Asked, graph: Graph) -> None:
+    """One graph on diffusers under torch.compile."""
+    with found.going_on(f"{graph}, compiled"):
+        contender = diffusers_contender(
+            asked.architecture, graph, found.torch_device, asked.precision, compiled=True
+        )
+        measure(found, graph, contender, asked.rungs, asked.repeats)
 
 
 def measure(

@@ -17,6 +17,7 @@ from engines.backends.cuda import Device
 from engines.errors import BackendError
 from tests.gpu import bench, contenders
 from tests.gpu.architectures import ARCHITECTURES
+from tests.gpu.found import Found, summary
 
 TINY = ARCHITECTURES["tiny"]
 
@@ -64,13 +65,13 @@ def test_a_graph_that_fails_loses_nothing_else(
 
 
 def test_what_follows_is_summed_up_of_what_is_there() -> None:
-    found = bench.Found("onnxruntime", ceilings={"matmul_tflop_s": 2.0})
+    found = Found("onnxruntime", ceilings={"matmul_tflop_s": 2.0})
     found.ms = {"whole": {"step": {1: 10.0, 4: 20.0}, "decode": {1: 60.0}}, "no step": {"decode": {1: 5.0}}}
-    told = bench.summary(found, 10**9)
+    told = summary(found, 10**9)
     assert told["step_fraction"] == {"whole": {1: pytest.approx(0.05), 4: pytest.approx(0.1)}}
     assert told["images_per_s"] == {"whole": {"decode": {1: pytest.approx(10.0)}}}
     found.ceilings = {}
-    assert bench.summary(found, 10**9)["step_fraction"] == {}
+    assert summary(found, 10**9)["step_fraction"] == {}
 
 
 def test_a_contender_that_fails_at_a_batch_size_keeps_the_smaller_ones() -> None:
@@ -79,7 +80,7 @@ def test_a_contender_that_fails_at_a_batch_size_keeps_the_smaller_ones() -> None
             raise torch.OutOfMemoryError("no room")
         return lambda: None
 
-    found = bench.Found("onnxruntime")
+    found = Found("onnxruntime")
     bench.measure(found, "step", {"small": lambda: ready, "large": lambda: lambda rung: lambda: None}, (1, 4, 8), 1)
     assert found.ms["small"]["step"].keys() == {1}
     assert found.ms["large"]["step"].keys() == {1, 4, 8}

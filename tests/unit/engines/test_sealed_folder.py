@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -107,6 +108,20 @@ def test_what_another_process_left_half_written_is_not_sealed_by_one_that_lives(
         (tmp_path / "second.blob").write_bytes(b"whole")
     with SealedFolder(tmp_path).in_use():
         assert {file.name for file in tmp_path.glob("*.blob")} == {"first.blob", "second.blob"}
+
+
+def test_a_folder_that_another_uses_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is being written there has no seal yet, and would be swept."""
+    lock, file = fcntl.flock, tmp_path / "a.blob"
+    monkeypatch.setattr(fcntl, "flock", lambda opened, how: lock(opened, how | fcntl.LOCK_NB))
+    with SealedFolder(tmp_path).in_use():
+        file.write_bytes(b"half a model")
+        with pytest.raises(BlockingIOError), SealedFolder(tmp_path).in_use():
+            pass
+        assert file.exists()
+        file.write_bytes(b"whole")
+    with SealedFolder(tmp_path).in_use():
+        assert file.exists()
 
 
 def test_what_a_failed_use_left_is_not_sealed_by_the_next_one(tmp_path: Path) -> None:

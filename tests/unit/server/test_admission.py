@@ -78,3 +78,15 @@ def test_a_deadline_is_met_by_all_workers_together(toy_bundle: Path) -> None:
     assert refused.value.code == "deadline_unmeetable"
     assert int(refused.value.headers["retry-after-ms"]) == pytest.approx(500 + 4 * ROW_STEP_S * 1000, abs=1)
     admission.check(Backlog(), request(), deadline_ms=1)  # beside nothing it is tried
+
+
+@pytest.mark.parametrize("refusal", [RateError, OverloadedError])
+@pytest.mark.parametrize(
+    ("wait_s", "seconds", "ms"), [(0.0, "1", "1"), (0.0101, "1", "11"), (1.0, "1", "1000"), (1.0001, "2", "1001")]
+)
+def test_waits_are_told_rounded_up(
+    refusal: type[RateError | OverloadedError], wait_s: float, seconds: str, ms: str
+) -> None:
+    """Who comes a moment too early is refused again."""
+    headers = refusal("code", "message", retry_after_s=wait_s).headers
+    assert (headers["retry-after"], headers["retry-after-ms"]) == (seconds, ms)

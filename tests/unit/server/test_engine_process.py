@@ -183,6 +183,39 @@ async def test_an_engine_that_was_being_restarted_ends_with_its_worker(
     assert started[0].returncode == -signal.SIGKILL
 
 
+async def test_an_engine_that_loads_ends_when_it_is_closed(settings: Settings) -> None:
+    engine = EngineProcess(settings, (sys.executable, "-c", "import time; time.sleep(60)"))
+    spawning = asyncio.create_task(asyncio.to_thread(engine.spawn))
+    while engine.pid == 0:  # noqa: ASYNC110 - a thread sets it
+        await asyncio.sleep(0.01)
+    await engine.close()
+    with pytest.raises(BackendError, match="ended while it loaded"):
+        await spawning
+    assert engine._process is not None
+    assert engine._process.returncode == -signal.SIGKILL
+
+
+LEAVES = """
+import socket, sys, time
+from server.engine_wire import frame
+
+link = socket.socket(fileno=int(sys.argv[1]))
+link.recv(1 << 16)
+link.sendall(frame({"loaded": {}}))
+link.close()
+time.sleep(60)
+"""
+
+
+async def test_an_engine_that_speaks_no_more_is_ended(settings: Settings) -> None:
+    engine, reports = EngineProcess(settings, (sys.executable, "-c", LEAVES)), asyncio.Queue[list[Event]]()
+    await asyncio.to_thread(engine.spawn)
+    engine.start(reports.put_nowait)
+    (event,) = await asyncio.wait_for(reports.get(), 120)
+    assert event == Died(frozenset(), f"it was ended by signal {signal.SIGKILL:d}")
+    await engine.close()
+
+
 async def test_a_supervision_that_fails_ends_the_worker_and_its_job(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +322,26 @@ def test_an_engine_that_loads_ends_with_its_worker(tmp_path: Path) -> None:
         worker.kill()
         ended, _, _ = select.select([worker.stdout], [], [], 120)  # once nobody holds the other end any more
         assert ended
+
+
+FREEZES = """
+import gc, sys
+from pathlib import Path
+from server.engine_child import main
+
+done, file = [], Path(sys.argv.pop(1))
+gc.freeze = lambda: file.write_text(" ".join([*done, "frozen"]))
+main(lambda *_: done.append("loaded") or {})
+"""
+
+
+async def test_what_an_engine_process_has_loaded_is_no_garbage_once_it_is_ready(
+    settings: Settings, tmp_path: Path
+) -> None:
+    engine = EngineProcess(settings, (sys.executable, "-c", FREEZES, str(tmp_path / "done")))
+    await asyncio.to_thread(engine.spawn)
+    assert (tmp_path / "done").read_text() == "loaded frozen"
+    await engine.close()
 
 
 async def test_an_engine_that_dies_while_loading_says_so(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from server.errors import ApiError, StartError
 from server.links import FileLinks
 from server.metrics import Metrics
+from server.outage import ANEW_S
 from server.settings import Settings
 from server.signing import Signer
 from server.storage import FileGoneError, ResultStore, ResultStoreError, expires_at
@@ -196,3 +197,20 @@ async def test_an_outage_is_logged_once_for_each_operation(store: ResultStore, f
             await store.write("j", 1, 0, "png", b"x")
     told = [(line["event"], line["operation"]) for line in logs]
     assert told == [("result_store_failed", "write"), ("result_store_back", "write")]
+
+
+def test_calls_that_take_long_to_fail_are_of_one_outage(
+    store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+
+    def fail_late() -> None:
+        with store._noted("write"):
+            now[0] += 2 * ANEW_S
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr("server.storage.time.monotonic", lambda: now[0])
+    for _ in range(3):
+        with pytest.raises(ResultStoreError):
+            fail_late()
+    assert store.outages["write"].lasts_s == 4 * ANEW_S
