@@ -1,6 +1,6 @@
 """Step and both decoders of a real architecture, random weights, on each engine and on diffusers, in one run.
 
-    python -m tests.gpu.bench --model sd15 --backend tensorrt --backend torch-cuda
+    python -m tests.gpu.bench --model sd15 --backend tensorrt --backend torch-cuda --backend torch-inductor
 
 Contenders alternate; the median of each counts, copies to and from the device included. Two ceilings are measured
 before them: a bfloat16 matrix product and a copy. What torch.compile makes of diffusers comes last, for it takes
