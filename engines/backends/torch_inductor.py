@@ -22,7 +22,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._inductor import CompiledArtifact, standalone_compile  # type: ignore[attr-defined]
+from torch._inductor import config as inductor_config
 
 from engines.backends.base import RUNGS, Precision
 from engines.backends.cuda import says_out_of_memory
@@ -119,8 +121,17 @@ def engine_name(precision: Precision) -> str:
 def compile_program(module: OnnxModule, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> bytes:
     """The module as code for inputs of just these shapes, with the names of what it takes.
 
-    outputs: their names, in the order wanted. Raises: whatever the compiler does.
+    outputs: their names, in the order wanted. Raises: BackendError where torch keeps nothing it compiled; whatever
+    the compiler does.
     """
+    if inductor_config.force_disable_caches or not (
+        inductor_config.fx_graph_cache and functorch_config.enable_autograd_cache
+    ):
+        raise BackendError(
+            "torch's caches are switched off, from which what it compiled is taken: unset "
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES, TORCHINDUCTOR_FX_GRAPH_CACHE and TORCHINDUCTOR_AUTOGRAD_CACHE, "
+            "or use --backend torch-cuda"
+        )
     graph, taken, constants = trace(module, inputs, outputs)
     without_values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     with _as_torch_likes_it(), tempfile.TemporaryDirectory(dir=_workshop()) as folder:
@@ -192,7 +203,8 @@ class _Fixed(torch.nn.Module):
 
     def forward(self, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
         made = self._graph.run(values)
-        return tuple(made[name] for name in self._outputs)
+        given = {id(tensor) for tensor in values.values()}  # a graph of these alone would be nothing to compile
+        return tuple(made[name].clone() if id(made[name]) in given else made[name] for name in self._outputs)
 
 
 @contextmanager

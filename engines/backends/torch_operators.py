@@ -161,7 +161,7 @@ def _split(x: Tensor, split: Numbers | None = None, axis: int = 0, num_outputs: 
 
 def _gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
     picked = x.index_select(axis, (indices % x.shape[axis]).reshape(-1))
-    return picked.reshape(*x.shape[: axis % x.ndim], *indices.shape, *x.shape[axis % x.ndim + 1 :])
+    return picked.reshape((*x.shape[: axis % x.ndim], *indices.shape, *x.shape[axis % x.ndim + 1 :]))
 
 
 def _expand(x: Tensor, shape: Numbers) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from engines.backends import torch_inductor
@@ -29,6 +30,7 @@ from engines.cache import EngineKey
 from engines.condition import load_tokenizer
 from engines.errors import BackendError, OutOfMemoryError
 from engines.examples import example_inputs
+from engines.manifest import GraphSpec, Parity, TensorSpec
 from tests.support.on_torch import check_close
 from tests.support.step_rows import random_rows, step_spec
 from tests.support.toy_bundle import ToyOptions, make_toy_bundle
@@ -169,6 +171,62 @@ def test_what_the_compiler_cannot_do_is_one_sentence(
     with pytest.raises(kind, match=message) as caught:
         engine.run(random_rows(2, seed=0))
     assert "whole output" not in str(caught.value)
+
+
+@pytest.mark.parametrize("switch", ["force_disable_caches", "fx_graph_cache"])
+def test_caches_that_are_switched_off_are_named(switch: str, unet_file: Path) -> None:
+    with torch._inductor.config.patch({switch: switch == "force_disable_caches"}):
+        engine = on_cpu(unet_file, step_spec(unet_file), rungs=(2,))
+        with pytest.raises(BackendError, match=r"step\.onnx: torch's caches are switched off.*FX_GRAPH_CACHE"):
+            engine.run(random_rows(2, seed=0))
+
+
+def small_graphs() -> dict[str, list[onnx.NodeProto]]:
+    """From x, of b rows of 3, to y."""
+    node = helper.make_node
+    return {
+        "nothing to compute": [node("Identity", ["x"], ["y"])],
+        "a length as data": [
+            node("Shape", ["x"], ["s"]),
+            node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
+            node("Gather", ["f", "one"], ["width"]),
+            node("Mul", ["x", "width"], ["y"]),
+        ],
+        "a constant that is a length and data": [
+            node("Reshape", ["x", "shape"], ["r"]),
+            node("Cast", ["shape"], ["f"], to=TensorProto.FLOAT),
+            node("ReduceMean", ["f"], ["mean"], keepdims=0),
+            node("Mul", ["r", "mean"], ["y"]),
+        ],
+        "positions": [
+            node("Shape", ["x"], ["s"]),
+            node("Gather", ["s", "one"], ["width"]),
+            node("Range", ["zero", "width", "one"], ["r"]),
+            node("Cast", ["r"], ["f"], to=TensorProto.FLOAT),
+            node("Add", ["x", "f"], ["y"]),
+        ],
+        "an output of lengths alone": [
+            node("Shape", ["x"], ["s"]),
+            node("Expand", ["five", "s"], ["y"]),
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", small_graphs())
+def test_what_shapes_decide_is_known_when_it_is_compiled(name: str, tmp_path: Path) -> None:
+    stored = {"zero": np.array(0), "one": np.array(1), "shape": np.array([0, 3]), "five": np.float32([[5]])}
+    x, y = (helper.make_tensor_value_info(each, TensorProto.FLOAT, ["b", 3]) for each in "xy")
+    constants = [numpy_helper.from_array(array, each) for each, array in stored.items()]
+    graph = helper.make_graph(small_graphs()[name], "graph", [x], [y], constants)
+    file, opsets = tmp_path / "g.onnx", [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+    tensors = [TensorSpec(name=each, dtype="float32", shape=(-1, 3)) for each in "xy"]
+    parity = Parity(reference="none", max_abs_error=0, mean_abs_error=0, rows=0)
+    spec = GraphSpec(file="g.onnx", inputs=(tensors[0],), outputs=(tensors[1],), parity=parity)
+    engine, rows = on_cpu(file, spec, rungs=(2,)), {"x": np.float32([[1, 2, 3], [4, 5, 6]])}
+    first = engine.run(rows)
+    engine.run({"x": rows["x"] + 1})
+    np.testing.assert_allclose(first["y"], OnnxRuntimeBackend(file, spec).run(rows)["y"])
 
 
 def test_nothing_of_shapes_is_left_for_a_device(unet_file: Path) -> None:
