@@ -124,6 +124,11 @@ def _check_unet(folder: PipelineFolder) -> None:
         raise folder.wrong(
             f"unet: addition_embed_type is {unet['addition_embed_type']!r}; only {supported} is supported"
         )
+    if type(side := unet["sample_size"]) is not int:
+        raise folder.wrong(
+            f"unet: sample_size is {side!r}; it must be the side of the latents it was trained on, a whole number: "
+            "correct unet/config.json"
+        )
     _refuse_unless(folder, "unet", unet, class_embed_type=None)
     _refuse_unless(folder, "unet", unet, encoder_hid_dim_type=None, encoder_hid_dim=None)
     if folder.layout == "sdxl":

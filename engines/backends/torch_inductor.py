@@ -106,7 +106,7 @@ class TorchInductorBackend(TorchCudaBackend):
                 raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise BackendError(
-                f"cannot compile {rows.rung} rows ({reason}); --backend torch-cuda runs them without"
+                f"cannot make {rows.rung} rows ready ({reason}); --backend torch-cuda runs them uncompiled"
             ) from error
         if program is None:
             raise BackendError(f"does not load what it has just compiled for {rows.rung} rows")
@@ -134,7 +134,7 @@ def compile_program(module: OnnxModule, inputs: Mapping[str, Tensor], outputs: S
         )
     graph, taken, constants = trace(module, inputs, outputs)
     without_values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    with _as_torch_likes_it(), tempfile.TemporaryDirectory(dir=_workshop()) as folder:
+    with _as_torch_likes_it(), tempfile.TemporaryDirectory(dir=_workshop().name) as folder:
         file = Path(folder, "program")
         standalone_compile(graph, without_values).save(path=str(file))
         code = file.read_bytes()
@@ -147,13 +147,17 @@ def load_program(plan: bytes, device: str) -> Program | None:
     """What ``compile_program`` gave, ready to run; None where this torch does not take it.
 
     plan: from a trusted place, for it is run. device: where its constants are to lie.
+    Raises: OSError where there is no room to unpack it, for which the plan is not to blame; torch's error of a
+    device that is full.
     """
-    with tempfile.TemporaryDirectory(dir=_workshop()) as folder:
+    with tempfile.TemporaryDirectory(dir=_workshop().name) as folder:
         try:
             read = torch.load(io.BytesIO(plan), map_location=device, weights_only=True)
             file = Path(folder, "program")
             file.write_bytes(read["code"])
             compiled = CompiledArtifact.load(path=str(file))
+        except OSError:
+            raise
         except Exception as error:  # asserts, and pickle's errors
             if says_out_of_memory(error):
                 raise
@@ -216,14 +220,12 @@ def _as_torch_likes_it() -> Iterator[None]:
 
 
 @cache
-def _workshop() -> str:
-    """The folder where the compiler leaves files, of this process alone; it ends with it."""
+def _workshop() -> tempfile.TemporaryDirectory[str]:
+    """The folder where the compiler leaves files, of this process alone; it ends with it.
+
+    The environment is where torch looks for it, and nowhere else.
+    """
     folder = tempfile.TemporaryDirectory(prefix="halfstep-inductor-")
-    _held.append(folder)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
     os.environ.pop("TRITON_CACHE_DIR", None)  # or its kernels lay elsewhere
-    return folder.name
-
-
-_held: list[tempfile.TemporaryDirectory[str]] = []
-"""Removed when the process ends."""
+    return folder

@@ -224,6 +224,8 @@ def test_a_tokenizer_of_another_model_is_refused(folders: dict[str, Path], tmp_p
         ("unet/config.json", {"in_channels": None}, "a config holds what it cannot"),
         ("vae/config.json", {"block_out_channels": 3}, "a config holds what it cannot"),
         ("unet/config.json", {"sample_size": "large"}, "'large'"),
+        ("unet/config.json", {"sample_size": 8.0}, "sample_size is 8.0; it must be the side of the latents"),
+        ("unet/config.json", {"sample_size": [8, 8]}, "sample_size is [8, 8]; it must be the side of the latents"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(

@@ -118,6 +118,18 @@ def test_a_plan_that_torch_does_not_take_is_none(plan: bytes) -> None:
     assert load_program(plan, "cpu") is None
 
 
+def test_a_plan_is_not_compiled_again_where_there_is_no_room_to_unpack_it(
+    never: None, cache: Path, unet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    engine = on_cpu(unet_file, step_spec(unet_file), rungs=(2,), store=store_in(cache))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BackendError, match=r"step\.onnx: .*2 rows.*No space left on device"):
+        engine.run(random_rows(2, seed=0))
+
+
 def test_a_plan_of_another_torch_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import codecache
 
@@ -155,7 +167,7 @@ def test_each_size_of_image_is_compiled_by_itself(tmp_path: Path) -> None:
         (
             RuntimeError("CppCompileError: no compiler\nits whole output"),
             BackendError,
-            r"step\.onnx: cannot compile 2 rows \(CppCompileError: no compiler\); --backend torch-cuda runs them",
+            r"step\.onnx: cannot make 2 rows ready \(CppCompileError: no compiler\); --backend torch-cuda runs",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError, r"step\.onnx finds no memory for 2 rows"),
     ],
@@ -245,8 +257,8 @@ def test_nothing_of_shapes_is_left_for_a_device(unet_file: Path) -> None:
 def test_the_compilers_own_folder_is_this_process_alone_and_goes_with_it() -> None:
     """Whatever it finds there it runs."""
     script = (
-        "import os; from engines.backends.torch_inductor import _workshop;"
-        "print(_workshop(), os.stat(_workshop()).st_mode, os.environ['TORCHINDUCTOR_CACHE_DIR'] == _workshop())"
+        "import os; from engines.backends.torch_inductor import _workshop; folder = _workshop().name;"
+        "print(folder, os.stat(folder).st_mode, os.environ['TORCHINDUCTOR_CACHE_DIR'] == folder)"
     )
     theirs = {"TORCHINDUCTOR_CACHE_DIR": "/elsewhere", "TRITON_CACHE_DIR": "/elsewhere"}
     said = subprocess.run(
