@@ -1,9 +1,10 @@
 """Graphs for a GPU's torch: what its kernels do at once, done at once.
 
 Exporters spell out attention as products around a softmax, which writes every score to memory; here it is one
-operator again, as are a linear layer with its bias and SiLU. What products hand each other in 16 bits stays in 16
-bits while it is only reshaped, and is read in 16 bits by the sum that takes it up. Results are those of the graph
-up to rounding: kernels sum in another order, and scores are not rounded to 16 bits in between.
+operator again, as are a linear layer with its bias and SiLU. Linear layers of one value, such as attention's
+three, are one with all of their weights, which reads the value once. What products hand each other in 16 bits stays
+in 16 bits while it is only reshaped, and is read in 16 bits by the sum that takes it up. Results are those of the
+graph up to rounding: kernels sum in another order, and scores are not rounded to 16 bits in between.
 
 ``Attention`` (with an additive mask) and ``Swish`` mean what ONNX takes them to mean from opsets 23 and 24 on;
 ``Linear`` is MatMul with a matrix, and a bias. Source: https://onnx.ai/onnx/operators
@@ -12,7 +13,7 @@ up to rounding: kernels sum in another order, and scores are not rounded to 16 b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -27,7 +28,7 @@ from engines.backends.torch import HERE, OnnxModule, attributes_of, tensor_of
 from engines.backends.torch_operators import OPERATORS, Operator
 from engines.manifest import Lowered
 
-_MOVES = frozenset({"Reshape", "Transpose"})
+_MOVES = frozenset({"Reshape", "Split", "Transpose"})
 
 
 def fused_module(
@@ -52,6 +53,7 @@ def fuse(graph: onnx.GraphProto, folder: Path = HERE) -> None:
         if fused is not None:
             node.CopyFrom(fused)
     _drop_unread(graph)
+    _join(graph, folder)
 
 
 def keep_low(graph: onnx.GraphProto, dtype: Lowered) -> None:
@@ -74,14 +76,57 @@ def keep_low(graph: onnx.GraphProto, dtype: Lowered) -> None:
         if node.op_type == "Cast" and makers.get(source) in PRODUCTS:
             low[output] = source
         if node.op_type in _MOVES and source in low:
-            low[output] = f"{output}/{dtype}"
-            node.input[0], node.output[0] = low[source], low[output]
-            graph.node.extend([node, helper.make_node("Cast", [low[output]], [output], to=TensorProto.FLOAT)])
+            moved = {name: f"{name}/{dtype}" for name in node.output}
+            low.update(moved)
+            node.input[0] = low[source]
+            node.output[:] = moved.values()
+            graph.node.append(node)
+            graph.node.extend(
+                helper.make_node("Cast", [copy], [name], to=TensorProto.FLOAT) for name, copy in moved.items()
+            )
             continue
         if node.op_type == "Add" and (read := [i for i, name in enumerate(node.input) if name in low]):
             node.input[read[0]] = low[node.input[read[0]]]
         graph.node.append(node)
     _drop_unread(graph)
+
+
+def _join(graph: onnx.GraphProto, folder: Path) -> None:
+    """Put one product in the place of those that multiply one value by weights of their own."""
+    known = _Known(graph, folder)
+    alike: dict[tuple[object, ...], list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        if (kind := known.product_of_weights(node)) is not None:
+            alike.setdefault(kind, []).append(node)
+    joined = {node.output[0]: nodes for nodes in alike.values() if len(nodes) > 1 for node in nodes}
+    nodes = sorted(graph.node, key=lambda node: known.dims(node.output[0]) is None)  # weights, for all that follow
+    del graph.node[:]
+    for node in nodes:
+        parts = joined.get(node.output[0], [node])
+        if len(parts) == 1:
+            graph.node.append(node)
+        elif node.output[0] == parts[0].output[0]:
+            _append_joined(graph, parts, [known.width(each) for each in parts])
+
+
+def _append_joined(graph: onnx.GraphProto, parts: Sequence[onnx.NodeProto], widths: Sequence[int]) -> None:
+    """The product whose result holds those of ``parts`` side by side, and what takes it apart.
+
+    widths: of the parts' results.
+    """
+    first = parts[0]
+    name = f"{first.output[0]}/joined"
+    graph.initializer.append(helper.make_tensor(f"{name}/widths", TensorProto.INT64, [len(parts)], widths))
+    weights = [f"{name}/{i}" for i in range(1, len(first.input))]
+    for i, weight in enumerate(weights, start=1):
+        axis = 1 if i == 1 and not attributes_of(first).get("transB") else 0
+        graph.node.append(helper.make_node("Concat", [part.input[i] for part in parts], [weight], axis=axis))
+    whole = graph.node.add()
+    whole.CopyFrom(first)
+    whole.input[1:] = weights
+    whole.output[0] = name
+    outputs = [part.output[0] for part in parts]
+    graph.node.append(helper.make_node("Split", [name, f"{name}/widths"], outputs, axis=-1))
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
@@ -133,6 +178,20 @@ class _Known:
                 return helper.make_node("Linear", [*matmul.input, bias], node.output)
         return None
 
+    def product_of_weights(self, node: onnx.NodeProto) -> tuple[object, ...] | None:
+        """What linear layers have in common that can be one; None of what is none."""
+        if node.op_type not in {"Gemm", "Linear", "MatMul"} or self._rank(node.input[1]) != 2:
+            return None
+        if any(self.dims(bias) != [self.width(node)] for bias in node.input[2:]):
+            return None
+        return node.op_type, node.input[0], len(node.input), tuple(sorted(attributes_of(node).items()))
+
+    def width(self, node: onnx.NodeProto) -> int:
+        """The last length of a linear layer's result."""
+        lengths = self.dims(node.input[1])
+        assert lengths is not None
+        return lengths[0 if attributes_of(node).get("transB") else 1]
+
     def swish(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """x·sigmoid(x)."""
         if node.op_type != "Mul":
@@ -147,11 +206,15 @@ class _Known:
         node = self._makers.get(name)
         return node if node is not None and node.op_type == kind else None
 
-    def _rank(self, name: str) -> int | None:
-        """Dimensions of a weight, which may be kept in 16 bits; None of what is none."""
+    def dims(self, name: str) -> list[int] | None:
+        """Lengths of a weight, which may be kept in 16 bits; None of what is none."""
         cast = self._made_by(name, "Cast")
         constant = self._constants.get(name if cast is None else cast.input[0])
-        return None if constant is None else len(constant.dims)
+        return None if constant is None else list(constant.dims)
+
+    def _rank(self, name: str) -> int | None:
+        lengths = self.dims(name)
+        return None if lengths is None else len(lengths)
 
     def _unscaled(self, name: str) -> tuple[str, float]:
         """A value before it was multiplied by a number, and the number: 1 where it was not."""

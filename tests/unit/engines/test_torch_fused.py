@@ -30,13 +30,15 @@ def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.Node
     return helper.make_node(kind, inputs.split(), [output], **attributes)
 
 
-def model_of(nodes: list[onnx.NodeProto], inputs: dict[str, Array], constants: dict[str, Array]) -> onnx.ModelProto:
-    """Its output is the last node's."""
+def model_of(
+    nodes: list[onnx.NodeProto], inputs: dict[str, Array], constants: dict[str, Array], outputs: str = ""
+) -> onnx.ModelProto:
+    """Its output is the last node's, unless ``outputs`` are named."""
     graph = helper.make_graph(
         nodes,
         "pattern",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in inputs.items()],
-        [helper.make_empty_tensor_value_info(nodes[-1].output[0])],
+        [helper.make_empty_tensor_value_info(name) for name in outputs.split() or nodes[-1].output],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -45,11 +47,11 @@ def model_of(nodes: list[onnx.NodeProto], inputs: dict[str, Array], constants: d
 def check(model: onnx.ModelProto, inputs: dict[str, Array], kinds: dict[str, int]) -> None:
     """Fusing leaves ``kinds`` of nodes among others (0: none), and the result."""
     given = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    [expected] = OnnxModule(model)(given).values()
+    expected = OnnxModule(model)(given)
     fuse(model.graph)
     found = Counter(each.op_type for each in model.graph.node)
     assert {kind: found[kind] for kind in kinds} == kinds
-    [got] = OnnxModule(model, operators=FUSED)(given).values()
+    got = OnnxModule(model, operators=FUSED)(given)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -217,6 +219,95 @@ def test_images_grow_in_one_kernel_that_keeps_channels_last(factors: tuple[int, 
         assert grown.is_contiguous(memory_format=torch.channels_last)
 
 
+# ---- products of one value
+
+SHARED = {"x": floats(B, ROWS, WIDTH)}
+WEIGHTS = {"first": floats(WIDTH, 6), "second": floats(WIDTH, 2), "third": floats(WIDTH, 6)}
+BIASES = {"bias": floats(6), "other": floats(2)}
+
+
+def test_matrix_products_of_one_value_are_one() -> None:
+    nodes = [
+        node("MatMul", "x first", "a"),
+        node("Neg", "a", "a/less"),
+        node("MatMul", "x second", "b"),
+        node("MatMul", "x third", "c"),
+        node("Mul", "a/less c", "d"),
+    ]
+    model = model_of(nodes, SHARED, WEIGHTS, "d b")
+    check(model, SHARED, {"MatMul": 1, "Split": 1, "Concat": 1})
+    [split] = [each for each in model.graph.node if each.op_type == "Split"]
+    assert list(split.output) == ["a", "b", "c"]
+
+
+def test_linear_layers_of_one_value_are_one() -> None:
+    nodes = [
+        node("MatMul", "x first", "a/product"),
+        node("Add", "a/product bias", "a"),
+        node("MatMul", "x second", "b/product"),
+        node("Add", "other b/product", "b"),
+    ]
+    check(model_of(nodes, SHARED, {**WEIGHTS, **BIASES}, "a b"), SHARED, {"Linear": 1, "MatMul": 0, "Split": 1})
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("attributes", [{}, {"transB": 1, "alpha": 0.5, "beta": 2.0}, {"transA": 1}])
+def test_gemms_of_one_value_are_one(biased: bool, attributes: dict[str, float]) -> None:
+    flat = {"x": floats(*((WIDTH, ROWS) if attributes.get("transA") else (ROWS, WIDTH)))}
+    weights = {name: array.T.copy() if attributes.get("transB") else array for name, array in WEIGHTS.items()}
+    nodes = [
+        node("Gemm", "x first bias" if biased else "x first", "a", **attributes),
+        node("Gemm", "x second other" if biased else "x second", "b", **attributes),
+    ]
+    check(model_of(nodes, flat, {**weights, **BIASES}, "a b"), flat, {"Gemm": 1, "Split": 1})
+
+
+def test_weights_in_16_bits_that_are_read_later_are_there_in_time() -> None:
+    nodes = [
+        node("Cast", "first", "first32", to=TensorProto.FLOAT),
+        node("MatMul", "x first32", "a"),
+        node("Cast", "second", "second32", to=TensorProto.FLOAT),
+        node("MatMul", "x second32", "b"),
+    ]
+    half = {name: array.astype(np.float16) for name, array in WEIGHTS.items()}
+    check(model_of(nodes, SHARED, half, "a b"), SHARED, {"MatMul": 1, "Split": 1})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        node("MatMul", "y second", "b"),  # of another value
+        node("MatMul", "x of_rows", "b"),  # by a matrix a batch row
+        node("MatMul", "x y", "b"),  # by what is computed
+        node("MatMul", "turned x", "b"),  # the value is on the right
+    ],
+)
+def test_products_that_share_less_stay_apart(second: onnx.NodeProto) -> None:
+    inputs = {**SHARED, "x": floats(B, WIDTH, WIDTH), "y": floats(B, WIDTH, WIDTH)}
+    constants = {**WEIGHTS, "of_rows": floats(B, WIDTH, 2), "turned": floats(2, WIDTH)}
+    nodes = [node("MatMul", "x first", "a"), second]
+    check(model_of(nodes, inputs, constants, "a b"), inputs, {"MatMul": 2, "Split": 0})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        node("Gemm", "x second", "b"),
+        node("Gemm", "x second other", "b", alpha=0.5),
+        node("Gemm", "x turned other", "b", transB=1),
+        node("Gemm", "x second one", "b"),
+        node("Gemm", "x second of_rows", "b"),
+        node("Gemm", "x second y", "b"),
+    ],
+    ids=["no bias", "scaled", "turned", "a number", "a bias a row", "computed"],
+)
+def test_gemms_of_different_kinds_stay_apart(second: onnx.NodeProto) -> None:
+    flat = {"x": floats(ROWS, WIDTH), "y": floats(2)}
+    constants = {**WEIGHTS, **BIASES, "turned": floats(2, WIDTH), "one": floats(1), "of_rows": floats(ROWS, 2)}
+    nodes = [node("Gemm", "x first bias", "a"), second]
+    check(model_of(nodes, flat, constants, "a b"), flat, {"Gemm": 2, "Split": 0})
+
+
 # ---- 16 bits
 
 LOW: dict[Lowered, int] = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
@@ -246,6 +337,28 @@ def test_what_is_reshaped_between_products_stays_in_16_bits(dtype: Lowered) -> N
     second = next(each for each in lowered.graph.node if each.output[0].startswith("d/"))
     chain = [(moved := makers[second.input[0]]).op_type, (reshaped := makers[moved.input[0]]).op_type]
     assert [*chain, makers[reshaped.input[0]].op_type] == ["Transpose", "Reshape", "MatMul"]
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_is_taken_apart_between_products_stays_in_16_bits(dtype: Lowered) -> None:
+    nodes = [
+        node("MatMul", "x first", "whole"),
+        helper.make_node("Split", ["whole", "widths"], ["a", "b"], axis=-1),
+        node("MatMul", "a b", "c"),
+        node("Softmax", "b", "likely"),
+        node("MatMul", "c likely", "out"),
+    ]
+    constants = {"first": floats(WIDTH, 2 * ROWS), "widths": np.array([ROWS, ROWS])}
+    lowered = model_of(nodes, X, constants)
+    lower_products(lowered, dtype)
+    given = {"x": torch.from_numpy(X["x"])}
+    [expected] = OnnxModule(lowered, operators=FUSED)(given).values()
+    keep_low(lowered.graph, dtype)
+    [got] = OnnxModule(lowered, operators=FUSED)(given).values()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    makers = {name: each.op_type for each in lowered.graph.node for name in each.output}
+    product = next(each for each in lowered.graph.node if each.output[0].startswith("c/"))
+    assert [makers[name] for name in product.input] == ["Split", "Split"]
 
 
 @pytest.mark.parametrize("dtype", LOW)
