@@ -82,16 +82,17 @@ def server_seconds(server: ServerProcess) -> float:
 def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str, object]:
     prompt = pipeline.tokenizer.known()[0]
     body: dict[str, object] = {"prompt": prompt, "seed": SEED}
-    bare_ms, http_ms, raw_rate, http_rate, apart_rate, cpu_ratio = [], [], [], [], [], []
+    bare_ms, http_ms, client_ms, raw_rate, http_rate, apart_rate, cpu_ratio = [], [], [], [], [], [], []
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for _ in range(rounds):
             for _ in range(ALONE):
                 begun = time.perf_counter()
                 bare_chain(pipeline, prompt)
-                middle = time.perf_counter()
+                middle, own = time.perf_counter(), time.thread_time()
                 client.post(URL, json=body).raise_for_status()
                 bare_ms.append(1000 * (middle - begun))
                 http_ms.append(1000 * (time.perf_counter() - middle))
+                client_ms.append(1000 * (time.thread_time() - own))
             own = time.process_time()
             raw_rate.append(raw_loop(pipeline, prompt))
             own = time.process_time() - own
@@ -99,10 +100,12 @@ def measure(pipeline: Pipeline, server: ServerProcess, rounds: int) -> dict[str,
             http_rate.append(asyncio.run(through_http(server.url, body)))
             apart_rate.append(without_client(http_rate[-1], time.process_time() - clients))
             cpu_ratio.append(own / (server_seconds(server) - theirs))
+    apart_ms = [whole - own for whole, own in zip(http_ms, client_ms, strict=True)]
     overhead_ms = statistics.median(a - b for a, b in zip(http_ms, bare_ms, strict=True))
     return {
         "bare_p50_ms": round(statistics.median(bare_ms), 2),
         "http_p50_ms": round(statistics.median(http_ms), 2),
+        "http_apart_p50_ms": round(statistics.median(apart_ms), 2),
         "overhead_p50_ms": round(overhead_ms, 2),
         "raw_images_per_s": round(statistics.median(raw_rate), 1),
         "http_images_per_s": round(statistics.median(http_rate), 1),

@@ -43,8 +43,9 @@ HTTP = """## What HTTP, jobs and batching cost
 One server process (`python -m server serve`, memory store) against the same pipeline called directly, PNG files
 included in both. *Alone*: one client, one request at a time, p50 of the whole request, next to the bare call chain.
 *Full*: 64 clients in a closed loop, next to a raw loop (steps, decode, encode) at the best batch size by the cost
-table. The load client shares the server's cores, so the ratio is given by the wall clock, and *client apart*: with
-the client's CPU seconds, spread over the cores, taken off the wall time. CPU an image compares CPU seconds alone.
+table. The client shares the server's cores, so ratios are given by the wall clock, and *client apart*: with the
+client's CPU seconds taken off the wall time, those of 64 clients spread over the cores. Its CPU is mostly its own
+library's (httpx). CPU an image compares CPU seconds alone.
 Closed loops measure capacity, not latency under load.
 """
 
@@ -93,8 +94,8 @@ def targets(results: Results) -> list[Target]:
     if results.random is not None:
         what = "images/s through HTTP over the raw loop, client apart"
         found.append(_at_least(results.random, what, results.random.http_over_raw_apart, 0.90))
-        what = "p50 through HTTP, alone, over the bare chain"
-        found.append(_at_most(results.random, what, results.random.p50_ratio, 1.15))
+        what = "p50 through HTTP, alone, over the bare chain, client apart"
+        found.append(_at_most(results.random, what, results.random.p50_ratio_apart, 1.15))
     if results.digits is not None:
         what = f"{results.digits.bundle}: p50 overhead of HTTP over the bare chain, alone"
         found.append(_at_most(results.digits, what, results.digits.overhead_p50_ms, 5.0, " ms"))
@@ -213,8 +214,10 @@ def _overhead_table(overheads: dict[str, Overhead]) -> str:
         "rounds": lambda o: str(o.rounds),
         "alone: bare chain, p50 ms": lambda o: f"{o.bare_p50_ms:.2f}",
         "alone: through HTTP, p50 ms": lambda o: f"{o.http_p50_ms:.2f}",
+        "alone: through HTTP, client apart, p50 ms": lambda o: f"{o.http_apart_p50_ms:.2f}",
         "alone: overhead, p50 of the pairs, ms": lambda o: f"{o.overhead_p50_ms:.2f}",
         "alone: HTTP / bare": lambda o: f"{o.p50_ratio:.3f}",
+        "alone: HTTP / bare, client apart": lambda o: f"{o.p50_ratio_apart:.3f}",
         "full: raw loop, images/s": lambda o: f"{o.raw_images_per_s:.1f}",
         "full: through HTTP, images/s": lambda o: f"{o.http_images_per_s:.1f}",
         "full: HTTP / raw, wall clock": lambda o: f"{o.http_over_raw:.3f}",

@@ -119,8 +119,8 @@ class Streams(Frozen):
 class Overhead(Frozen, extra="ignore"):
     """What ``http_overhead`` prints of one bundle.
 
-    http_over_raw: by the wall clock, which the load client's work slows; http_over_raw_apart: the same with the
-    client's CPU time taken off; raw_cpu_over_server_cpu: CPU seconds an image.
+    http_over_raw: by the wall clock, which the load client's work slows; http_over_raw_apart and http_apart_p50_ms:
+    with the client's CPU time taken off; raw_cpu_over_server_cpu: CPU seconds an image.
     """
 
     provenance: Provenance
@@ -129,6 +129,7 @@ class Overhead(Frozen, extra="ignore"):
     rounds: int
     bare_p50_ms: float
     http_p50_ms: float
+    http_apart_p50_ms: float
     overhead_p50_ms: float
     raw_images_per_s: float
     http_images_per_s: float
@@ -139,6 +140,10 @@ class Overhead(Frozen, extra="ignore"):
     @property
     def p50_ratio(self) -> float:
         return self.http_p50_ms / self.bare_p50_ms
+
+    @property
+    def p50_ratio_apart(self) -> float:
+        return self.http_apart_p50_ms / self.bare_p50_ms
 
 
 class Outcome(Frozen):
