@@ -1,4 +1,4 @@
-"""A worker on fake engines, in the test's own event loop, and jobs for it."""
+"""A worker on fake engines, and jobs for any worker that has the toy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tests.support.toy_bundle import DIGITS
 
 
 def job(name: str, digit: int = 1, **fields: Any) -> Job:
-    chosen = {"n": 1, "steps": 4, "seed": 1, **fields}
+    """digit: its prompt, and its seed unless another is chosen."""
+    chosen = {"n": 1, "steps": 4, "seed": digit, **fields}
     request = DenoiseRequest(
         model="toy-digits", prompt=DIGITS[digit], guidance_scale=2.0, width=64, height=64, **chosen
     )
