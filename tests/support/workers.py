@@ -38,8 +38,8 @@ async def working(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens on the engine thread
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens on other threads
             await asyncio.sleep(0.001)
 
 
