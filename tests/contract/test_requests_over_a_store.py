@@ -5,63 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from starlette.requests import Request
 
-from server.api.disconnection import cancelled_when_gone
-from server.app import create_app
 from server.auth import Keyring
 from server.errors import OverloadedError
-from server.jobs import Job, JobEvent, JobStatus, Report
+from server.jobs import Job, Report
 from server.request import DenoiseRequest
-from server.service import JobOptions, Service
-from server.settings import Settings
-from server.storage import ResultStoreError
-from server.stores.base import StoreUnavailableError, UnreadableJobError
-from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab, status
+from server.service import JobOptions
+from tests.contract.asking import MODELS, PATIENCE_S, REQUEST, Serve, asking, away, counted, keyed, outcome
+from tests.contract.lab import FAILURE, RESULT, RESULT_TTL_S, Lab
+from tests.support.job_calls import JOBS
 from tests.support.keys import bearer, write_key_file
-from tests.support.offline import ROW_STEP_S, offline_service
+from tests.support.offline import ROW_STEP_S
 
 pytestmark = pytest.mark.anyio
-
-JOBS = "/v1/jobs"
-MODELS = ("toy-digits",)
-PATIENCE_S = 120
-
-Serve = Callable[..., Service]
-
-
-@pytest.fixture
-def serve(lab: Lab, toy_bundle: Path) -> Serve:
-    def make(keyring: Keyring | None = None, **settings: Any) -> Service:
-        return offline_service(toy_bundle, Settings(**settings), keyring, lab.store)
-
-    return make
-
-
-@asynccontextmanager
-async def asking(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=PATIENCE_S) as client:
-        yield client
-
-
-def keyed(name: str) -> dict[str, str]:
-    return {"idempotency-key": name}
-
-
-def outcome(answer: httpx.Response) -> tuple[int, str]:
-    """Status, and the id or the code."""
-    body = answer.json()
-    if answer.status_code in (429, 503):
-        assert int(answer.headers["retry-after"]) >= 1
-    return answer.status_code, body["id"] if "id" in body else body["error"]["code"]
 
 
 # ---- repeats
@@ -122,7 +83,7 @@ async def test_another_body_under_a_known_key_is_refused_before_anything_else(se
         assert outcome(answer) == (422, "idempotency_key_reuse")
 
 
-# ---- shares
+# ---- room and shares
 
 
 async def test_a_tenant_fills_its_share_and_no_more(serve: Serve, lab: Lab, tmp_path: Path) -> None:
@@ -153,13 +114,86 @@ async def test_without_keys_the_whole_queue_is_everyones(serve: Serve) -> None:
         assert outcome(await client.post(JOBS, json={"prompt": "one"})) == (503, "queue_full")
 
 
+async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, lab: Lab) -> None:
+    """All look at the queue before the first is in it."""
+    service = serve(max_queued_rows=10)
+    backlog, asked = lab.store.backlog, asyncio.Event()
+    waiting = 0
+
+    async def slow(*args: Any, **kwargs: Any) -> Any:
+        nonlocal waiting
+        found = await backlog(*args, **kwargs)
+        waiting += 1
+        if waiting == 8:
+            asked.set()
+        await asked.wait()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.store, "backlog", slow)
+        async with asking(service) as client:
+            posts = (client.post(JOBS, json={"prompt": "one", "n": 4}) for _ in range(8))
+            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
+    assert sorted(status for status, _ in answers) == [202] * 2 + [503] * 6
+    assert (await lab.store.backlog()).rows == 8
+
+
+async def test_of_a_burst_each_tenant_has_its_own_share(serve: Serve, lab: Lab, tmp_path: Path) -> None:
+    keys = write_key_file(tmp_path / "keys.json")
+    service = serve(Keyring(tmp_path / "keys.json"), max_queued_rows=40, tenant_share=0.25)
+    backlog, both, looks = lab.store.backlog, asyncio.Event(), list[bool]()
+
+    async def together(*args: Any, **kwargs: Any) -> Any:
+        looks.append(True)
+        if len(looks) == 2:
+            both.set()
+        await both.wait()
+        return await backlog(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.store, "backlog", together)
+        async with asking(service) as client:
+            body = {"prompt": "one", "n": 10}
+            posts = (client.post(JOBS, json=body, headers=bearer(keys[tenant])) for tenant in "ab")
+            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
+    assert [status for status, _ in answers] == [202] * 2
+
+
+async def test_what_did_not_get_in_takes_no_room(serve: Serve, lab: Lab) -> None:
+    async with asking(serve(max_queued_rows=10)) as client:
+        body = {"prompt": "one", "n": 10}
+        with pytest.MonkeyPatch.context() as outage:
+            outage.setattr(lab.store, "submit", away)
+            assert outcome(await client.post(JOBS, json=body)) == (503, "store_unavailable")
+        assert (await client.post(JOBS, json=body)).status_code == 202
+
+
+@pytest.mark.parametrize(("model", "room"), [("another", True), ("toy-digits", False)])
+async def test_room_is_taken_by_what_enters_for_the_same_workers(serve: Serve, model: str, room: bool) -> None:
+    service, wanted = serve(max_queued_rows=10), REQUEST.model_copy(update={"n": 10})
+    first, second = (
+        Job(id=name, request=wanted.model_copy(update={"model": of}), cost_s=0.1)
+        for name, of in (("first", model), ("second", wanted.model))
+    )
+    with service._entrance._arrivals.entering(first), nullcontext() if room else pytest.raises(OverloadedError):
+        await service._entrance.check(second)
+
+
+async def test_nothing_is_decoded_for_a_deadline_that_cannot_be_met(serve: Serve) -> None:
+    service, decoded = serve(), list[bool]()
+
+    def decode() -> DenoiseRequest:
+        decoded.append(True)
+        return REQUEST
+
+    async with service.accepted(REQUEST):
+        with pytest.raises(OverloadedError) as refused:
+            await service.decoded(REQUEST, decode, JobOptions(deadline_ms=1))
+        assert (refused.value.code, decoded) == ("deadline_unmeetable", [])
+        assert await service.decoded(REQUEST, decode, JobOptions(deadline_ms=60_000)) == REQUEST
+
+
 # ---- counts
-
-
-def counted(service: Service, name: str) -> dict[str, float]:
-    """Samples of a metric by their last label."""
-    samples = [s for family in service.metrics.registry.collect() for s in family.samples if s.name == name]
-    return {list(sample.labels.values())[-1]: sample.value for sample in samples}
 
 
 async def test_jobs_are_counted_as_requests_one_for_one(serve: Serve, lab: Lab) -> None:
@@ -230,298 +264,3 @@ async def test_a1111_clients_see_the_time_left_and_the_keys_they_read(serve: Ser
     assert (info["index_of_first_image"], info["styles"]) == (0, [])
     created = time.mktime(time.strptime(info["job_timestamp"], "%Y%m%d%H%M%S"))
     assert 0 <= lease.job.created_s - created < 1
-
-
-# ---- outages, bursts, and processes that end
-
-REQUEST = DenoiseRequest(model="toy-digits", prompt="one", seed=1, guidance_scale=2.0, steps=4, width=64, height=64)
-
-
-async def away(*_: Any) -> Any:
-    raise StoreUnavailableError("away")
-
-
-async def test_an_end_that_an_outage_hid_is_counted_after_it(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service = serve()
-    with monkeypatch.context() as outage:
-        async with service.accepted(REQUEST):
-            outage.setattr(lab.store, "cancel", away)
-    (lease,) = await lab.store.claim("w", MODELS, 1)
-    await lab.store.finish(lease, RESULT)
-    await service.counts.look()
-    assert counted(service, "halfstep_requests_accepted_total") == {"text_to_image": 1}
-    assert counted(service, "halfstep_requests_total") == {"succeeded": 1}
-
-
-async def test_what_an_outage_kept_from_being_cancelled_is_cancelled_after_it(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service = serve()
-    with monkeypatch.context() as outage:
-        async with service.accepted(REQUEST) as job_id:
-            outage.setattr(lab.store, "cancel", away)
-        with pytest.raises(StoreUnavailableError):
-            await service.counts.look()
-    await service.counts.look()
-    state = await lab.store.get(job_id)
-    assert state is not None
-    assert state.status is JobStatus.CANCELLED
-    assert await lab.store.claim("w", MODELS, 1) == []
-
-
-async def test_a_client_that_leaves_in_an_outage_has_its_job_cancelled_after_it(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service, asked = serve(), asyncio.Event()
-
-    async def gone() -> dict[str, str]:
-        return {"type": "http.disconnect"}
-
-    async def cancel(job_id: str) -> Any:
-        asked.set()
-        await away()
-
-    async with service.accepted(REQUEST) as job_id:
-        with monkeypatch.context() as outage:
-            outage.setattr(lab.store, "cancel", cancel)
-            async with cancelled_when_gone(service, Request({"type": "http"}, gone), job_id):
-                await asyncio.wait_for(asked.wait(), PATIENCE_S)
-        await service.counts.look()
-        state = await lab.store.get(job_id)
-        assert state is not None
-        assert state.status is JobStatus.CANCELLED
-
-
-async def test_a_job_whose_acceptance_was_never_heard_of_is_cancelled_unless_it_has_a_key(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = lab.store.submit
-
-    async def lost(*args: Any) -> Any:
-        await submit(*args)
-        raise StoreUnavailableError("the answer is lost")
-
-    service = serve()
-    async with asking(service) as client:
-        with monkeypatch.context() as outage:
-            outage.setattr(lab.store, "submit", lost)
-            assert outcome(await client.post(JOBS, json={"prompt": "one"})) == (503, "store_unavailable")
-            assert (await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))).status_code == 503
-        await service.counts.look()
-        (lease,) = await lab.store.claim("w", MODELS, 4)
-        assert lease.job.request.prompt == "two"
-        again = await client.post(JOBS, json={"prompt": "two"}, headers=keyed("a"))
-        assert outcome(again) == (202, lease.job.id)
-
-
-@pytest.mark.parametrize("prefer", [{}, {"prefer": "wait=30"}])
-async def test_a_job_that_an_outage_hides_after_its_acceptance_is_named_all_the_same(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, prefer: dict[str, str]
-) -> None:
-    """An error would have it sent again, and made twice."""
-    async with asking(serve()) as client:
-        with monkeypatch.context() as outage:
-            outage.setattr(lab.store, "wait", away)
-            outage.setattr(lab.store, "get", away)
-            answer = await client.post(JOBS, json={"prompt": "one"}, headers=prefer)
-        assert answer.status_code == 202
-        body = answer.json()
-        (lease,) = await lab.store.claim("w", MODELS, 4)
-        url = f"http://test{JOBS}/{lease.job.id}"
-        links = {"status_url": url, "events_url": f"{url}/events", "cancel_url": url}
-        assert body == {"id": lease.job.id, "object": "job", "status": "queued", **links}
-        assert answer.headers["location"] == url
-        assert outcome(await client.get(url)) == (200, lease.job.id)
-
-
-@pytest.mark.parametrize("lost", [ResultStoreError("away"), UnreadableJobError("another version wrote it")])
-async def test_an_ended_job_whose_result_cannot_be_told_is_named_all_the_same(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch, lost: Exception
-) -> None:
-    async def untold(*_: Any) -> Any:
-        raise lost
-
-    service = serve()
-    monkeypatch.setattr(service, "links_of", untold)
-    async with asking(service) as client:
-        waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
-        (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
-        await lab.store.finish(lease, RESULT)
-        answer = await asyncio.wait_for(waits, PATIENCE_S)
-    assert outcome(answer) == (202, lease.job.id)
-    assert answer.json()["status"] == "succeeded"
-
-
-async def test_of_a_burst_no_more_come_in_than_there_is_room_for(serve: Serve, lab: Lab) -> None:
-    """All look at the queue before the first is in it."""
-    service = serve(max_queued_rows=10)
-    backlog, asked = lab.store.backlog, asyncio.Event()
-    waiting = 0
-
-    async def slow(*args: Any, **kwargs: Any) -> Any:
-        nonlocal waiting
-        found = await backlog(*args, **kwargs)
-        waiting += 1
-        if waiting == 8:
-            asked.set()
-        await asked.wait()
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab.store, "backlog", slow)
-        async with asking(service) as client:
-            posts = (client.post(JOBS, json={"prompt": "one", "n": 4}) for _ in range(8))
-            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
-    assert sorted(status for status, _ in answers) == [202] * 2 + [503] * 6
-    assert (await lab.store.backlog()).rows == 8
-
-
-async def test_of_a_burst_each_tenant_has_its_own_share(serve: Serve, lab: Lab, tmp_path: Path) -> None:
-    keys = write_key_file(tmp_path / "keys.json")
-    service = serve(Keyring(tmp_path / "keys.json"), max_queued_rows=40, tenant_share=0.25)
-    backlog, both, looks = lab.store.backlog, asyncio.Event(), list[bool]()
-
-    async def together(*args: Any, **kwargs: Any) -> Any:
-        looks.append(True)
-        if len(looks) == 2:
-            both.set()
-        await both.wait()
-        return await backlog(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab.store, "backlog", together)
-        async with asking(service) as client:
-            body = {"prompt": "one", "n": 10}
-            posts = (client.post(JOBS, json=body, headers=bearer(keys[tenant])) for tenant in "ab")
-            answers = [outcome(answer) for answer in await asyncio.gather(*posts)]
-    assert [status for status, _ in answers] == [202] * 2
-
-
-async def test_what_did_not_get_in_takes_no_room(serve: Serve, lab: Lab) -> None:
-    async with asking(serve(max_queued_rows=10)) as client:
-        body = {"prompt": "one", "n": 10}
-        with pytest.MonkeyPatch.context() as outage:
-            outage.setattr(lab.store, "submit", away)
-            assert outcome(await client.post(JOBS, json=body)) == (503, "store_unavailable")
-        assert (await client.post(JOBS, json=body)).status_code == 202
-
-
-@pytest.mark.parametrize(("model", "room"), [("another", True), ("toy-digits", False)])
-async def test_room_is_taken_by_what_enters_for_the_same_workers(serve: Serve, model: str, room: bool) -> None:
-    service, wanted = serve(max_queued_rows=10), REQUEST.model_copy(update={"n": 10})
-    first, second = (
-        Job(id=name, request=wanted.model_copy(update={"model": of}), cost_s=0.1)
-        for name, of in (("first", model), ("second", wanted.model))
-    )
-    with service._entrance._arrivals.entering(first), nullcontext() if room else pytest.raises(OverloadedError):
-        await service._entrance.check(second)
-
-
-async def test_a_process_about_to_end_says_the_id_of_a_job_that_others_finish(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lab.store, "outlives_process", True)
-    service = serve()
-    events, sent = service.store.events, asyncio.Event()
-
-    async def watched(job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
-        async for event in events(job_id, after):
-            yield event
-            sent.set()  # as the next is asked for
-
-    monkeypatch.setattr(service.store, "events", watched)
-    async with asking(service) as client:
-        waits = asyncio.create_task(client.post(JOBS, json={"prompt": "one"}, headers={"prefer": "wait=60"}))
-        (lease,) = await lab.store.claim("w", MODELS, 1, wait_s=PATIENCE_S)
-        follows = asyncio.create_task(client.get(f"{JOBS}/{lease.job.id}/events"))
-        await asyncio.wait_for(sent.wait(), PATIENCE_S)
-        service.draining.set()
-        assert outcome(await asyncio.wait_for(waits, PATIENCE_S)) == (202, lease.job.id)
-        told = (await asyncio.wait_for(follows, PATIENCE_S)).text
-    assert "event: queued" in told
-    assert "event: completed" not in told
-
-
-async def test_a_process_about_to_end_waits_for_a_request_that_it_is_letting_in(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backlog, looks, told = lab.store.backlog, asyncio.Event(), asyncio.Event()
-
-    async def slow(*args: Any, **kwargs: Any) -> Any:
-        looks.set()
-        await told.wait()
-        return await backlog(*args, **kwargs)
-
-    monkeypatch.setattr(lab.store, "outlives_process", True)
-    monkeypatch.setattr(lab.store, "backlog", slow)
-    service = serve()
-
-    async def ask() -> bool:
-        async with service.accepted(REQUEST):
-            return await service.idle()
-
-    asks = asyncio.create_task(ask())
-    await looks.wait()
-    service.draining.set()
-    assert not await service.idle()
-    told.set()
-    assert not await asks, "accepted, it is waited for"
-    assert await service.idle()
-    with pytest.raises(OverloadedError):
-        await ask()
-    assert await service.idle(), "what is turned away is not waited for"
-
-
-async def test_a_job_that_ends_with_its_process_is_waited_for_and_another_left_to_others(
-    serve: Serve, lab: Lab
-) -> None:
-    service, left = serve(), lab.store.outlives_process
-    async with asking(service) as client:
-        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
-    assert await service.idle() is left
-    assert await service.abandon(FAILURE) == int(not left)
-    assert await service.idle()
-    assert await status(lab, job_id) is (JobStatus.QUEUED if left else JobStatus.FAILED)
-
-
-async def test_nothing_is_decoded_for_a_deadline_that_cannot_be_met(serve: Serve) -> None:
-    service, decoded = serve(), list[bool]()
-
-    def decode() -> DenoiseRequest:
-        decoded.append(True)
-        return REQUEST
-
-    async with service.accepted(REQUEST):
-        with pytest.raises(OverloadedError) as refused:
-            await service.decoded(REQUEST, decode, JobOptions(deadline_ms=1))
-        assert (refused.value.code, decoded) == ("deadline_unmeetable", [])
-        assert await service.decoded(REQUEST, decode, JobOptions(deadline_ms=60_000)) == REQUEST
-
-
-async def test_a_store_that_came_back_empty_is_away_to_those_who_wait(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def forgotten(job_id: str) -> Any:
-        raise KeyError(job_id)
-
-    monkeypatch.setattr(lab.store, "wait", forgotten)
-    async with asking(serve()) as client:
-        answer = await client.post("/v1/images/generations", json={"prompt": "one"})
-        assert outcome(answer) == (503, "store_unavailable")
-        drawn = await client.post("/sdapi/v1/txt2img", json={"prompt": "one"})
-        assert drawn.status_code == 503
-
-
-async def test_a_job_of_another_version_is_told_apart_from_a_fault(
-    serve: Serve, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def unreadable(_: str) -> Any:
-        raise UnreadableJobError("this version cannot read the job's added_later")
-
-    service = serve()
-    async with asking(service) as client:
-        job_id = outcome(await client.post(JOBS, json={"prompt": "one"}))[1]
-        monkeypatch.setattr(lab.store, "get", unreadable)
-        assert outcome(await client.get(f"{JOBS}/{job_id}")) == (500, "unreadable_job")

@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import uvloop
 
-from engines.errors import BackendError
 from server.engine_process import EngineProcess
-from server.engine_wire import HEAD, events_frame, events_from, sizes
-from server.jobs import Job, JobFailure, JobState, JobStatus, Lease
+from server.jobs import JobFailure, JobState, JobStatus, Lease
 from server.metrics import Metrics
-from server.request import DenoiseRequest
 from server.settings import Settings
 from server.stores.memory import MemoryStore
-from server.work import Died, Dropped, Event, Failed, Late, Made, Progress, Started, Stepped
+from server.work import Died, Event, Failed, Late, Made
 from server.worker import Worker
+from tests.support.workers import job
 
 pytestmark = pytest.mark.anyio
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FAULTY = (sys.executable, "-m", "tests.support.faulty_engine")
-
-
-@pytest.fixture(scope="module")
-def settings(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """The first test measures the costs, the others find them in the cache."""
-    cache = tmp_path_factory.mktemp("cache")
-    return Settings(bundles=(toy_bundle,), cache_dir=cache, hang_s=3.0, threads=1)
-
-
-def job(name: str, digit: int, **fields: Any) -> Job:
-    chosen = {"n": 1, "steps": 4, "seed": digit, **fields}
-    request = DenoiseRequest(
-        model="toy-digits", prompt=DIGITS[digit], guidance_scale=2.0, width=64, height=64, **chosen
-    )
-    return Job(id=name, request=request, cost_s=0.0)
 
 
 @asynccontextmanager
@@ -183,18 +160,6 @@ async def test_an_engine_that_was_being_restarted_ends_with_its_worker(
     assert started[0].returncode == -signal.SIGKILL
 
 
-async def test_an_engine_that_loads_ends_when_it_is_closed(settings: Settings) -> None:
-    engine = EngineProcess(settings, (sys.executable, "-c", "import time; time.sleep(60)"))
-    spawning = asyncio.create_task(asyncio.to_thread(engine.spawn))
-    while engine.pid == 0:  # noqa: ASYNC110 - a thread sets it
-        await asyncio.sleep(0.01)
-    await engine.close()
-    with pytest.raises(BackendError, match="ended while it loaded"):
-        await spawning
-    assert engine._process is not None
-    assert engine._process.returncode == -signal.SIGKILL
-
-
 LEAVES = """
 import socket, sys, time
 from server.engine_wire import frame
@@ -249,34 +214,6 @@ async def test_others_get_what_a_worker_without_supervision_held(
     assert (lease.job.id, lease.alone) == ("a", True)
 
 
-async def test_an_engine_that_cannot_be_started_says_so(settings: Settings) -> None:
-    with pytest.raises(BackendError, match="cannot be started"):
-        await asyncio.to_thread(EngineProcess(settings, ("/nowhere/to/be/found",)).spawn)
-
-
-@pytest.mark.parametrize("want", ["socketpair", "mmap"])
-async def test_an_engine_for_which_there_is_no_room_says_so(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, want: str
-) -> None:
-    def refused(*_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr({"socketpair": "socket.socketpair", "mmap": "server.call_watch.mmap.mmap"}[want], refused)
-    with pytest.raises(BackendError, match=r"cannot be started: .*Too many open files"):
-        EngineProcess(settings).spawn()
-
-
-async def test_an_engine_that_is_not_ready_in_time_says_so_and_what_to_do(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.engine_process.START_S", 0.2)
-    engine = EngineProcess(settings, (sys.executable, "-c", "import time; time.sleep(300)"))
-    with pytest.raises(BackendError, match=r"not ready within 0\.2 s .*engines build.*start_backend.*rungs"):
-        await asyncio.to_thread(engine.spawn)
-    assert engine._process is not None
-    assert engine._process.returncode == -signal.SIGKILL
-
-
 async def test_a_cancelled_job_leaves_the_engine_process(settings: Settings) -> None:
     store, engine = MemoryStore(), EngineProcess(settings, FAULTY)
     async with working(engine, store):
@@ -288,92 +225,6 @@ async def test_a_cancelled_job_leaves_the_engine_process(settings: Settings) -> 
         await store.submit(job("next", 1))
         (state,) = await ended(store, "next")
     assert state.status is JobStatus.SUCCEEDED
-
-
-async def test_an_engine_that_cannot_load_says_why(tmp_path: Path) -> None:
-    engine = EngineProcess(Settings(bundles=(tmp_path / "nothing",), cache_dir=None))
-    with pytest.raises(BackendError, match="nothing"):
-        await asyncio.to_thread(engine.spawn)
-
-
-LOADS_FOR_EVER = """
-import socket, subprocess, sys, time
-from server.engine_wire import frame
-from server.settings import Settings
-
-ours, theirs = socket.socketpair()
-load = "lambda *_: print('loading', flush=True) or time.sleep(300)"
-child = f"from server.engine_child import main; import time; main({load})"
-page = open(sys.argv[1], "w+b")
-page.truncate(4096)
-fds = (theirs.fileno(), page.fileno())
-subprocess.Popen([sys.executable, "-c", child, *map(str, fds)], pass_fds=fds)
-theirs.close()
-ours.sendall(frame({"settings": Settings().model_dump(mode="json"), "known": {}, "versions": {}}))
-time.sleep(300)
-"""
-
-
-def test_an_engine_that_loads_ends_with_its_worker(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LOADS_FOR_EVER, str(tmp_path / "page")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "loading\n"
-        worker.kill()
-        ended, _, _ = select.select([worker.stdout], [], [], 120)  # once nobody holds the other end any more
-        assert ended
-
-
-FREEZES = """
-import gc, sys
-from pathlib import Path
-from server.engine_child import main
-
-done, file = [], Path(sys.argv.pop(1))
-gc.freeze = lambda: file.write_text(" ".join([*done, "frozen"]))
-main(lambda *_: done.append("loaded") or {})
-"""
-
-
-async def test_what_an_engine_process_has_loaded_is_no_garbage_once_it_is_ready(
-    settings: Settings, tmp_path: Path
-) -> None:
-    engine = EngineProcess(settings, (sys.executable, "-c", FREEZES, str(tmp_path / "done")))
-    await asyncio.to_thread(engine.spawn)
-    assert (tmp_path / "done").read_text() == "loaded frozen"
-    await engine.close()
-
-
-async def test_an_engine_that_dies_while_loading_says_so(settings: Settings) -> None:
-    engine = EngineProcess(settings, (sys.executable, "-c", "raise SystemExit(1)"))
-    with pytest.raises(BackendError, match="ended while it loaded"):
-        await asyncio.to_thread(engine.spawn)
-
-
-def test_events_cross_the_border_unchanged() -> None:
-    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    spans = {"steps": (1.0, 2.5)}
-    events = [
-        Started("t", 1.5, "fake 1 float32"),
-        Stepped("m", "64x64", 4, 3, 0.25),
-        Dropped("m", 2),
-        Progress("t", 3, ((0, 1, pixels), (1, 1, pixels + 1))),
-        Failed("t", JobFailure(code="c", message="m"), "steps", spans),
-        Made("t", (pixels, pixels + 2), 1.0, 2.0, 3.0, 4.0, spans),
-    ]
-    data = events_frame(events)
-    text, arrays = sizes(data[: HEAD.size])
-    body = json.loads(data[HEAD.size : HEAD.size + text])
-    back = events_from(body["events"], memoryview(data[len(data) - arrays :]))
-    assert back[:3] == events[:3]
-    assert back[4] == events[4]
-    progress, made = back[3], back[5]
-    assert isinstance(progress, Progress)
-    assert isinstance(made, Made)
-    assert [(image, index) for image, index, _ in progress.previews] == [(0, 1), (1, 1)]
-    np.testing.assert_array_equal(progress.previews[1][2], pixels + 1)
-    np.testing.assert_array_equal(made.pixels[1], pixels + 2)
-    assert (made.queue_ms, made.decode_ms, made.spans) == (1.0, 4.0, spans)
 
 
 def test_jobs_that_come_as_the_process_ends_are_handed_on(settings: Settings) -> None:

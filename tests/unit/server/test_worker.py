@@ -1,4 +1,4 @@
-"""A worker on fake engines: joining, leaving, isolation, cancellation, backpressure, and its own death."""
+"""A worker on fake engines: joining, leaving, isolation, cancellation, backpressure, and previews."""
 
 from __future__ import annotations
 
@@ -8,67 +8,24 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from structlog.testing import capture_logs
 
 from engines.pipeline import Pipeline
 from server.encoding import encode
 from server.engine_thread import EngineThread
-from server.jobs import Job, JobState, JobStatus
+from server.jobs import JobStatus
 from server.metrics import Metrics
-from server.request import MAX_IMAGES, DenoiseRequest
-from server.stores.base import StoreUnavailableError
+from server.request import MAX_IMAGES
 from server.stores.memory import MemoryStore
-from server.worker import Worker
 from tests.support.fake_engines import Bench
+from tests.support.toy_bundle import DIGITS
+from tests.support.workers import job, run, until, working
 
 pytestmark = pytest.mark.anyio
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-@pytest.fixture
-def bench(toy_bundle: Path) -> Bench:
-    return Bench(toy_bundle)
-
-
-def job(name: str, digit: int = 1, **fields: Any) -> Job:
-    chosen = {"n": 1, "steps": 4, "seed": 1, **fields}
-    request = DenoiseRequest(
-        model="toy-digits", prompt=DIGITS[digit], guidance_scale=2.0, width=64, height=64, **chosen
-    )
-    return Job(id=name, request=request, cost_s=0.0)
-
-
-@asynccontextmanager
-async def working(
-    pipeline: Pipeline, store: MemoryStore, metrics: Metrics | None = None, **options: Any
-) -> AsyncIterator[asyncio.Task[None]]:
-    worker = Worker("w", EngineThread({"toy-digits": pipeline}), store, metrics or Metrics(), **options)
-    task = asyncio.create_task(worker.run())
-    yield task
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens on the engine thread
-            await asyncio.sleep(0.001)
-
-
-async def run(store: MemoryStore, *jobs: Job) -> list[JobState]:
-    for each in jobs:
-        await store.submit(each)
-    async with asyncio.timeout(30):
-        return list(await asyncio.gather(*(store.wait(each.id) for each in jobs)))
 
 
 async def test_a_job_is_made(bench: Bench) -> None:
@@ -186,18 +143,6 @@ async def test_a_preview_is_the_clean_estimate_of_its_step_and_says_its_images_s
         assert f"Seed: {5 + preview.image}," in shown.info["parameters"]
 
 
-async def test_a_dead_engine_thread_fails_what_it_held_and_says_so(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = MemoryStore()
-    monkeypatch.setattr("server.engine_thread.best_rung", None)
-    async with working(bench.pipeline, store) as task:
-        (state,) = await run(store, job("a"))
-        assert state.status is JobStatus.FAILED
-        with pytest.raises(ExceptionGroup):
-            await task
-
-
 @pytest.mark.parametrize("previews", [0, 1])
 @pytest.mark.parametrize("fault", [OSError("encoder error -2"), struct.error("int too large to convert")], ids=repr)
 async def test_what_cannot_be_encoded_fails_its_own_request(
@@ -236,161 +181,6 @@ async def test_a_job_past_its_deadline_runs_no_step(bench: Bench, monkeypatch: p
             states = [await store.wait(name) for name in ("companion", "late")]
     assert [state.status for state in states] == [JobStatus.SUCCEEDED, JobStatus.EXPIRED]
     assert {digit for _, classes in bench.batches for digit in classes} == {1}
-
-
-async def test_a_leaving_worker_gives_back_what_it_cannot_finish(bench: Bench) -> None:
-    store = MemoryStore()
-    bench.hold()
-    worker = Worker("leaving", EngineThread({"toy-digits": bench.pipeline}), store, Metrics())
-    task = asyncio.create_task(worker.run())
-    await store.submit(job("a"))
-    await until(lambda: bench.batches != [])
-    worker.drain()
-    await store.submit(job("b"))
-    assert not worker.idle
-    assert await worker.give_back_all() == 1
-    await until(lambda: worker.idle)
-    bench.allow()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    leases = await store.claim("w", ["toy-digits"], 10)
-    assert [(lease.job.id, lease.alone) for lease in leases] == [("a", False), ("b", False)]
-
-
-class _AwayStore(MemoryStore):
-    """Cannot be reached while ``away``."""
-
-    away = False
-
-    async def claim(self, *args: Any, **kwargs: Any) -> Any:
-        self._reach()
-        return await super().claim(*args, **kwargs)
-
-    async def finish(self, *args: Any) -> bool:
-        self._reach()
-        return await super().finish(*args)
-
-    def _reach(self) -> None:
-        if self.away:
-            raise StoreUnavailableError("away")
-
-
-async def test_a_result_waits_for_the_store_to_come_back(bench: Bench) -> None:
-    store = _AwayStore()
-    bench.hold()
-    async with working(bench.pipeline, store) as task:
-        await store.submit(job("a"))
-        await until(lambda: bench.batches != [])
-        store.away = True
-        bench.allow()
-        await until(lambda: len(bench.batches) == 4)
-        assert (await store.get("a")).status is JobStatus.RUNNING  # type: ignore[union-attr]
-        store.away = False
-        assert (await store.wait("a")).status is JobStatus.SUCCEEDED
-        (after,) = await run(store, job("b"))
-        assert after.status is JobStatus.SUCCEEDED
-        assert not task.done()
-
-
-async def test_an_outage_is_logged_once_however_often_it_is_met(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries = []
-
-    async def away(*_: Any, **__: Any) -> Any:
-        tries.append(1)
-        raise StoreUnavailableError("refused")
-
-    monkeypatch.setattr("server.worker.STORE_RETRY_S", 0.01)
-    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.01)
-    store = MemoryStore()
-    with capture_logs() as logs:
-        async with working(bench.pipeline, store):
-            with monkeypatch.context() as outage:
-                for call in ("claim", "heartbeat", "reap"):
-                    outage.setattr(store, call, away)
-                await until(lambda: len(tries) > 9)
-            await until(lambda: any(line["event"] == "store_back" for line in logs))
-    assert [line["event"] for line in logs] == ["store_away", "store_back"]
-
-
-async def test_a_store_that_hears_nothing_but_the_end_costs_no_job(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def away(*_: Any, **__: Any) -> Any:
-        raise StoreUnavailableError("away")
-
-    store = MemoryStore()
-    for call in ("until_ended", "progress", "give_back"):
-        monkeypatch.setattr(store, call, away)
-    worker = Worker("w", EngineThread({"toy-digits": bench.pipeline}), store, Metrics())
-    task = asyncio.create_task(worker.run())
-    (state,) = await run(store, job("a", steps=8, partial_images=2))
-    assert state.status is JobStatus.SUCCEEDED
-    bench.hold()
-    await store.submit(job("b"))
-    await until(lambda: len(bench.batches) == 9)
-    assert await worker.give_back_all() == 1
-    bench.allow()
-    assert not task.done()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-class _CountingStore(MemoryStore):
-    """Full: it takes in nothing new. Away at the heartbeats of these numbers. calls: those that succeeded."""
-
-    def __init__(self, away: range) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-        self._beats, self._away = 0, away
-
-    async def heartbeat(self, leases: Any) -> frozenset[str]:
-        self._beats += 1
-        if self._beats in self._away:
-            self.calls.clear()
-            raise StoreUnavailableError("away")
-        self.calls.append("heartbeat")
-        return await super().heartbeat(leases)
-
-    async def reap(self) -> int:
-        self.calls.append("reap")
-        return await super().reap()
-
-    async def announce(self, *_: Any) -> None:
-        raise StoreUnavailableError("full")
-
-
-@pytest.mark.parametrize("away", [range(0), range(4, 7)], ids=["from the start", "after an outage"])
-@pytest.mark.parametrize(("lease_s", "beats"), [(0.16, 8), (0.1, 5), (0.01, 2)])
-async def test_leases_are_renewed_for_a_quarter_of_one_before_silent_ones_are_taken_back(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, away: range, lease_s: float, beats: int
-) -> None:
-    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.005)
-    store = _CountingStore(away)
-    async with working(bench.pipeline, store, lease_s=lease_s):
-        await until(lambda: store._beats > max(away, default=0) and "reap" in store.calls)
-    assert store.calls[: beats + 2] == ["heartbeat"] * (beats + 1) + ["reap"]
-
-
-async def test_a_job_that_is_to_run_alone_has_the_engine_for_itself(bench: Bench) -> None:
-    """It waits for those before it, and those behind it wait for it."""
-    store = MemoryStore()
-    bench.hold()
-    async with working(bench.pipeline, store):
-        await store.submit(job("before", digit=1))
-        await until(lambda: len(bench.batches) == 1)
-        await store.submit(job("suspect", digit=2))
-        (lost,) = store.jobs.take("dead", ["toy-digits"], 10)
-        await store.give_back(lost, crashed=True)
-        await store.submit(job("behind", digit=3))
-        await until(lambda: store.jobs.records["suspect"].attempt == 2)
-        bench.allow(4)
-        await until(lambda: len(bench.batches) == 5)
-        bench.allow()
-        states = [await store.wait(name) for name in ("before", "suspect", "behind")]
-    assert {state.status for state in states} == {JobStatus.SUCCEEDED}
-    assert [classes for _, classes in bench.batches] == [[1]] * 4 + [[2]] * 4 + [[3]] * 4
 
 
 async def test_progress_is_that_of_the_slowest_image(bench: Bench) -> None:
@@ -440,25 +230,6 @@ async def test_a_job_whose_preview_fails_leaves_after_the_step_under_way(
         bench.allow()
         await run(store, job("good", digit=1))
     assert [classes for _, classes in bench.batches] == [[2]] * 5 + [[1]] * 4
-
-
-async def test_an_engine_that_is_down_is_no_capacity(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, beats = MemoryStore(), list[int]()
-
-    async def heartbeat(leases: Any) -> frozenset[str]:
-        beats.append(len(leases))
-        return frozenset()
-
-    monkeypatch.setattr("server.worker.HEARTBEAT_S", 0.001)
-    monkeypatch.setattr(store, "heartbeat", heartbeat)
-    monkeypatch.setattr(EngineThread, "up", False)
-    async with working(bench.pipeline, store):
-        await until(lambda: len(beats) > 2)
-        assert await store.offers() == {}
-        monkeypatch.setattr(EngineThread, "up", True)
-        beats.clear()
-        await until(lambda: len(beats) > 1)
-        assert set(await store.offers()) == {"w"}
 
 
 async def test_a_job_that_others_end_leaves_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
