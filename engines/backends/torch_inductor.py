@@ -33,6 +33,7 @@ from engines.backends.plan_store import PlanStore
 from engines.backends.torch import FixedGraph, OnnxModule
 from engines.backends.torch_cuda import TorchCudaBackend
 from engines.errors import BackendError
+from engines.machine import limited_threads
 from engines.manifest import GraphSpec, Size
 
 Program = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
@@ -58,6 +59,7 @@ class TorchInductorBackend(TorchCudaBackend):
         device: str = "cuda",
     ) -> None:
         super().__init__(file, spec, precision=precision, rungs=rungs, sizes=sizes, device=device)
+        _share_cores()
         self._device = device
         self._store = store
         self._programs: dict[tuple[int, int], Program] = {}
@@ -217,6 +219,12 @@ def _as_torch_likes_it() -> Iterator[None]:
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
+
+
+def _share_cores() -> None:
+    """Let no more processes compile at once than a CPU limit pays for, which torch does not see."""
+    if (threads := limited_threads()) and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor_config.compile_threads = threads
 
 
 @cache

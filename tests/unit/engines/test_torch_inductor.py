@@ -17,6 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from engines.backends import torch_inductor
 from engines.backends.graph_file import read_graph
@@ -88,6 +89,20 @@ def test_plans_hold_no_weights_and_are_kept_one_by_one(never: None, cache: Path,
     assert all(held not in plan.read_bytes() for plan in plans)
     engine = on_cpu(unet_file, step_spec(unet_file), rungs=(1, 2, 8), store=store_in(cache, (1, 2, 8)))
     engine.run(random_rows(2, seed=0))
+
+
+@pytest.mark.parametrize(("limit", "asked", "used"), [(3, None, 3), (0, None, 7), (3, "5", 7)])
+def test_no_more_compile_at_once_than_a_cpu_limit_pays_for(
+    limit: int, asked: str | None, used: int, unet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a process with memory of its own; torch counts the machine's cores, unless it is told."""
+    monkeypatch.setattr(torch_inductor, "limited_threads", lambda: limit)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", asked)
+    with inductor_config.patch(compile_threads=7):
+        on_cpu(unet_file, step_spec(unet_file), rungs=(2,)).close()
+        assert inductor_config.compile_threads == used
 
 
 def test_a_plan_altered_on_disk_is_compiled_again(
